@@ -1,0 +1,47 @@
+"""funcnet: networks trained by an explicit, hand-written backward pass."""
+
+from funcnet.combine import mixed, parallel, remat, repeat, serial, skip
+from funcnet.expect import InputError
+from funcnet.factors import (
+    Contraction,
+    Outer,
+    Scale,
+    Shift,
+    contraction,
+    is_factor,
+    keep,
+    per_example,
+    squared_norm,
+    total,
+)
+from funcnet.layer import Layer, elementwise, stateless
+from funcnet.layers.activation import (
+    celu,
+    elu,
+    gelu,
+    hard_sigmoid,
+    hard_silu,
+    hard_tanh,
+    identity,
+    leaky_relu,
+    log_sigmoid,
+    mish,
+    relu,
+    relu6,
+    selu,
+    sigmoid,
+    silu,
+    softplus,
+    softsign,
+    squareplus,
+    tanh,
+)
+from funcnet.layers.dense import dense
+from funcnet.layers.dropout import dropout
+from funcnet.layers.norm import layer_norm, rms_norm
+from funcnet.layers.reshape import flatten, reshape
+from funcnet.losses import Loss, binary_cross_entropy, cross_entropy, huber, mae, mse
+from funcnet.train.objective import Objective, objective, value_and_grad
+from funcnet.train.step import TrainState, init_train_state, train_step
+from funcnet.check.layer import check_layer
+from funcnet.check.report import Leaf, Report, compare_grads

@@ -1,0 +1,1 @@
+"""Is a backward rule right? The checker, its oracles and its report."""

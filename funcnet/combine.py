@@ -1,0 +1,327 @@
+"""Combinators: layers made of layers, their backward passes the chain rule and nothing else.
+
+Each is one more `Layer`, a few lines long, because residuals are plain data that can be nested, stacked and thrown away.
+A combinator of one layer (`skip`, `repeat`, `remat`, `mixed`) is transparent: it has that layer's params and parts. Child
+i draws its randomness from `fold_in(key, i)`, so a layer appended at the end leaves the draws of the others alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from funcnet import expect
+from funcnet.expect import InputError, at, describe, is_floating
+from funcnet.factors import Contraction, total
+from funcnet.layer import Layer, output
+
+Tree = Any
+
+
+def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
+    """The composition f_n(.. f_2(f_1(x))): layers in order, first those without and then those with a name.
+
+        y_i = f_i(w_i, y_{i-1})         dw_i, dy_{i-1} = bwd_i(dy_i)   from the last layer to the first
+
+    Params, state and residuals are dicts by layer. A layer without a name gets its kind, numbered when repeated:
+    dense, relu, dense_1.
+
+    Raises:
+        InputError: for no layers at all, and with the layer's path for whatever one of them complains about.
+    """
+    parts = _by_name(layers, named)
+
+    def init(key, x):
+        params, state = {}, {}
+        for i, (name, layer) in enumerate(parts.items()):
+            with at(name):
+                params[name], state[name] = layer.init(_child(key, i), x)
+                x = output(layer, params[name], state[name], x)
+        return params, state
+
+    def apply(params, state, x):
+        expect.named(params, parts, "params")
+        for name, layer in parts.items():
+            with at(name):
+                x = layer.apply(params[name], state[name], x)
+        return x
+
+    def fwd(params, state, x, key):
+        expect.named(params, parts, "params")
+        new_state, residuals = {}, {}
+        for i, (name, layer) in enumerate(parts.items()):
+            with at(name):
+                x, new_state[name], residuals[name] = layer.fwd(params[name], state[name], x, _child(key, i))
+        return x, new_state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        dparams = {}
+        for name, layer in reversed(parts.items()):
+            with at(name):
+                dparams[name], dy = layer.bwd(params[name], residuals[name], dy, contract)
+        return dparams, dy
+
+    return Layer("serial", init, apply, fwd, bwd, parts, lambda parts: serial(**parts))
+
+
+def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
+    """One layer for each entry of a tuple: (x_1, .., x_n) -> (f_1(x_1), .., f_n(x_n)); names as in `serial`.
+
+        dx_i = bwd_i(dy_i)
+
+    Raises:
+        InputError: if the input is not a tuple with one entry for each layer.
+    """
+    parts = _by_name(layers, named)
+
+    def check(xs):
+        if not isinstance(xs, tuple) or len(xs) != len(parts):
+            raise InputError(f"a tuple of {len(parts)} inputs, one a layer", describe(xs), "give one input to each layer")
+
+    def init(key, xs):
+        check(xs)
+        params, state = {}, {}
+        for i, ((name, layer), x) in enumerate(zip(parts.items(), xs, strict=True)):
+            with at(name):
+                params[name], state[name] = layer.init(_child(key, i), x)
+        return params, state
+
+    def apply(params, state, xs):
+        check(xs)
+        expect.named(params, parts, "params")
+        ys = []
+        for (name, layer), x in zip(parts.items(), xs, strict=True):
+            with at(name):
+                ys.append(layer.apply(params[name], state[name], x))
+        return tuple(ys)
+
+    def fwd(params, state, xs, key):
+        check(xs)
+        expect.named(params, parts, "params")
+        ys, new_state, residuals = [], {}, {}
+        for i, ((name, layer), x) in enumerate(zip(parts.items(), xs, strict=True)):
+            with at(name):
+                y, new_state[name], residuals[name] = layer.fwd(params[name], state[name], x, _child(key, i))
+                ys.append(y)
+        return tuple(ys), new_state, residuals
+
+    def bwd(params, residuals, dys, contract=total):
+        check(dys)
+        dparams, dxs = {}, []
+        for (name, layer), dy in zip(parts.items(), dys, strict=True):
+            with at(name):
+                dparams[name], dx = layer.bwd(params[name], residuals[name], dy, contract)
+                dxs.append(dx)
+        return dparams, tuple(dxs)
+
+    return Layer("parallel", init, apply, fwd, bwd, parts, lambda parts: parallel(**parts))
+
+
+def skip(layer: Layer) -> Layer:
+    """The residual connection y = x + f(x), with dx = dy + bwd_f(dy).
+
+    Raises:
+        InputError: if f's output has not the shape and dtype of its input.
+    """
+
+    def add(x, y):
+        if jnp.shape(x) != y.shape or x.dtype != y.dtype:
+            raise InputError(f"an output like the input, {describe(x)}", describe(y), "let the last layer return that shape")
+        return x + y
+
+    def init(key, x):
+        params, state = layer.init(key, x)
+        jax.eval_shape(add, x, output(layer, params, state, x))
+        return params, state
+
+    def apply(params, state, x):
+        return add(x, layer.apply(params, state, x))
+
+    def fwd(params, state, x, key):
+        y, state, residuals = layer.fwd(params, state, x, key)
+        return add(x, y), state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        dparams, dx = layer.bwd(params, residuals, dy, contract)
+        return dparams, dy + dx
+
+    return _around(layer, replace(layer, name="skip", init=init, apply=apply, fwd=fwd, bwd=bwd), skip)
+
+
+def repeat(layer: Layer, times: int) -> Layer:
+    """The same layer `times` over, with parameters of its own each time: a scan over stacked params [L, ..].
+
+    Compiles one copy of the layer however deep the model is. Residuals, state and kept factors are stacked likewise;
+    L is in front of the batch axis. Gradients are contracted a layer at a time, inside the backward scan.
+
+    Args:
+        layer: maps an input to an output of the same shape and dtype.
+        times: L, how often.
+
+    Raises:
+        InputError: if the layer's output has not the shape and dtype of its input, or times is not positive.
+    """
+    if times < 1:
+        raise InputError("at least one repetition", f"times={times}", "ask for a positive number")
+
+    def keys(key):
+        return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(times))
+
+    def init(key, x):
+        params, state = jax.vmap(lambda key: layer.init(key, x))(keys(key))
+        y = output(layer, *jax.tree.map(lambda leaf: leaf[0], (params, state)), x)
+        if describe(y) != describe(x):
+            raise InputError(f"an output like the input, {describe(x)}", describe(y), "repeat a layer that keeps its shape")
+        return params, state
+
+    def check(params):
+        if any(jnp.shape(leaf)[:1] != (times,) for leaf in jax.tree.leaves(params)):
+            wanted = f"params stacked along a first axis of {times} layers"
+            raise InputError(wanted, describe(params), "pass the params that this model's init returned")
+
+    def apply(params, state, x):
+        check(params)
+        return lax.scan(lambda x, layers: (layer.apply(*layers, x), None), x, (params, state))[0]
+
+    def fwd(params, state, x, key):
+        check(params)
+
+        def body(x, layers):
+            params, state, key = layers
+            y, state, residuals = layer.fwd(params, state, x, key)
+            return y, (state, residuals)
+
+        y, (state, residuals) = lax.scan(body, x, (params, state, keys(key)), length=times)
+        return y, state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        def body(dy, layers):
+            dparams, dx = layer.bwd(*layers, dy, contract)
+            return dx, dparams
+
+        dx, dparams = lax.scan(body, dy, (params, residuals), length=times, reverse=True)
+        return jax.tree.map(lambda _, answer: contract.stacked(answer), params, dparams), dx
+
+    def again(layer):
+        return repeat(layer, times)
+
+    return _around(layer, replace(layer, name="repeat", init=init, apply=apply, fwd=fwd, bwd=bwd), again)
+
+
+class Rerun(NamedTuple):
+    """Residuals of `remat`: what `fwd` was called with, beside the params."""
+
+    state: Tree
+    x: Tree
+    key: Array | None
+
+
+def remat(layer: Layer) -> Layer:
+    """The same layer, which saves only its input and runs `fwd` again in `bwd`: less memory for one more forward pass.
+
+    Names, params and results are the layer's own.
+    """
+
+    def fwd(params, state, x, key):
+        y, new_state, _ = layer.fwd(params, state, x, key)
+        return y, new_state, Rerun(state, x, key)
+
+    def bwd(params, saved, dy, contract=total):
+        _, _, residuals = layer.fwd(params, saved.state, _after(dy, saved.x), saved.key)
+        return layer.bwd(params, residuals, dy, contract)
+
+    return _around(layer, replace(layer, fwd=fwd, bwd=bwd), remat)
+
+
+def _after(dy: Tree, x: Tree) -> Tree:
+    """x, bit for bit, but made to depend on dy, so that what is computed from it is computed in the backward pass.
+
+    Without that the compiler sees the forward pass twice and keeps the first one's results. An optimization barrier is
+    meant for this, but XLA's CPU compiler drops it before it merges equal computations (jaxlib 0.10.2). No compiler
+    may drop 0 * d for an unknown d, which could be infinite; the guard keeps an infinite d from becoming NaN.
+    """
+    d = jnp.sum(jax.tree.leaves(dy)[0].astype(jnp.float32))
+    zero = 0 * jnp.where(jnp.isfinite(d), d, 0.0)
+
+    def tied(leaf):
+        if is_floating(leaf):
+            return leaf * (1 + zero).astype(leaf.dtype)
+        return leaf + zero.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
+
+    return jax.tree.map(tied, x)
+
+
+def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", output: Any = "float32") -> Layer:
+    """The same layer with a dtype each for its params, its computation and its input and output.
+
+    Floating params and inputs are cast to `compute` on the way in, outputs to `output` on the way out; cotangents go
+    the other way. Gradients are contracted wide and handed out in the params' own dtype, not rounded to `compute`
+    first. Residuals are in `compute`. Names and params are the layer's own.
+
+    Args:
+        param: dtype of the params that `init` makes and `bwd` returns gradients in.
+        compute: dtype that the layer works in.
+        output: dtype of y, and of x and dx where they are floating.
+
+    Raises:
+        InputError: if a floating input is not of dtype `output`.
+    """
+    param, compute, output = map(jnp.dtype, (param, compute, output))
+
+    def check(x):
+        if any(is_floating(leaf) and leaf.dtype != output for leaf in jax.tree.leaves(x)):
+            raise InputError(f"an input of dtype {output}", describe(x), "convert it, or give mixed another output dtype")
+        return cast(x, compute)
+
+    def init(key, x):
+        check(x)
+        params, state = layer.init(key, jax.eval_shape(lambda x: cast(x, param), x))
+        return cast(params, param), state
+
+    def apply(params, state, x):
+        return cast(layer.apply(cast(params, compute), state, check(x)), output)
+
+    def fwd(params, state, x, key):
+        y, state, residuals = layer.fwd(cast(params, compute), state, check(x), key)
+        return cast(y, output), state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        in_param_dtype = replace(contract, of=lambda factor, p: contract.of(factor, p.astype(param)))
+        dparams, dx = layer.bwd(cast(params, compute), residuals, cast(dy, compute), in_param_dtype)
+        return dparams, cast(dx, output)
+
+    def again(layer):
+        return mixed(layer, param, compute, output)
+
+    return _around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), again)
+
+
+def cast(tree: Tree, dtype: Any) -> Tree:
+    """`tree` with its floating arrays in `dtype`; integers, booleans and keys as they are."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_floating(leaf) else leaf, tree)
+
+
+def _child(key: Array | None, i: int) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, i)
+
+
+def _by_name(layers: tuple[Layer, ...], named: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Positional layers under their kinds, numbered when repeated, then the named ones."""
+    parts: dict[str, Layer] = {}
+    for layer in layers:
+        names = (layer.name if n == 0 else f"{layer.name}_{n}" for n in range(len(layers)))
+        parts[next(name for name in names if name not in parts)] = layer
+    if not layers and not named:
+        raise InputError("at least one layer", "none", "use identity() for a model that does nothing")
+    if clash := parts.keys() & named.keys():
+        raise InputError("names that differ", f"{sorted(clash)} twice", "give the named layer another name")
+    return parts | dict(named)
+
+
+def _around(inner: Layer, whole: Layer, wrap: Any) -> Layer:
+    """`whole`, a combinator of the one layer `inner`, transparent to its parts."""
+    rebuild = None if inner.rebuild is None else lambda parts: wrap(inner.rebuild(parts))
+    return replace(whole, rebuild=rebuild)

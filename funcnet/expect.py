@@ -1,0 +1,120 @@
+"""What a function expects of its input, and the one error that says so.
+
+Every complaint has the same four parts: where (the layer's path), what was expected, what came, and the remedy.
+Shapes and dtypes are known while JAX traces, so these checks cost nothing in a compiled step.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+class InputError(ValueError):
+    """Bad input: where it happened, what was expected, what was received, and what to do about it.
+
+    Attributes:
+        path: names of the layers from the outermost to the one that complained.
+        expected, received, remedy: one sentence each.
+    """
+
+    def __init__(self, expected: str, received: str, remedy: str):
+        super().__init__(expected, received, remedy)
+        self.expected, self.received, self.remedy = expected, received, remedy
+        self.path: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = "/".join(self.path) or "input"
+        return f"{where}\n  expected  {self.expected}\n  received  {self.received}\n  remedy    {self.remedy}"
+
+
+@contextmanager
+def at(name: str) -> Iterator[None]:
+    """Put `name` in front of the path of an error raised inside, and on the operations of a profile."""
+    try:
+        with jax.named_scope(name):
+            yield
+    except InputError as error:
+        error.path = (name, *error.path)
+        raise
+    except Exception as error:
+        error.add_note(f"in layer {name!r}")
+        raise
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` has a shape and a dtype: an array, a tracer or a `jax.ShapeDtypeStruct`."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def is_floating(x: Any) -> bool:
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether the values of `x` can be read: an array outside every transformation, not a tracer."""
+    return is_array(x) and not isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct))
+
+
+def describe(x: Tree) -> str:
+    """`x` as `float32[32, 64]`, a tuple or dict of such, or the name of its type."""
+    if is_array(x):
+        return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in x.items()) + "}"
+    if isinstance(x, (tuple, list)):
+        return "(" + ", ".join(map(describe, x)) + ")"
+    return "None" if x is None else type(x).__name__
+
+
+def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:
+    """Refuse what is not a floating array of at least `rank` axes with `features` entries on the last."""
+    wanted = "a floating-point array" + (f" of at least {rank} axes" if rank > 1 else "")
+    if features is not None:
+        wanted += f" with {features} features on its last axis"
+    if not is_floating(x):
+        raise InputError(wanted, describe(x), "convert it first, for instance with jnp.asarray(x, jnp.float32)")
+    if x.ndim < rank or x.ndim == 0:
+        raise InputError(wanted, describe(x), "add the missing axes; the batch axis comes first")
+    if 0 in x.shape:
+        raise InputError(wanted + " that is not empty", describe(x), "leave the empty batch out")
+    if features is not None and x.shape[-1] != features:
+        raise InputError(wanted, describe(x), "give the input that the layer was initialised for, or call init again")
+
+
+def fields(params: Tree, dtype: Any, **shapes: tuple[int, ...]) -> None:
+    """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype."""
+    wanted = "parameters {" + ", ".join(f"{k}: {dtype}[{', '.join(map(str, s))}]" for k, s in shapes.items()) + "}"
+    if not isinstance(params, Mapping) or params.keys() != shapes.keys():
+        raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned")
+    if any(not is_array(params[name]) or params[name].shape != shape for name, shape in shapes.items()):
+        raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned for such input")
+    if any(params[name].dtype != dtype for name in shapes):
+        remedy = "convert the input or the parameters; for half-precision compute wrap the layer in mixed(...)"
+        raise InputError(wanted, describe(params), remedy)
+
+
+def size(params: Tree, name: str) -> int | None:
+    """The input size that `params[name]` was made for, or None where the parameters have no such array."""
+    v = params.get(name) if isinstance(params, Mapping) else None
+    return v.shape[0] if is_array(v) and v.ndim else None
+
+
+def named(tree: Tree, names: Any, what: str) -> None:
+    """Refuse a `tree` that is not a dict with exactly `names` as its keys."""
+    if not isinstance(tree, Mapping) or set(tree) != set(names):
+        received = f"keys {list(tree)}" if isinstance(tree, Mapping) else describe(tree)
+        raise InputError(f"{what} for the layers {list(names)}", received, f"pass the {what} that this model's init returned")
+
+
+def cotangent(dy: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """`dy` as a JAX array; refuse one that has not its output's shape and dtype."""
+    dy = jnp.asarray(dy)
+    if dy.shape != tuple(shape) or dy.dtype != dtype:
+        wanted = f"a cotangent like the output, {dtype}[{', '.join(map(str, shape))}]"
+        raise InputError(wanted, describe(dy), "give bwd a dy of the shape and dtype that fwd returned")
+    return dy

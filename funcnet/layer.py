@@ -1,0 +1,133 @@
+"""The one abstraction: a layer is a record of four pure functions, its backward pass written by hand."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from funcnet import expect
+from funcnet.factors import Contraction, total
+
+Tree = Any
+Params = TypeVar("Params")
+State = TypeVar("State")
+Residuals = TypeVar("Residuals")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer(Generic[Params, State, Residuals]):
+    """A layer: how to make its parameters, apply it, run it for training, and pull a cotangent back through it.
+
+        init   (key, x)                               -> (params, state)
+        apply  (params, state, x)                     -> y                      evaluation
+        fwd    (params, state, x, key)                -> (y, state, residuals)  training
+        bwd    (params, residuals, dy, contract)      -> (dparams, dx)          the VJP, by hand
+
+    `init` takes an array or a `jax.ShapeDtypeStruct`, batch axis first, and reads input sizes and the dtype of the
+    parameters off it. `key` is a `jax.random.key`, or None where nothing is drawn. Params are dicts of arrays nested
+    by layer name (`{}` without parameters), state is `()` without state. `dy` is the cotangent of `y`; an integer
+    input has the cotangent None. `contract` says what becomes of a parameter's gradient (`funcnet.factors`).
+
+    The laws, which `fn.check_layer` enforces:
+
+    1. `bwd` is the VJP of `fwd`'s first output.
+    2. `apply` equals that output where there is no state and nothing is drawn.
+    3. `dparams`, `dx` and the new state match `params`, `x` and `state` in structure, shape and dtype.
+    4. `bwd` is linear in `dy`.
+    5. Nesting `serial` changes nothing but names.
+    6. Residuals are arrays, hold only what depends on the input, and do not depend on `dy`.
+
+    All four are plain JAX, so forward mode through `bwd` gives Hessian-vector products.
+
+    Attributes:
+        name: the layer's kind; `serial` names it so among its parameters.
+        parts: sub-layers by name, for tables and traces; params and state of a layer with parts are dicts over them.
+        rebuild: the same combinator over other parts of the same names; None for a layer without parts.
+    """
+
+    name: str
+    init: Callable[[Array, Any], tuple[Params, State]]
+    apply: Callable[[Params, State, Any], Any]
+    fwd: Callable[[Params, State, Any, Array | None], tuple[Any, State, Residuals]]
+    bwd: Callable[..., tuple[Any, Any]]
+    parts: Mapping[str, "Layer"] = field(default_factory=dict)
+    rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None
+
+
+def stateless(
+    name: str,
+    init: Callable[[Array, Any], Params],
+    fwd: Callable[[Params, Any], tuple[Any, Residuals]],
+    bwd: Callable[[Params, Residuals, Any, Contraction], tuple[Any, Any]],
+) -> Layer[Params, tuple[()], Residuals]:
+    """A layer without state or randomness, of `init(key, x) -> params`, `fwd(params, x) -> (y, residuals)` and `bwd`."""
+
+    def with_state(params, state, x, key):
+        y, residuals = fwd(params, jax.tree.map(jnp.asarray, x))
+        return y, state, residuals
+
+    def apply(params, state, x):
+        return with_state(params, state, x, None)[0]
+
+    def pullback(params, residuals, dy, contract=total):
+        return bwd(params, residuals, dy, contract)
+
+    return Layer(name, lambda key, x: (init(key, x), ()), apply, with_state, pullback)
+
+
+def no_params(key: Array | None, x: Any) -> dict[str, Array]:
+    """The `init` of a layer that has no parameters."""
+    return {}
+
+
+def elementwise(
+    name: str, f: Callable[[Array], Array], df: Callable[[Array], Array], saves: Literal["input", "output"] = "input"
+) -> Layer[dict, tuple[()], Array]:
+    """y = f(x), element by element, with dx = dy * df(saved).
+
+    Args:
+        f: plain JAX, differentiable in both modes; at a kink its own derivative must be the one that df gives.
+        df: the derivative of f as a function of what is saved.
+        saves: "input" if df wants x, "output" if it wants y. Prefer the output: the next layer mostly saves it anyway,
+            so it takes no memory of its own.
+    """
+
+    def fwd(params, x):
+        expect.float_array(x)
+        y = f(x)
+        return y, x if saves == "input" else y
+
+    def bwd(params, saved, dy, contract):
+        dy = expect.cotangent(dy, saved.shape, saved.dtype)
+        return {}, dy * df(saved)
+
+    return stateless(name, no_params, fwd, bwd)
+
+
+def output(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
+    """Shapes and dtypes of `layer`'s output, without computing it."""
+    return jax.eval_shape(layer.apply, params, state, x)
+
+
+See = Callable[[tuple[str, ...], Layer, Tree, Any, tuple], None]
+
+
+def observe(layer: Layer, see: See, path: tuple[str, ...] = ()) -> Layer:
+    """The same layer, which calls `see(path, layer, params, x, (y, state, residuals))` after each `fwd` inside it.
+
+    Under `jax.eval_shape` or `jax.jit` what `see` receives are tracers: shapes and dtypes without values.
+    """
+    if layer.rebuild is None:
+        whole = layer
+    else:
+        whole = layer.rebuild({name: observe(part, see, (*path, name)) for name, part in layer.parts.items()})
+
+    def fwd(params, state, x, key):
+        out = whole.fwd(params, state, x, key)
+        see(path, layer, params, x, out)
+        return out
+
+    return replace(whole, fwd=fwd)

@@ -1,0 +1,201 @@
+"""Activations: one table of functions and their derivatives.
+
+    y = f(x)        dx = dy * f'(x)
+
+Each rule keeps one array, the cheaper of x and y. Where f' can be written in terms of y it is y: the next layer mostly
+saves y as its own input, so that the two share their memory. Otherwise it is x. Each docstring states f', what is
+saved, and the value of f' at a kink, where f has no derivative; the plain forward has the same value there.
+
+Numerics: computed in x's dtype. NaN stays NaN in every one of them.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax, nn
+
+from funcnet.expect import InputError
+from funcnet.layer import Layer, elementwise
+
+Activation = Layer[dict, tuple[()], Array]
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+
+def identity() -> Activation:
+    """y = x; y' = 1. Saves y."""
+    return elementwise("identity", lambda x: x, jnp.ones_like, "output")
+
+
+def relu() -> Activation:
+    """y = max(x, 0); y' = [y > 0], so 0 at the kink x = 0. Saves y."""
+    return elementwise("relu", lambda x: jnp.where(x <= 0, 0.0, x), lambda y: _one_where(y > 0, y), "output")
+
+
+def relu6() -> Activation:
+    """y = min(max(x, 0), 6); y' = [0 < y < 6], so 0 at the kinks 0 and 6. Saves y."""
+    return elementwise("relu6", lambda x: _clip(x, 0.0, 6.0), lambda y: _one_where((y > 0) & (y < 6), y), "output")
+
+
+def leaky_relu(slope: float = 0.01) -> Activation:
+    """y = x for x > 0, else slope * x; y' = 1 for y > 0, else slope, at the kink x = 0 too. Saves y. slope >= 0."""
+    _require(slope >= 0, "slope", slope, "not negative")
+    f = lambda x: jnp.where(x <= 0, slope * x, x)
+    return elementwise("leaky_relu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), slope), "output")
+
+
+def elu(alpha: float = 1.0) -> Activation:
+    """y = x for x > 0, else alpha * (e^x - 1); y' = 1 for y > 0, else y + alpha (alpha at x = 0). Saves y. alpha > 0.
+
+    Source: Clevert, Unterthiner and Hochreiter 2016, arXiv:1511.07289.
+    """
+    _require(alpha > 0, "alpha", alpha, "positive")
+    f = lambda x: jnp.where(x <= 0, alpha * _expm1_below_zero(x), x)
+    return elementwise("elu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), y + alpha), "output")
+
+
+def celu(alpha: float = 1.0) -> Activation:
+    """y = x for x > 0, else alpha * (e^(x / alpha) - 1); y' = 1 for y > 0, else 1 + y / alpha. Saves y. alpha > 0.
+
+    Source: Barron 2017, arXiv:1704.07483.
+    """
+    _require(alpha > 0, "alpha", alpha, "positive")
+    f = lambda x: jnp.where(x <= 0, alpha * _expm1_below_zero(x / alpha), x)
+    return elementwise("celu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), 1 + y / alpha), "output")
+
+
+def selu() -> Activation:
+    """y = s * elu(x; a), a = 1.6733, s = 1.0507; y' = s for y > 0, else y + s * a, at the kink x = 0 too. Saves y.
+
+    Source: Klambauer et al. 2017, arXiv:1706.02515.
+    """
+    a, s = _SELU_ALPHA, _SELU_SCALE
+    f = lambda x: s * jnp.where(x <= 0, a * _expm1_below_zero(x), x)
+    return elementwise("selu", f, lambda y: jnp.where(y > 0, s * jnp.ones_like(y), y + s * a), "output")
+
+
+def gelu(approximate: bool = False) -> Activation:
+    """y = x Phi(x), Phi the standard normal distribution function and phi its density; y' = Phi(x) + x phi(x). Saves x.
+
+    With approximate=True, y = x s(x) with s = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), which is the tanh form
+    x (1 + tanh u) / 2; y' = s + 2 x s (1 - s) u'. The name of the layer stays gelu.
+
+    Numerics: Phi is (1 + erf(x / sqrt 2)) / 2, so in float32 y is off by at most 2e-7 in absolute value.
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    """
+    if approximate:
+        return elementwise("gelu", _gelu_tanh, _gelu_tanh_slope)
+    root, density = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
+    cdf = lambda x: 0.5 + 0.5 * lax.erf(x * root)
+    return elementwise("gelu", lambda x: x * cdf(x), lambda x: cdf(x) + x * (density * jnp.exp(-0.5 * x * x)))
+
+
+def silu() -> Activation:
+    """y = x s(x), s the sigmoid; y' = s (1 + x (1 - s)). Saves x. Also called swish."""
+
+    def df(x: Array) -> Array:
+        s = nn.sigmoid(x)
+        return s * (1 + x * (1 - s))
+
+    return elementwise("silu", lambda x: x * nn.sigmoid(x), df)
+
+
+def mish() -> Activation:
+    """y = x t, t = tanh(log(1 + e^x)); y' = t + x (1 - t^2) sigmoid(x). Saves x. Source: Misra 2020, arXiv:1908.08681."""
+
+    def df(x: Array) -> Array:
+        t = jnp.tanh(nn.softplus(x))
+        return t + x * (1 - t * t) * nn.sigmoid(x)
+
+    return elementwise("mish", lambda x: x * jnp.tanh(nn.softplus(x)), df)
+
+
+def softplus() -> Activation:
+    """y = log(1 + e^x); y' = sigmoid(x) = 1 - e^-y. Saves y."""
+    return elementwise("softplus", nn.softplus, lambda y: -jnp.expm1(-y), "output")
+
+
+def sigmoid() -> Activation:
+    """y = 1 / (1 + e^-x); y' = y (1 - y). Saves y."""
+    return elementwise("sigmoid", nn.sigmoid, lambda y: y * (1 - y), "output")
+
+
+def log_sigmoid() -> Activation:
+    """y = -log(1 + e^-x); y' = sigmoid(-x) = 1 - e^y. Saves y."""
+    return elementwise("log_sigmoid", lambda x: -nn.softplus(-x), lambda y: -jnp.expm1(y), "output")
+
+
+def tanh() -> Activation:
+    """y = tanh(x); y' = 1 - y^2 = (1 - y)(1 + y). Saves y."""
+    return elementwise("tanh", jnp.tanh, lambda y: (1 - y) * (1 + y), "output")
+
+
+def hard_tanh() -> Activation:
+    """y = min(max(x, -1), 1); y' = [-1 < y < 1], so 0 at the kinks. Saves y."""
+    return elementwise("hard_tanh", lambda x: _clip(x, -1.0, 1.0), lambda y: _one_where(jnp.abs(y) < 1, y), "output")
+
+
+def hard_sigmoid() -> Activation:
+    """y = min(max(x + 3, 0), 6) / 6; y' = [0 < y < 1] / 6, so 0 at the kinks -3 and 3. Saves y."""
+    df = lambda y: _one_where((y > 0) & (y < 1), y) / 6
+    return elementwise("hard_sigmoid", lambda x: _clip(x + 3, 0.0, 6.0) / 6, df, "output")
+
+
+def hard_silu() -> Activation:
+    """y = x hard_sigmoid(x); y' = 0 for x <= -3, 1 for x >= 3, else (2 x + 3) / 6. Saves x."""
+    df = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, 1.0, (2 * x + 3) / 6))
+    return elementwise("hard_silu", lambda x: x * (_clip(x + 3, 0.0, 6.0) / 6), df)
+
+
+def squareplus(b: float = 4.0) -> Activation:
+    """y = (x + sqrt(x^2 + b)) / 2; y' = 1 / (1 + b / (2 y)^2). Saves y. b > 0.
+
+    Numerics: for x < 0 as (b / 2) / (sqrt(x^2 + b) - x), which does not cancel.
+    Source: Barron 2021, arXiv:2112.11687.
+    """
+    _require(b > 0, "b", b, "positive")
+
+    def f(x: Array) -> Array:
+        root = jnp.sqrt(x * x + b)
+        below = (b / 2) / jnp.where(x < 0, root - x, 1.0)
+        return jnp.where(x < 0, below, (x + root) / 2)
+
+    return elementwise("squareplus", f, lambda y: 1 / (1 + jnp.square(math.sqrt(b) / 2 / y)), "output")
+
+
+def softsign() -> Activation:
+    """y = x / (1 + |x|); y' = (1 - |y|)^2. Saves y."""
+    return elementwise("softsign", lambda x: x / (1 + jnp.abs(x)), lambda y: jnp.square(1 - jnp.abs(y)), "output")
+
+
+def _one_where(condition: Array, like: Array) -> Array:
+    return condition.astype(like.dtype)
+
+
+def _clip(x: Array, low: float, high: float) -> Array:
+    """x between low and high with derivative 0 at both; `jnp.clip` has 1/2 or 1 there, by version."""
+    return jnp.where(x <= low, low, jnp.where(x >= high, high, x))
+
+
+def _expm1_below_zero(x: Array) -> Array:
+    """e^x - 1 for x <= 0; 0 above, so that the branch not taken cannot overflow."""
+    return jnp.expm1(jnp.where(x <= 0, x, 0.0))
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return x * _gelu_gate(x)
+
+
+def _gelu_gate(x: Array) -> Array:
+    return 0.5 + 0.5 * jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def _gelu_tanh_slope(x: Array) -> Array:
+    s = _gelu_gate(x)
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    return s + 2 * x * s * (1 - s) * slope
+
+
+def _require(holds: bool, name: str, value: float, what: str) -> None:
+    if not holds:
+        raise InputError(f"a {name} that is {what}", f"{name}={value}", "use the default")

@@ -1,0 +1,74 @@
+"""A dense layer: an affine map of the last axis.
+
+    y = x @ kernel + bias
+
+Backward, with the leading axes of x [.., D] and dy [.., F] flattened to one axis n:
+
+    dx              = dy @ kernel^T
+    dkernel[i, j]   = sum_n x[n, i] dy[n, j]        the factor Outer(x, dy)
+    dbias[j]        = sum_n dy[n, j]                the factor Shift(dy)
+
+Residuals: x [.., D].  The kernel is not among them: `bwd` is handed the parameters.
+Numerics: gradients are summed in float32 for half-precision inputs, then rounded once.
+Source: Rumelhart, Hinton and Williams 1986, "Learning representations by back-propagating errors".
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+from jax.nn import initializers
+
+from funcnet import expect
+from funcnet.factors import Outer, Shift, flat, product
+from funcnet.layer import Layer, stateless
+
+Initializer = Callable[..., Array]
+
+
+def dense(
+    features: int,
+    use_bias: bool = True,
+    *,
+    kernel_init: Initializer = initializers.lecun_normal(),
+    bias_init: Initializer = initializers.zeros,
+) -> Layer[dict[str, Array], tuple[()], Array]:
+    """y = x @ kernel + bias on the last axis of x [.., D], any rank; params kernel [D, F] and bias [F].
+
+    Args:
+        features: F, the size of the output's last axis.
+        use_bias: whether to add a bias.
+        kernel_init, bias_init: as in `jax.nn.initializers`, `(key, shape, dtype) -> array`. LeCun's normal keeps the
+            variance of its input: std = sqrt(1 / D).
+
+    Raises:
+        expect.InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
+    """
+    if features < 1:
+        raise expect.InputError("at least one output feature", f"features={features}", "ask for a positive number")
+
+    def shapes(inputs: int) -> dict[str, tuple[int, ...]]:
+        return {"kernel": (inputs, features), "bias": (features,)} if use_bias else {"kernel": (inputs, features)}
+
+    def init(key: Array, x: Any) -> dict[str, Array]:
+        expect.float_array(x)
+        inits = {"kernel": kernel_init, "bias": bias_init}
+        return {name: inits[name](key, shape, x.dtype) for name, shape in shapes(x.shape[-1]).items()}
+
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
+        expect.float_array(x, features=expect.size(params, "kernel"))
+        expect.fields(params, x.dtype, **shapes(x.shape[-1]))
+        y = flat(x) @ params["kernel"]
+        if use_bias:
+            y = y + params["bias"][None]
+        return y.reshape(*x.shape[:-1], features), x
+
+    def bwd(params, x, dy, contract):
+        dy = expect.cotangent(dy, (*x.shape[:-1], features), x.dtype)
+        dx = product(flat(dy), params["kernel"], (1, 1), flat(x)).astype(x.dtype)
+        dparams = {"kernel": contract(Outer(x, dy), params["kernel"])}
+        if use_bias:
+            dparams["bias"] = contract(Shift(dy), params["bias"])
+        return dparams, dx.reshape(x.shape)
+
+    return stateless("dense", init, fwd, bwd)

@@ -1,0 +1,55 @@
+"""Layers that only rearrange: their VJP is the inverse rearrangement.
+
+    y = reshape(x, [B, *shape])        dx = reshape(dy, x.shape)
+
+Residuals: x's shape, carried as a zero-size array [*x.shape, 0]: it is static under `jit` and takes no bytes.
+"""
+
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from funcnet import expect
+from funcnet.layer import Layer, no_params, stateless
+
+
+def reshape(*shape: int) -> Layer[dict, tuple[()], Array]:
+    """[B, ..] -> [B, *shape]; the batch axis stays. One size may be -1. Integer inputs have the cotangent None.
+
+    Raises:
+        expect.InputError: if an example has not as many entries as `shape`.
+    """
+    if shape.count(-1) > 1 or any(size < -1 or size == 0 for size in shape):
+        raise expect.InputError("positive sizes, at most one of them -1", f"{shape}", "leave at most one size open")
+    return _rearrange("reshape", shape)
+
+
+def flatten() -> Layer[dict, tuple[()], Array]:
+    """[B, ..] -> [B, D], D the number of entries of an example. Integer inputs have the cotangent None."""
+    return _rearrange("flatten", (-1,))
+
+
+def _rearrange(name: str, shape: tuple[int, ...]) -> Layer:
+    known = prod(size for size in shape if size != -1)
+
+    def target(x: Any) -> tuple[int, ...]:
+        entries = prod(x.shape[1:])
+        sizes = tuple(entries // known if size == -1 else size for size in shape)
+        if x.ndim == 0 or x.size == 0 or prod(sizes) != entries:
+            wanted = f"a batch of examples that fill the shape {list(shape)}"
+            raise expect.InputError(wanted, expect.describe(x), "put the batch axis first and ask for as many entries")
+        return (x.shape[0], *sizes)
+
+    def fwd(params: dict, x: Any):
+        return x.reshape(target(x)), jnp.zeros((*x.shape, 0), x.dtype)
+
+    def bwd(params, empty, dy, contract):
+        if not expect.is_floating(empty):
+            return {}, None
+        x = jax.ShapeDtypeStruct(empty.shape[:-1], empty.dtype)
+        return {}, expect.cotangent(dy, target(x), x.dtype).reshape(x.shape)
+
+    return stateless(name, no_params, fwd, bwd)

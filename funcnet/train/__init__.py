@@ -1,0 +1,1 @@
+"""Training: the objective and its backward pass, the step, the loop."""

@@ -1,0 +1,128 @@
+"""The objective: a model followed by its loss, and the one backward pass through both.
+
+    y = f(x; w)        l_i = loss(y_i, t_i)        L = sum_i a_i l_i
+
+dL/dl = a, so the weights a are the cotangent that the loss's `bwd` receives, and what that returns for y is the
+cotangent that the model's `bwd` receives. A mean has a_i = 1 / (number of values that count).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from funcnet.expect import InputError, at, describe, is_array
+from funcnet.factors import Contraction, total
+from funcnet.layer import Layer
+from funcnet.losses import Loss, as_loss
+
+Tree = Any
+Batch = tuple[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """A model, its loss, and metrics by name: (prediction, target) -> one number for each value of the loss."""
+
+    model: Layer
+    loss: Loss
+    metrics: Mapping[str, Callable[[Any, Any], Array]]
+
+
+def objective(
+    model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, Any], Array]] | None = None
+) -> Objective:
+    """What training minimises: `loss` of the predictions of `model`.
+
+    Args:
+        model: a layer from inputs to predictions.
+        loss: a layer over (prediction, target) with one value an example, such as `fn.cross_entropy()`.
+        metrics: replaces the loss's own (accuracy for the cross-entropies); {} for none.
+    """
+    loss = as_loss(loss)
+    return Objective(model, loss, dict(loss.metrics if metrics is None else metrics))
+
+
+class Pass(NamedTuple):
+    """What one forward and backward pass gives: weighted sums over the batch, the new state, the gradients."""
+
+    loss: Array
+    metrics: dict[str, Array]
+    state: Tree
+    grads: Tree
+
+
+def mean_weights(objective: Objective, targets: Any) -> Array:
+    """The weights of a mean: 1 / count for each value of the loss that counts, else 0. NaN if none counts."""
+    counted = objective.loss.counted(targets).astype(jnp.result_type(float))
+    return counted / jnp.sum(counted)
+
+
+def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None):
+    """The training forward pass: (prediction, values of the loss, new state, residuals of model and loss)."""
+    inputs, targets = check_batch(batch)
+    prediction, state, residuals = objective.model.fwd(params, state, inputs, key)
+    with at(objective.loss.name):
+        values, _, loss_residuals = objective.loss.fwd({}, (), (prediction, targets), None)
+    return prediction, values, state, (residuals, loss_residuals)
+
+
+def run(
+    objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None, weights: Array, contract: Contraction
+) -> Pass:
+    """One pass forward and one back, the loss and the metrics summed with `weights`."""
+    prediction, values, state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
+    if weights.shape != values.shape:
+        remedy = "give one weight for each value of the loss"
+        raise InputError(f"weights {list(values.shape)}", describe(weights), remedy)
+    weights = weights.astype(values.dtype)
+    with at(objective.loss.name):
+        _, (dprediction, _) = objective.loss.bwd({}, loss_residuals, weights)
+    grads, _ = objective.model.bwd(params, residuals, dprediction, contract)
+    metrics = {
+        name: jnp.sum(weights * metric(prediction, batch[1]).astype(values.dtype))
+        for name, metric in objective.metrics.items()
+    }
+    return Pass(jnp.sum(weights * values), metrics, state, grads)
+
+
+def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tree], Tree]]:
+    """The loss and its gradients by the hand-written backward pass.
+
+    Returns a function (params, state, batch, key, *, weights=None, contract=fn.total) -> ((loss, state), grads):
+
+        batch: (inputs, targets), their first axes equal.
+        key: a `jax.random.key`, or None for a model that draws nothing.
+        weights: one for each value of the loss; the loss is sum(weights * values). None: the mean over all values that
+            count. With ones and `per_example` each example's gradient is that of its own loss.
+        contract: what becomes of each parameter's gradient: `fn.total`, `fn.per_example`, `fn.squared_norm`, `fn.keep`.
+
+    It is plain JAX: jit it, vmap it, and differentiate it for Hessian-vector products.
+    """
+
+    def with_grads(params, state, batch, key=None, *, weights=None, contract=total):
+        targets = check_batch(batch)[1]
+        weights = mean_weights(objective, targets) if weights is None else jnp.asarray(weights)
+        result = run(objective, params, state, batch, key, weights, contract)
+        return (result.loss, result.state), result.grads
+
+    return with_grads
+
+
+def check_batch(batch: Any) -> Batch:
+    """`batch` if it is a pair (inputs, targets) of arrays with the same, positive number of examples."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise InputError("a batch (inputs, targets)", describe(batch), "pair the inputs with their targets")
+    leaves = jax.tree_util.tree_leaves_with_path({"inputs": batch[0], "targets": batch[1]})
+    for path, leaf in leaves:
+        if not is_array(leaf) or leaf.ndim == 0:
+            received = f"{describe(leaf)} at {jax.tree_util.keystr(path)}"
+            raise InputError("arrays with the batch axis first", received, "convert lists with np.asarray")
+    sizes = {jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in leaves}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        received = ", ".join(f"{n} in {path}" for path, n in sizes.items()) or "none"
+        raise InputError("as many inputs as targets, at least one", received, "cut the batch along its first axis alike")
+    return batch[0], batch[1]

@@ -1,0 +1,174 @@
+"""The training step: one pass back, one optimizer update, jitted, its state donated.
+
+    g = sum_i a_i dl_i/dw        w <- w + update(g)
+
+With `accumulate=n` the batch is walked in n micro-batches whose gradients are added in float32 or wider. The weights a
+are those of the whole batch, so the sum is the whole batch's gradient whatever the micro-batches hold.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from funcnet.expect import InputError, at, describe, is_array
+from funcnet.factors import total, wide
+from funcnet.train.objective import Batch, Objective, check_batch, forward, mean_weights, run
+
+Tree = Any
+Step = Callable[["TrainState", Batch, Array | None], tuple["TrainState", dict[str, Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that training carries: a pytree, to be saved, restored and passed on as it is.
+
+    Attributes:
+        params: the model's parameters.
+        state: the model's state, such as running statistics.
+        opt_state: the optimizer's state.
+        key: the `jax.random.key` that every step derives its own from, as fold_in(key, step).
+        step: how many updates were made, int32.
+    """
+
+    params: Tree
+    state: Tree
+    opt_state: Tree
+    key: Array
+    step: Array
+
+
+def init_train_state(
+    objective: Objective, optimizer: optax.GradientTransformation, key: Array, batch: Batch
+) -> TrainState:
+    """A fresh `TrainState` for batches like this one.
+
+    Args:
+        objective: from `fn.objective`.
+        optimizer: any optax gradient transformation.
+        key: a `jax.random.key`; one half of it draws the parameters, the other one is kept for training.
+        batch: (inputs, targets); only shapes and dtypes matter, and a label that is out of range is refused.
+    """
+    inputs, targets = check_batch(batch)
+    init_key, train_key = jax.random.split(key)
+    params, state = objective.model.init(init_key, inputs)
+    with at(objective.loss.name):
+        objective.loss.check(jax.eval_shape(objective.model.apply, params, state, inputs), targets)
+    # Some optimizers keep the parameters themselves in their state; a donated buffer must not be there twice.
+    opt_state = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype) if is_array(leaf) else leaf, optimizer.init(params))
+    return TrainState(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
+
+
+def train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    steps: int | None = None,
+    norms: bool = True,
+) -> Step:
+    """A jitted function (train_state, batch, weights=None) -> (train_state, metrics) that donates its train state.
+
+    The state that was passed in cannot be used again. Metrics are scalars by name: `loss`, the objective's own such as
+    `accuracy`, `grad_norm` and `update_norm`. Values in the batch are not read before the step: a label out of range
+    makes the loss NaN; `fn.fit` checks them.
+
+    Args:
+        objective: from `fn.objective`.
+        optimizer: any optax gradient transformation. Those that want them get value, grad and value_fn, as L-BFGS.
+        accumulate: the number of micro-batches to walk the batch in; it must divide the batch size. State passes from
+            each to the next, and each draws from its own key.
+        steps: None for one step a call. A number k for k steps a call under one `lax.scan`: then every array of the
+            batch, and weights, have an axis of k in front, and so have the metrics.
+        norms: whether to compute the two norms, which read every gradient and update once more.
+
+    Raises:
+        InputError: when first called, for a batch that does not fit the model, the loss or these options.
+    """
+    step = one_step(objective, optimizer, accumulate, norms)
+    if steps is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def many(train_state, batch, weights=None):
+        return scan_steps(step, steps, train_state, batch, weights)
+
+    return jax.jit(many, donate_argnums=0)
+
+
+def scan_steps(step: Any, steps: int, carry: Tree, batch: Batch, weights: Array | None) -> tuple[Tree, Tree]:
+    """`step` over batches stacked along a first axis of `steps`."""
+    for leaf in jax.tree.leaves((batch, weights)):
+        if jnp.shape(leaf)[:1] != (steps,):
+            remedy = f"stack {steps} batches, or ask for as many steps as there are"
+            raise InputError(f"a first axis of {steps} steps in front of the batch axis", describe(leaf), remedy)
+    return lax.scan(lambda carry, each: step(carry, *each), carry, (batch, weights))
+
+
+def one_step(objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, norms: bool) -> Step:
+    """The step as a plain function."""
+    if accumulate < 1:
+        raise InputError("at least one micro-batch", f"accumulate={accumulate}", "use 1 for the whole batch at once")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(train_state, batch, weights=None):
+        targets = check_batch(batch)[1]
+        weights = mean_weights(objective, targets) if weights is None else weights
+        params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
+        passed = _accumulated(objective, accumulate, params, train_state.state, batch, key, weights)
+
+        def value_fn(params):
+            return jnp.sum(weights * forward(objective, params, train_state.state, batch, key)[1])
+
+        updates, opt_state = optimizer.update(
+            passed.grads, train_state.opt_state, params, value=passed.loss, grad=passed.grads, value_fn=value_fn
+        )
+        metrics = {"loss": passed.loss} | {name: v / jnp.sum(weights) for name, v in passed.metrics.items()}
+        if norms:
+            metrics |= {"grad_norm": _norm(passed.grads), "update_norm": _norm(updates)}
+        params = optax.apply_updates(params, updates)
+        return TrainState(params, passed.state, opt_state, train_state.key, train_state.step + 1), metrics
+
+    return step
+
+
+def _accumulated(objective, accumulate, params, state, batch, key, weights):
+    """`run` over the whole batch, in `accumulate` micro-batches."""
+    if accumulate == 1:
+        return run(objective, params, state, batch, key, weights, total)
+    examples = weights.shape[0]
+    if examples % accumulate:
+        remedy = "choose a divisor of the batch size"
+        raise InputError(f"a batch size that {accumulate} micro-batches divide", f"{examples} examples", remedy)
+
+    def split(leaf):
+        return leaf.reshape(accumulate, examples // accumulate, *leaf.shape[1:])
+
+    def body(carry, micro):
+        state, so_far = carry
+        i, batch, weights = micro
+        passed = run(objective, params, state, batch, jax.random.fold_in(key, i), weights, total)
+        added = jax.tree.map(lambda a, b: a + b.astype(a.dtype), so_far, (passed.loss, passed.metrics, passed.grads))
+        return (passed.state, added), None
+
+    first = jax.eval_shape(lambda: run(objective, params, state, *_first(split, batch, weights, key), total))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf.dtype)), (first.loss, first.metrics, first.grads))
+    micros = (jnp.arange(accumulate), *jax.tree.map(split, (batch, weights)))
+    (state, (loss, metrics, grads)), _ = lax.scan(body, (state, zeros), micros)
+    return first._replace(
+        loss=loss, metrics=metrics, state=state, grads=jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    )
+
+
+def _first(split, batch, weights, key):
+    batch, weights = jax.tree.map(lambda leaf: split(leaf)[0], (batch, weights))
+    return batch, key, weights
+
+
+def _norm(tree: Tree) -> Array:
+    """The Euclidean norm over all leaves, in float32 or wider."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) for leaf in jax.tree.leaves(tree)))

@@ -1,0 +1,21 @@
+"""Strict dtypes and ranks for every test, and warnings are errors (pyproject.toml)."""
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX's own promotion rules, for code of others, such as optax, that relies on them."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """Double precision."""
+    with jax.enable_x64(True):
+        yield
