@@ -45,3 +45,5 @@ from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, init_train_state, train_step
 from funcnet.check.layer import check_layer
 from funcnet.check.report import Leaf, Report, compare_grads
+from funcnet.summary import Row, Summary, summary
+from funcnet.train.loop import evaluate, fit

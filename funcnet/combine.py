@@ -5,7 +5,7 @@ A combinator of one layer (`skip`, `repeat`, `remat`, `mixed`) is transparent: i
 i draws its randomness from `fold_in(key, i)`, so a layer appended at the end leaves the draws of the others alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -189,13 +189,17 @@ def repeat(layer: Layer, times: int) -> Layer:
     def fwd(params, state, x, key):
         check(params)
 
+        rebuild = None
+
         def body(x, layers):
+            nonlocal rebuild
             params, state, key = layers
             y, state, residuals = layer.fwd(params, state, x, key)
-            return y, (state, residuals)
+            distinct, rebuild = _distinct(residuals)
+            return y, (state, distinct)
 
-        y, (state, residuals) = lax.scan(body, x, (params, state, keys(key)), length=times)
-        return y, state, residuals
+        y, (state, stacked) = lax.scan(body, x, (params, state, keys(key)), length=times)
+        return y, state, rebuild(stacked)
 
     def bwd(params, residuals, dy, contract=total):
         def body(dy, layers):
@@ -319,6 +323,14 @@ def _by_name(layers: tuple[Layer, ...], named: Mapping[str, Layer]) -> dict[str,
     if clash := parts.keys() & named.keys():
         raise InputError("names that differ", f"{sorted(clash)} twice", "give the named layer another name")
     return parts | dict(named)
+
+
+def _distinct(tree: Tree) -> tuple[list[Array], Callable[[list[Array]], Tree]]:
+    """The leaves of `tree`, each array once, and the way back: one layer's output is often the next one's input."""
+    leaves, structure = jax.tree.flatten(tree)
+    distinct = list({id(leaf): leaf for leaf in leaves}.values())
+    index = [next(i for i, other in enumerate(distinct) if other is leaf) for leaf in leaves]
+    return distinct, lambda distinct: jax.tree.unflatten(structure, [distinct[i] for i in index])
 
 
 def _around(inner: Layer, whole: Layer, wrap: Any) -> Layer:

@@ -1,0 +1,252 @@
+"""The loop around the step: batches in, metrics out, and a stop that says why when a number is no longer finite."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from funcnet.expect import InputError, at, describe, is_concrete, is_floating
+from funcnet.layer import observe
+from funcnet.train.objective import Batch, Objective, check_batch, value_and_grad
+from funcnet.train.progress import progress
+from funcnet.train.run import append_metrics, start_run
+from funcnet.train.step import TrainState, one_step, scan_steps
+
+Tree = Any
+Record = dict[str, float]
+
+
+def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[Batch]) -> Record:
+    """The mean loss and metrics over all examples of `batches`, by `apply`: nothing is dropped, no state moves.
+
+    Args:
+        batches: pairs (inputs, targets); sizes may differ, each new size compiles once. Their values are checked.
+
+    Raises:
+        InputError: for no batches, and for what does not fit the model or the loss.
+    """
+    sums: dict[str, float] = {}
+    check = values_check(objective, params, state)
+    for batch in batches:
+        check(batch)
+        for name, value in jax.device_get(_sums(objective, params, state, batch)).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    if not sums:
+        raise InputError("at least one batch", "none", "pass a list of (inputs, targets)")
+    count = sums.pop("count")
+    return {name: value / count for name, value in sums.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def _sums(objective: Objective, params: Tree, state: Tree, batch: Batch) -> dict[str, Array]:
+    inputs, targets = batch
+    prediction = objective.model.apply(params, state, inputs)
+    with at(objective.loss.name):
+        values = objective.loss.apply({}, (), (prediction, targets))
+    counted = objective.loss.counted(targets).astype(values.dtype)
+    metrics = {name: metric(prediction, targets).astype(values.dtype) for name, metric in objective.metrics.items()}
+    columns = {"loss": values, **metrics, "count": jnp.ones_like(values)}
+    return {name: jnp.sum(counted * column) for name, column in columns.items()}
+
+
+def fit(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    train_state: TrainState,
+    batches: Iterable[Batch],
+    steps: int,
+    *,
+    steps_per_call: int = 1,
+    accumulate: int = 1,
+    log_every: int = 100,
+    validation: Iterable[Batch] | None = None,
+    run_dir: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> tuple[TrainState, list[Record]]:
+    """Train for `steps` steps and return the new state and the records that were logged.
+
+    Args:
+        objective, optimizer: as for `fn.train_step`.
+        train_state: from `fn.init_train_state` or an earlier `fit`; donated, so it cannot be used again.
+        batches: pairs (inputs, targets), at least `steps` of them; each is checked before it is used: sizes, NaN and
+            infinity, labels out of range.
+        steps_per_call: how many steps one compiled call makes; it must divide `steps` and `log_every`. Small models,
+            bound by the cost of a call, run faster with 10 or 100.
+        accumulate: micro-batches a step, as for `fn.train_step`.
+        log_every: a record every so many steps, and one at the end. It holds the step and the means of all metrics
+            since the record before, with `val_` metrics of the moment if there is validation data.
+        validation: pairs (inputs, targets) for `evaluate`; a list, since it is walked again for each record.
+        run_dir: a folder for config.json, environment.json and metrics.jsonl, a JSON record a line.
+        config: what config.json is to hold.
+        overwrite: whether an earlier run in run_dir may be overwritten.
+
+    Raises:
+        FloatingPointError: when a loss or gradient is not finite. It names the step, the layer and the leaves; records
+            stay written, and its attribute `train_state` is the state before that step.
+        InputError: for a batch that does not fit, or too few of them.
+        FileExistsError: if run_dir holds an earlier run and overwrite is False.
+    """
+    if steps < 1 or steps_per_call < 1 or steps % steps_per_call or log_every % steps_per_call or log_every < 1:
+        received = f"steps={steps}, log_every={log_every}, steps_per_call={steps_per_call}"
+        raise InputError("steps and log_every that are multiples of steps_per_call", received, "change one of them")
+    folder = None if run_dir is None else start_run(run_dir, config, overwrite=overwrite)
+    validation = None if validation is None else list(validation)
+    call = _halting_call(objective, optimizer, accumulate, steps_per_call)
+    first, history, since = int(train_state.step), [], []
+    calls = _stacked(objective, train_state, batches, steps, steps_per_call)
+    with progress(first, first + steps) as report:
+        for done, stacked in zip(range(0, steps, steps_per_call), calls, strict=True):
+            train_state, metrics = call(train_state, stacked)
+            rows = _rows(jax.device_get(metrics))
+            for i, row in enumerate(rows):
+                if not _finite(row):
+                    batch = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+                    raise _not_finite(objective, train_state, batch, first + done + i + 1, row)
+            since += rows
+            done += steps_per_call
+            record = None
+            if done % log_every == 0 or done == steps:
+                record = {"step": first + done, **_means(since)}
+                since = []
+                if validation is not None:
+                    values = evaluate(objective, train_state.params, train_state.state, validation)
+                    record |= {f"val_{name}": value for name, value in values.items()}
+                history.append(record)
+                if folder is not None:
+                    append_metrics(folder, record)
+            report(first + done, record)
+    return train_state, history
+
+
+def _halting_call(objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, steps: int) -> Any:
+    """A jitted call of `steps` training steps, which leaves the train state alone from the first non-finite one on."""
+    step = one_step(objective, optimizer, accumulate, norms=True)
+
+    def guarded(carry, batch, weights):
+        train_state, alive = carry
+        after, metrics = step(train_state, batch, weights)
+        alive &= jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        return (jax.tree.map(partial(_select, alive), after, train_state), alive), metrics
+
+    def call(train_state, stacked):
+        (train_state, _), metrics = scan_steps(guarded, steps, (train_state, jnp.array(True)), stacked, None)
+        return train_state, metrics
+
+    return jax.jit(call, donate_argnums=0)
+
+
+def _select(alive: Array, after: Array, before: Array) -> Array:
+    return jnp.where(alive, after, before)
+
+
+def _stacked(
+    objective: Objective, train_state: TrainState, batches: Iterable[Batch], steps: int, steps_per_call: int
+) -> Iterator[Batch]:
+    """The checked batches, `steps_per_call` at a time along a new first axis, as many as `steps` need."""
+    check, source = values_check(objective, train_state.params, train_state.state), iter(batches)
+    for done in range(0, steps, steps_per_call):
+        group = list(islice(source, steps_per_call))
+        if len(group) < steps_per_call:
+            remedy = "give an endless iterator, or ask for fewer steps"
+            raise InputError(f"batches for {steps} steps", f"{done + len(group)} batches", remedy)
+        for batch in group:
+            check(batch)
+        yield jax.tree.map(_stack, *map(tuple, group))
+
+
+def _stack(*leaves: Any) -> Any:
+    return (jnp if isinstance(leaves[0], jax.Array) else np).stack(leaves)
+
+
+def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[Batch], None]:
+    """A function that refuses a batch with NaN or infinity in it, or with targets that do not fit the predictions."""
+    params, state = _shapes((params, state))
+    predictions: dict[str, Any] = {}
+
+    def check(batch: Batch) -> None:
+        inputs, targets = check_batch(batch)
+        for name, part in (("inputs", inputs), ("targets", targets)):
+            with at(name):
+                for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+                    _check_finite(jax.tree_util.keystr(path), leaf)
+        shape = describe(inputs)
+        if shape not in predictions:
+            predictions[shape] = jax.eval_shape(objective.model.apply, params, state, _shapes(inputs))
+        with at(objective.loss.name):
+            objective.loss.check(predictions[shape], targets)
+
+    return check
+
+
+def _check_finite(path: str, leaf: Any) -> None:
+    if not is_floating(leaf):
+        return
+    values = np.asarray(leaf)
+    finite = np.isfinite(values)
+    if not finite.all():
+        index = tuple(int(i) for i in np.argwhere(~finite)[0])
+        received = f"{values[index]} at index {index}{path and f' of {path}'}; {int((~finite).sum())} such of {values.size}"
+        raise InputError("finite numbers", received, "clean the data: leave these examples out or mend them")
+
+
+def _shapes(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _rows(metrics: dict[str, Any]) -> list[Record]:
+    """Metrics with an axis of steps as one record a step."""
+    names = sorted(metrics, key=lambda name: (name != "loss", name))
+    columns = {name: np.asarray(metrics[name], np.float64).tolist() for name in names}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _means(rows: list[Record]) -> Record:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _finite(row: Record) -> bool:
+    return bool(np.isfinite([row["loss"], row["grad_norm"]]).all())
+
+
+def _not_finite(objective: Objective, train_state: TrainState, batch: Batch, step: int, row: Record) -> FloatingPointError:
+    """The error for a step whose loss or gradient is not finite, with the first layer and the leaves that are not."""
+    params, state = train_state.params, train_state.state
+    key = jax.random.fold_in(train_state.key, train_state.step)
+    _, grads = jax.jit(value_and_grad(objective))(params, state, batch, key)
+    facts = [f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}"]
+    if leaves := _bad_leaves(params):
+        facts.append(f"parameters not finite before this step: {', '.join(leaves)}")
+    if layer := _first_bad_layer(objective, params, state, batch, key):
+        facts.append(f"the first layer with an output that is not finite: {layer}")
+    if leaves := _bad_leaves(grads):
+        facts.append(f"gradient leaves not finite: {', '.join(leaves)}")
+    remedy = "a smaller learning rate, gradient clipping, or inputs of a smaller scale are the usual remedies"
+    error = FloatingPointError("\n  ".join([*facts, remedy]))
+    error.train_state = train_state
+    return error
+
+
+def _bad_leaves(tree: Tree) -> list[str]:
+    with_path = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path) for path, leaf in with_path if not np.isfinite(np.asarray(leaf)).all()]
+
+
+def _first_bad_layer(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array) -> str | None:
+    """The path of the first layer, in the order they run, whose output is not finite; a `repeat` counts as one."""
+    found: list[str] = []
+
+    def see(path, layer, params, x, out):
+        leaves = [leaf for leaf in jax.tree.leaves(out[0]) if is_floating(leaf) and is_concrete(leaf)]
+        if any(not np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
+            found.append("/".join(path) or layer.name)
+
+    observe(objective.model, see).fwd(params, state, batch[0], key)
+    return found[0] if found else None

@@ -1,0 +1,117 @@
+"""What a model is made of and what a training step of it keeps in memory, by layer, without computing anything."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from funcnet.expect import describe
+from funcnet.layer import Layer, observe
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a model.
+
+    Attributes:
+        path: names from the outermost layer inwards; empty for the model itself.
+        kind: the layer's own name.
+        output: its output's dtype and shape; for one turn of a `repeat`.
+        parameters: how many numbers it learns; for one turn of a `repeat`.
+        residual_bytes: bytes of the arrays it keeps for its backward pass, each array once.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    output: str
+    parameters: int
+    residual_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table by layer, and totals of the whole model.
+
+    Attributes:
+        rows: layers in the order they run, each combinator above its parts.
+        input: the input's dtype and shape.
+        parameters: how many numbers the model learns.
+        parameter_bytes, residual_bytes: what its parameters, and its residuals of one step, take.
+    """
+
+    rows: tuple[Row, ...]
+    input: str
+    parameters: int
+    parameter_bytes: int
+    residual_bytes: int
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "output", "parameters", "residual bytes")
+        cells = [
+            ("  " * (len(r.path) - 1) + (r.path or (r.kind,))[-1], r.kind, r.output, f"{r.parameters:,}", f"{r.residual_bytes:,}")
+            for r in self.rows
+        ]
+        total = ("total", "", "", f"{self.parameters:,}", f"{self.residual_bytes:,}")
+        widths = [max(map(len, column)) for column in zip(head, *cells, total)]
+        rule = "  ".join("-" * w for w in widths)
+        table = [_line(head, widths), rule, *(_line(row, widths) for row in cells), rule, _line(total, widths)]
+        foot = f"input {self.input}; parameters {_size(self.parameter_bytes)}, residuals of a step {_size(self.residual_bytes)}"
+        return "\n".join([*table, foot])
+
+
+def summary(layer: Layer, x: Any) -> Summary:
+    """Tabulate `layer` for the input `x`: outputs, parameters and residual bytes by layer. `print` it.
+
+    Everything is found by abstract evaluation, so a model of any size costs milliseconds and no memory. An array that
+    two layers keep, such as a relu's output that is the next layer's input, stands in both rows and counts once in what
+    contains them, and in the total.
+
+    Args:
+        layer: any layer.
+        x: its input: an array, a `jax.ShapeDtypeStruct`, or a pytree of them.
+    """
+    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, state = jax.eval_shape(layer.init, key, x)
+    rows: dict[tuple[str, ...], Row] = {}
+
+    def see(path, part, params, x, out):
+        y, _, residuals = out
+        rows[path] = Row(path, part.name, describe(y), _count(params), _bytes(residuals))
+
+    jax.eval_shape(observe(layer, see).fwd, params, state, x, key)
+    whole = rows[()]
+    ordered = tuple(rows[path] for path in _paths(layer) if path in rows and path) or (whole,)
+    return Summary(ordered, describe(x), whole.parameters, _bytes(params), whole.residual_bytes)
+
+
+def _paths(layer: Layer, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of a layer and all its parts, each before its own parts."""
+    yield path
+    for name, part in layer.parts.items():
+        yield from _paths(part, (*path, name))
+
+
+def _count(tree: Tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Tree) -> int:
+    """Bytes of the distinct arrays in a tree."""
+    distinct = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in distinct)
+
+
+def _size(size: float) -> str:
+    units = ["B", "kB", "MB", "GB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    padded = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+    return "  ".join(padded).rstrip()

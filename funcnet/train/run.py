@@ -1,0 +1,65 @@
+"""A run's folder: what was asked for, on what it ran, and what came out, as plain JSON."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+
+
+def start_run(run_dir: str | Path, config: Mapping[str, Any] | None = None, *, overwrite: bool = False) -> Path:
+    """Make the folder of a run and write config.json and environment.json; metrics.jsonl is begun empty.
+
+    Args:
+        run_dir: made with its parents.
+        config: what JSON can hold.
+        overwrite: whether the files of an earlier run there may be replaced.
+
+    Raises:
+        FileExistsError: if the folder holds anything and overwrite is False. Nothing is written then.
+    """
+    folder = Path(run_dir)
+    text = json.dumps(dict(config or {}), indent=2)
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} is not empty; name another run folder, or allow it to be overwritten")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(text + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps(environment(), indent=2) + "\n")
+    (folder / METRICS).write_text("")
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """The versions, the machine and the devices that results depend on."""
+    packages = ("funcnet", "jax", "jaxlib", "optax", "chex", "numpy")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "devices": [str(device) for device in jax.devices()],
+        "x64": bool(jax.config.jax_enable_x64),
+        **{name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def append_metrics(folder: Path, record: Mapping[str, float]) -> None:
+    """Add one line to metrics.jsonl; it is on disk's way when this returns, whatever happens to the run."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+    """The records of a run's metrics.jsonl, in order."""
+    return [json.loads(line) for line in (Path(run_dir) / METRICS).read_text().splitlines()]
