@@ -66,7 +66,8 @@ def draw_misread(images: np.ndarray, labels: np.ndarray, predicted: np.ndarray, 
     """Up to ten of the digits that were read wrongly."""
     plt = pyplot()
     wrong = np.flatnonzero(labels != predicted)[:10]
-    figure, axes = plt.subplots(2, 5, figsize=(8, 4), layout="constrained")
+    rows = max(1, -(-len(wrong) // 5))
+    figure, axes = plt.subplots(rows, 5, figsize=(8, 2 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, wrong, strict=False):
@@ -77,7 +78,7 @@ def draw_misread(images: np.ndarray, labels: np.ndarray, predicted: np.ndarray, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500, help="training steps, a multiple of 50 (default 1500)")
     parser.add_argument("--seed", type=int, default=0, help="of parameters, batches and dropout (default 0)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/digits"), help="run folder (default runs/digits)")

@@ -1,6 +1,8 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
-from funcnet.combine import mixed, parallel, remat, repeat, serial, skip
+from funcnet.check.layer import check_layer
+from funcnet.check.report import Leaf, Report, compare_grads
+from funcnet.combine import parallel, repeat, serial, skip
 from funcnet.expect import InputError
 from funcnet.factors import (
     Contraction,
@@ -41,9 +43,8 @@ from funcnet.layers.dropout import dropout
 from funcnet.layers.norm import layer_norm, rms_norm
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.losses import Loss, binary_cross_entropy, cross_entropy, huber, mae, mse
+from funcnet.summary import Row, Summary, summary
+from funcnet.train.loop import NotFiniteError, evaluate, fit
 from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, init_train_state, train_step
-from funcnet.check.layer import check_layer
-from funcnet.check.report import Leaf, Report, compare_grads
-from funcnet.summary import Row, Summary, summary
-from funcnet.train.loop import evaluate, fit
+from funcnet.transform import mixed, remat

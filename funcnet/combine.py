@@ -1,22 +1,22 @@
 """Combinators: layers made of layers, their backward passes the chain rule and nothing else.
 
-Each is one more `Layer`, a few lines long, because residuals are plain data that can be nested, stacked and thrown away.
-A combinator of one layer (`skip`, `repeat`, `remat`, `mixed`) is transparent: it has that layer's params and parts. Child
-i draws its randomness from `fold_in(key, i)`, so a layer appended at the end leaves the draws of the others alone.
+Each is one more `Layer`, a few lines long, because residuals are plain data that nest and stack like any other. `skip`
+and `repeat` are transparent: they have the params and parts of the layer they are made of. Child i draws its
+randomness from `fold_in(key, i)`, so a layer appended at the end leaves the draws of the others alone.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
-from funcnet.expect import InputError, at, describe, is_floating
-from funcnet.factors import Contraction, total
-from funcnet.layer import Layer, output
+from funcnet.expect import InputError, at, describe
+from funcnet.factors import total
+from funcnet.layer import Layer, around, output
 
 Tree = Any
 
@@ -79,7 +79,9 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
 
     def check(xs):
         if not isinstance(xs, tuple) or len(xs) != len(parts):
-            raise InputError(f"a tuple of {len(parts)} inputs, one a layer", describe(xs), "give one input to each layer")
+            raise InputError(
+                f"a tuple of {len(parts)} inputs, one a layer", describe(xs), "give one input to each layer"
+            )
 
     def init(key, xs):
         check(xs)
@@ -129,7 +131,9 @@ def skip(layer: Layer) -> Layer:
 
     def add(x, y):
         if jnp.shape(x) != y.shape or x.dtype != y.dtype:
-            raise InputError(f"an output like the input, {describe(x)}", describe(y), "let the last layer return that shape")
+            raise InputError(
+                f"an output like the input, {describe(x)}", describe(y), "let the last layer return that shape"
+            )
         return x + y
 
     def init(key, x):
@@ -148,7 +152,7 @@ def skip(layer: Layer) -> Layer:
         dparams, dx = layer.bwd(params, residuals, dy, contract)
         return dparams, dy + dx
 
-    return _around(layer, replace(layer, name="skip", init=init, apply=apply, fwd=fwd, bwd=bwd), skip)
+    return around(layer, replace(layer, name="skip", init=init, apply=apply, fwd=fwd, bwd=bwd), skip)
 
 
 def repeat(layer: Layer, times: int) -> Layer:
@@ -174,7 +178,9 @@ def repeat(layer: Layer, times: int) -> Layer:
         params, state = jax.vmap(lambda key: layer.init(key, x))(keys(key))
         y = output(layer, *jax.tree.map(lambda leaf: leaf[0], (params, state)), x)
         if describe(y) != describe(x):
-            raise InputError(f"an output like the input, {describe(x)}", describe(y), "repeat a layer that keeps its shape")
+            raise InputError(
+                f"an output like the input, {describe(x)}", describe(y), "repeat a layer that keeps its shape"
+            )
         return params, state
 
     def check(params):
@@ -184,22 +190,22 @@ def repeat(layer: Layer, times: int) -> Layer:
 
     def apply(params, state, x):
         check(params)
-        return lax.scan(lambda x, layers: (layer.apply(*layers, x), None), x, (params, state))[0]
+        return lax.scan(lambda x, layers: (layer.apply(layers[0], layers[1], x), None), x, (params, state))[0]
 
     def fwd(params, state, x, key):
         check(params)
 
-        rebuild = None
+        restore: Any = None
 
         def body(x, layers):
-            nonlocal rebuild
+            nonlocal restore
             params, state, key = layers
             y, state, residuals = layer.fwd(params, state, x, key)
-            distinct, rebuild = _distinct(residuals)
+            distinct, restore = _distinct(residuals)
             return y, (state, distinct)
 
         y, (state, stacked) = lax.scan(body, x, (params, state, keys(key)), length=times)
-        return y, state, rebuild(stacked)
+        return y, state, restore(stacked)
 
     def bwd(params, residuals, dy, contract=total):
         def body(dy, layers):
@@ -212,103 +218,10 @@ def repeat(layer: Layer, times: int) -> Layer:
     def again(layer):
         return repeat(layer, times)
 
-    return _around(layer, replace(layer, name="repeat", init=init, apply=apply, fwd=fwd, bwd=bwd), again)
+    return around(layer, replace(layer, name="repeat", init=init, apply=apply, fwd=fwd, bwd=bwd), again)
 
 
-class Rerun(NamedTuple):
-    """Residuals of `remat`: what `fwd` was called with, beside the params."""
-
-    state: Tree
-    x: Tree
-    key: Array | None
-
-
-def remat(layer: Layer) -> Layer:
-    """The same layer, which saves only its input and runs `fwd` again in `bwd`: less memory for one more forward pass.
-
-    Names, params and results are the layer's own.
-    """
-
-    def fwd(params, state, x, key):
-        y, new_state, _ = layer.fwd(params, state, x, key)
-        return y, new_state, Rerun(state, x, key)
-
-    def bwd(params, saved, dy, contract=total):
-        _, _, residuals = layer.fwd(params, saved.state, _after(dy, saved.x), saved.key)
-        return layer.bwd(params, residuals, dy, contract)
-
-    return _around(layer, replace(layer, fwd=fwd, bwd=bwd), remat)
-
-
-def _after(dy: Tree, x: Tree) -> Tree:
-    """x, bit for bit, but made to depend on dy, so that what is computed from it is computed in the backward pass.
-
-    Without that the compiler sees the forward pass twice and keeps the first one's results. An optimization barrier is
-    meant for this, but XLA's CPU compiler drops it before it merges equal computations (jaxlib 0.10.2). No compiler
-    may drop 0 * d for an unknown d, which could be infinite; the guard keeps an infinite d from becoming NaN.
-    """
-    d = jnp.sum(jax.tree.leaves(dy)[0].astype(jnp.float32))
-    zero = 0 * jnp.where(jnp.isfinite(d), d, 0.0)
-
-    def tied(leaf):
-        if is_floating(leaf):
-            return leaf * (1 + zero).astype(leaf.dtype)
-        return leaf + zero.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
-
-    return jax.tree.map(tied, x)
-
-
-def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", output: Any = "float32") -> Layer:
-    """The same layer with a dtype each for its params, its computation and its input and output.
-
-    Floating params and inputs are cast to `compute` on the way in, outputs to `output` on the way out; cotangents go
-    the other way. Gradients are contracted wide and handed out in the params' own dtype, not rounded to `compute`
-    first. Residuals are in `compute`. Names and params are the layer's own.
-
-    Args:
-        param: dtype of the params that `init` makes and `bwd` returns gradients in.
-        compute: dtype that the layer works in.
-        output: dtype of y, and of x and dx where they are floating.
-
-    Raises:
-        InputError: if a floating input is not of dtype `output`.
-    """
-    param, compute, output = map(jnp.dtype, (param, compute, output))
-
-    def check(x):
-        if any(is_floating(leaf) and leaf.dtype != output for leaf in jax.tree.leaves(x)):
-            raise InputError(f"an input of dtype {output}", describe(x), "convert it, or give mixed another output dtype")
-        return cast(x, compute)
-
-    def init(key, x):
-        check(x)
-        params, state = layer.init(key, jax.eval_shape(lambda x: cast(x, param), x))
-        return cast(params, param), state
-
-    def apply(params, state, x):
-        return cast(layer.apply(cast(params, compute), state, check(x)), output)
-
-    def fwd(params, state, x, key):
-        y, state, residuals = layer.fwd(cast(params, compute), state, check(x), key)
-        return cast(y, output), state, residuals
-
-    def bwd(params, residuals, dy, contract=total):
-        in_param_dtype = replace(contract, of=lambda factor, p: contract.of(factor, p.astype(param)))
-        dparams, dx = layer.bwd(cast(params, compute), residuals, cast(dy, compute), in_param_dtype)
-        return dparams, cast(dx, output)
-
-    def again(layer):
-        return mixed(layer, param, compute, output)
-
-    return _around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), again)
-
-
-def cast(tree: Tree, dtype: Any) -> Tree:
-    """`tree` with its floating arrays in `dtype`; integers, booleans and keys as they are."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_floating(leaf) else leaf, tree)
-
-
-def _child(key: Array | None, i: int) -> Array | None:
+def _child(key: Array | None, i: int) -> Any:
     return None if key is None else jax.random.fold_in(key, i)
 
 
@@ -331,9 +244,3 @@ def _distinct(tree: Tree) -> tuple[list[Array], Callable[[list[Array]], Tree]]:
     distinct = list({id(leaf): leaf for leaf in leaves}.values())
     index = [next(i for i, other in enumerate(distinct) if other is leaf) for leaf in leaves]
     return distinct, lambda distinct: jax.tree.unflatten(structure, [distinct[i] for i in index])
-
-
-def _around(inner: Layer, whole: Layer, wrap: Any) -> Layer:
-    """`whole`, a combinator of the one layer `inner`, transparent to its parts."""
-    rebuild = None if inner.rebuild is None else lambda parts: wrap(inner.rebuild(parts))
-    return replace(whole, rebuild=rebuild)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 Tree = Any
@@ -86,7 +87,7 @@ def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:
         raise InputError(wanted, describe(x), "give the input that the layer was initialised for, or call init again")
 
 
-def fields(params: Tree, dtype: Any, **shapes: tuple[int, ...]) -> None:
+def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype."""
     wanted = "parameters {" + ", ".join(f"{k}: {dtype}[{', '.join(map(str, s))}]" for k, s in shapes.items()) + "}"
     if not isinstance(params, Mapping) or params.keys() != shapes.keys():
@@ -100,7 +101,7 @@ def fields(params: Tree, dtype: Any, **shapes: tuple[int, ...]) -> None:
 
 def size(params: Tree, name: str) -> int | None:
     """The input size that `params[name]` was made for, or None where the parameters have no such array."""
-    v = params.get(name) if isinstance(params, Mapping) else None
+    v: Any = params.get(name) if isinstance(params, Mapping) else None
     return v.shape[0] if is_array(v) and v.ndim else None
 
 
@@ -108,7 +109,9 @@ def named(tree: Tree, names: Any, what: str) -> None:
     """Refuse a `tree` that is not a dict with exactly `names` as its keys."""
     if not isinstance(tree, Mapping) or set(tree) != set(names):
         received = f"keys {list(tree)}" if isinstance(tree, Mapping) else describe(tree)
-        raise InputError(f"{what} for the layers {list(names)}", received, f"pass the {what} that this model's init returned")
+        raise InputError(
+            f"{what} for the layers {list(names)}", received, f"pass the {what} that this model's init returned"
+        )
 
 
 def cotangent(dy: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -94,11 +94,11 @@ class Contraction:
         return self.stacked(jax.vmap(self)(replace(factor, layers=factor.layers - 1), param))
 
 
-def contraction(of: Callable[[Any, Array], Any] | None = None, *, stacked: Callable[[Any], Any] = lambda answer: answer):
-    """Make a contraction of a function of (factor, param); `stacked` as in `Contraction`."""
-    if of is None:
-        return lambda of: Contraction(of.__name__, of, stacked)
-    return Contraction(of.__name__, of, stacked)
+def contraction(
+    stacked: Callable[[Any], Any] = lambda answer: answer,
+) -> Callable[[Callable[[Any, Array], Any]], Contraction]:
+    """A decorator that makes a contraction of a function of (factor, param); `stacked` as in `Contraction`."""
+    return lambda of: Contraction(getattr(of, "__name__", "contraction"), of, stacked)
 
 
 def wide(dtype: Any) -> Any:
@@ -129,7 +129,7 @@ def _wide_examples(a: Array, name: str, features: int = 1) -> Array:
     return a.reshape(a.shape[0], -1, a.shape[-1]).astype(wide(a.dtype))
 
 
-@contraction
+@contraction()
 def total(factor: Factor, param: Array) -> Array:
     """The gradient: summed over examples and positions in float32 or wider, in the parameter's dtype and sharding."""
     match factor:
@@ -149,7 +149,7 @@ def total(factor: Factor, param: Array) -> Array:
     return answer.astype(param.dtype)
 
 
-@contraction(stacked=lambda answer: jnp.moveaxis(answer, 0, 1))
+@contraction(lambda answer: jnp.moveaxis(answer, 0, 1))
 def per_example(factor: Factor, param: Array) -> Array:
     """One gradient an example, [B, *param] ([B, L, *param] under `repeat`), in the parameter's dtype."""
     return _per_example(factor).astype(param.dtype)
@@ -167,7 +167,7 @@ def _per_example(factor: Factor) -> Array:
             raise _unknown(factor, "per_example")
 
 
-@contraction(stacked=lambda answer: jnp.sum(answer, axis=0))
+@contraction(lambda answer: jnp.sum(answer, axis=0))
 def squared_norm(factor: Factor, param: Array) -> Array:
     """One squared gradient norm an example, [B], in float32 or wider; summed over the layers of `repeat`.
 
@@ -187,7 +187,7 @@ def squared_norm(factor: Factor, param: Array) -> Array:
     return jnp.sum(jnp.square(gradient), axis=tuple(range(1, gradient.ndim)))
 
 
-@contraction(stacked=lambda factor: replace(factor, layers=factor.layers + 1))
+@contraction(lambda factor: replace(factor, layers=factor.layers + 1))
 def keep(factor: Factor, param: Array) -> Factor:
     """The factor itself. Contract it later: `total(factor, param)`, `squared_norm(factor, param)`."""
     return factor

@@ -63,7 +63,7 @@ def stateless(
     fwd: Callable[[Params, Any], tuple[Any, Residuals]],
     bwd: Callable[[Params, Residuals, Any, Contraction], tuple[Any, Any]],
 ) -> Layer[Params, tuple[()], Residuals]:
-    """A layer without state or randomness, of `init(key, x) -> params`, `fwd(params, x) -> (y, residuals)` and `bwd`."""
+    """A layer without state or randomness: `init(key, x) -> params`, `fwd(params, x) -> (y, residuals)`, `bwd`."""
 
     def with_state(params, state, x, key):
         y, residuals = fwd(params, jax.tree.map(jnp.asarray, x))
@@ -112,22 +112,7 @@ def output(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
     return jax.eval_shape(layer.apply, params, state, x)
 
 
-See = Callable[[tuple[str, ...], Layer, Tree, Any, tuple], None]
-
-
-def observe(layer: Layer, see: See, path: tuple[str, ...] = ()) -> Layer:
-    """The same layer, which calls `see(path, layer, params, x, (y, state, residuals))` after each `fwd` inside it.
-
-    Under `jax.eval_shape` or `jax.jit` what `see` receives are tracers: shapes and dtypes without values.
-    """
-    if layer.rebuild is None:
-        whole = layer
-    else:
-        whole = layer.rebuild({name: observe(part, see, (*path, name)) for name, part in layer.parts.items()})
-
-    def fwd(params, state, x, key):
-        out = whole.fwd(params, state, x, key)
-        see(path, layer, params, x, out)
-        return out
-
-    return replace(whole, fwd=fwd)
+def around(inner: Layer, whole: Layer, wrap: Callable[[Layer], Layer]) -> Layer:
+    """`whole`, a combinator of the one layer `inner`, transparent to its parts; `wrap` makes it of another layer."""
+    rebuild = inner.rebuild
+    return replace(whole, rebuild=None if rebuild is None else lambda parts: wrap(rebuild(parts)))

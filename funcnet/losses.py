@@ -97,7 +97,9 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
             factor = jnp.where((label >= 0) & (label < classes), 1.0, jnp.nan).astype(dtype)
             if ignore_index is not None:
                 factor = jnp.where(label == ignore_index, 0.0, factor)
-            q = (label == jnp.arange(classes, dtype=label.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))).astype(dtype)
+            q = (label == jnp.arange(classes, dtype=label.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))).astype(
+                dtype
+            )
         return (1 - label_smoothing) * q + label_smoothing / classes, factor
 
     def fwd(params, x):
@@ -144,11 +146,15 @@ def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
             wanted = f"integer labels {list(logits.shape[:-1])} or soft labels like the logits, {describe(logits)}"
             raise InputError(wanted, describe(target), "convert class numbers with labels.astype(jnp.int32)")
         if expect.is_concrete(target) and np.any(np.asarray(target, np.float64) < 0):
-            raise InputError("soft labels that are not negative", f"a least value of {np.min(target)}", "give probabilities")
+            raise InputError(
+                "soft labels that are not negative", f"a least value of {np.min(target)}", "give probabilities"
+            )
         return
     if target.shape != logits.shape[:-1] or not jnp.issubdtype(target.dtype, jnp.integer):
         remedy = "give one integer for each row of logits"
-        raise InputError(f"integer labels {list(logits.shape[:-1])} for logits {describe(logits)}", describe(target), remedy)
+        raise InputError(
+            f"integer labels {list(logits.shape[:-1])} for logits {describe(logits)}", describe(target), remedy
+        )
     if expect.is_concrete(target):
         labels = np.asarray(target)
         bad = (labels < 0) | (labels >= classes)
@@ -158,7 +164,9 @@ def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             received = f"label {labels[where]} at index {where}, and {int(bad.sum()) - 1} more"
             remedy = "correct the labels, widen the last layer, or name the value as ignore_index"
-            raise InputError(f"labels from 0 to {classes - 1}, since the logits are {describe(logits)}", received, remedy)
+            raise InputError(
+                f"labels from 0 to {classes - 1}, since the logits are {describe(logits)}", received, remedy
+            )
 
 
 def binary_cross_entropy() -> Loss:
@@ -178,7 +186,9 @@ def binary_cross_entropy() -> Loss:
         if expect.is_concrete(t):
             values = np.asarray(t, np.float64)
             if np.any((values < 0) | (values > 1)):
-                raise InputError("targets from 0 to 1", f"values from {values.min()} to {values.max()}", "give probabilities")
+                raise InputError(
+                    "targets from 0 to 1", f"values from {values.min()} to {values.max()}", "give probabilities"
+                )
 
     def fwd(params, x):
         check(*x)
@@ -203,7 +213,7 @@ def mse() -> Loss:
 
 
 def mae() -> Loss:
-    """Mean of |prediction - target| over the entries of an example: [B, ..] to [B]; slope 0 at the kink. Residual: r."""
+    """Mean of |prediction - target| over the entries of an example: [B, ..] to [B]; 0 at the kink. Residual: r."""
     return _regression("mae", lambda r: r * jnp.sign(r), jnp.sign)
 
 

@@ -1,13 +1,13 @@
 """What a model is made of and what a training step of it keeps in memory, by layer, without computing anything."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from funcnet.expect import describe
-from funcnet.layer import Layer, observe
+from funcnet.layer import Layer
+from funcnet.observe import observe, paths
 
 Tree = Any
 
@@ -51,14 +51,23 @@ class Summary:
     def __str__(self) -> str:
         head = ("layer", "kind", "output", "parameters", "residual bytes")
         cells = [
-            ("  " * (len(r.path) - 1) + (r.path or (r.kind,))[-1], r.kind, r.output, f"{r.parameters:,}", f"{r.residual_bytes:,}")
+            (
+                "  " * (len(r.path) - 1) + (r.path or (r.kind,))[-1],
+                r.kind,
+                r.output,
+                f"{r.parameters:,}",
+                f"{r.residual_bytes:,}",
+            )
             for r in self.rows
         ]
         total = ("total", "", "", f"{self.parameters:,}", f"{self.residual_bytes:,}")
-        widths = [max(map(len, column)) for column in zip(head, *cells, total)]
+        widths = [max(map(len, column)) for column in zip(head, *cells, total, strict=True)]
         rule = "  ".join("-" * w for w in widths)
         table = [_line(head, widths), rule, *(_line(row, widths) for row in cells), rule, _line(total, widths)]
-        foot = f"input {self.input}; parameters {_size(self.parameter_bytes)}, residuals of a step {_size(self.residual_bytes)}"
+        sizes = f"parameters {_size(self.parameter_bytes)}, residuals of a step {_size(self.residual_bytes)}"
+        foot = f"input {self.input}; {sizes}"
+        if any(row.kind == "repeat" for row in self.rows):
+            foot += "; rows inside a repeat are for one turn of it"
         return "\n".join([*table, foot])
 
 
@@ -84,15 +93,8 @@ def summary(layer: Layer, x: Any) -> Summary:
 
     jax.eval_shape(observe(layer, see).fwd, params, state, x, key)
     whole = rows[()]
-    ordered = tuple(rows[path] for path in _paths(layer) if path in rows and path) or (whole,)
+    ordered = tuple(rows[path] for path in paths(layer) if path in rows and path) or (whole,)
     return Summary(ordered, describe(x), whole.parameters, _bytes(params), whole.residual_bytes)
-
-
-def _paths(layer: Layer, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The paths of a layer and all its parts, each before its own parts."""
-    yield path
-    for name, part in layer.parts.items():
-        yield from _paths(part, (*path, name))
 
 
 def _count(tree: Tree) -> int:

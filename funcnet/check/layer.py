@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.combine import cast
 from funcnet.check.report import Leaf, Report, compare
 from funcnet.expect import InputError, describe, is_array, is_floating
 from funcnet.layer import Layer
+from funcnet.transform import cast
 
 Tree = Any
 
@@ -44,7 +44,13 @@ def check_layer(
         case = _Case(layer, *_draw(layer, x, params, state, jnp.dtype(dtype), key, rng), key)
         cotangents = [_normal_like(case.y, rng) for _ in range(max(draws, 2))]
         leaves = _compare_draws(case, cotangents)
-        broken = [*_law_2(case), *_law_3(case), *_law_4(case, cotangents), *_law_6(case, cotangents[0]), *_forward(case, rng)]
+        broken = [
+            *_law_2(case),
+            *_law_3(case),
+            *_law_4(case, cotangents),
+            *_law_6(case, cotangents[0]),
+            *_forward(case, rng),
+        ]
     return Report(f"{layer.name}: hand-written bwd against jax.vjp of fwd, seed {seed}", tuple(leaves), tuple(broken))
 
 
@@ -90,7 +96,9 @@ def _input(leaf, rng):
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return np.asarray(leaf)
     if not is_floating(leaf):
-        raise InputError("values for an integer input", describe(leaf), "pass an array: which integers are valid is yours")
+        raise InputError(
+            "values for an integer input", describe(leaf), "pass an array: which integers are valid is yours"
+        )
     return rng.standard_normal(leaf.shape).astype(leaf.dtype)
 
 
@@ -141,7 +149,10 @@ def _law_2(case: _Case) -> list[str]:
         return []
     y = jax.jit(case.layer.apply)(case.params, case.state, case.x)
     bad = [leaf for leaf in compare(y, case.y, "y", case.dtype) if not leaf.ok]
-    return [f"law 2: apply differs from fwd's output at {leaf.leaf}{list(leaf.index)}: {leaf.got} for {leaf.wanted}" for leaf in bad]
+    return [
+        f"law 2: apply differs from fwd's output at {leaf.leaf}{list(leaf.index)}: {leaf.got} for {leaf.wanted}"
+        for leaf in bad
+    ]
 
 
 def _law_3(case: _Case) -> list[str]:
@@ -167,12 +178,20 @@ def _law_4(case: _Case, cotangents: list[Tree]) -> list[str]:
 
 def _law_6(case: _Case, dy: Tree) -> list[str]:
     broken = [
-        f"law 6: a residual is {describe(leaf)}, not an array" for leaf in case.residual_types if not isinstance(leaf, jax.Array)
+        f"law 6: a residual is {describe(leaf)}, not an array"
+        for leaf in case.residual_types
+        if not isinstance(leaf, jax.Array)
     ]
-    jaxpr = jax.make_jaxpr(lambda params, x: case.layer.fwd(params, case.state, x, case.key)[2])(case.params, case.x).jaxpr
+    jaxpr = jax.make_jaxpr(lambda params, x: case.layer.fwd(params, case.state, x, case.key)[2])(
+        case.params, case.x
+    ).jaxpr
     of_params = set(jaxpr.invars[: len(jax.tree.leaves(case.params))])
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(case.residuals)]
-    kept = [path for path, var in zip(paths, jaxpr.outvars, strict=True) if getattr(var, "count", None) is not None and var in of_params]
+    kept = [
+        path
+        for path, var in zip(paths, jaxpr.outvars, strict=True)
+        if getattr(var, "count", None) is not None and var in of_params
+    ]
     broken += [f"law 6: the residual {path} is a parameter, which bwd is handed anyway" for path in kept]
     if not _equal(case.pull(dy), case.pull(dy)):
         broken.append("law 6: two calls of bwd with the same residuals and dy differ")
@@ -191,7 +210,7 @@ def _forward(case: _Case, rng: np.random.Generator) -> list[str]:
     one, size = _dot(dy, tangent_out)
     other, _ = _dot(case.pull(dy), tangent)
     if abs(one - other) > 1e3 * float(jnp.finfo(case.dtype).eps) * size:
-        return [f"law 1: <dy, J v> = {one} by forward mode, but <bwd(dy), v> = {other}"]
+        return [f"law 1: <dy, J v> = {one:.9g} by forward mode, but <bwd(dy), v> = {other:.9g}"]
     return []
 
 

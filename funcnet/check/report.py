@@ -91,13 +91,20 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         left = (0, 1, 2, 6, 9)
         lines = [
-            "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            "  ".join(
+                cell.ljust(w) if i in left else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        wrong = len(self.failures)
-        verdict = "all hold" if not wrong else f"{wrong} WRONG"
-        return "\n".join([self.title, *(line.rstrip() for line in lines), *(f"BROKEN  {s}" for s in self.broken), verdict])
+        wrong = sum(not leaf.ok for leaf in self.leaves)
+        verdict = f"{wrong} of {len(self.leaves)} leaves wrong, {len(self.broken)} laws broken"
+        if self.ok:
+            verdict = f"all {len(self.leaves)} leaves hold"
+        return "\n".join(
+            [self.title, *(line.rstrip() for line in lines), *(f"BROKEN  {s}" for s in self.broken), verdict]
+        )
 
 
 def _row(leaf: Leaf) -> tuple[str, ...]:

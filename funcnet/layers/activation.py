@@ -101,7 +101,10 @@ def silu() -> Activation:
 
 
 def mish() -> Activation:
-    """y = x t, t = tanh(log(1 + e^x)); y' = t + x (1 - t^2) sigmoid(x). Saves x. Source: Misra 2020, arXiv:1908.08681."""
+    """y = x t, t = tanh(log(1 + e^x)); y' = t + x (1 - t^2) sigmoid(x). Saves x.
+
+    Source: Misra 2020, arXiv:1908.08681.
+    """
 
     def df(x: Array) -> Array:
         t = jnp.tanh(nn.softplus(x))

@@ -57,7 +57,7 @@ def dense(
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         expect.float_array(x, features=expect.size(params, "kernel"))
-        expect.fields(params, x.dtype, **shapes(x.shape[-1]))
+        expect.fields(params, x.dtype, shapes(x.shape[-1]))
         y = flat(x) @ params["kernel"]
         if use_bias:
             y = y + params["bias"][None]

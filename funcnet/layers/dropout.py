@@ -14,7 +14,7 @@ from jax import Array
 
 from funcnet import expect
 from funcnet.factors import total
-from funcnet.layer import Layer, no_params
+from funcnet.layer import Layer
 
 
 def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
@@ -44,7 +44,9 @@ def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
     def fwd(params, state, x, key):
         expect.float_array(x)
         if key is None:
-            raise expect.InputError("a random key", "key=None", "pass a jax.random.key to fwd, or use apply to evaluate")
+            raise expect.InputError(
+                "a random key", "key=None", "pass a jax.random.key to fwd, or use apply to evaluate"
+            )
         return drop(key, jnp.asarray(x)), state, key
 
     def bwd(params, key, dy, contract=total):

@@ -73,7 +73,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Normalised]:
         expect.float_array(x, features=expect.size(params, "scale"))
-        expect.fields(params, x.dtype, **dict.fromkeys(names, x.shape[-1:]))
+        expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         high = x.astype(wide(x.dtype))
         if centred:
             high = high - _mean(high)

@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 from funcnet.expect import InputError, at, describe, is_concrete, is_floating
-from funcnet.layer import observe
+from funcnet.observe import observe
 from funcnet.train.objective import Batch, Objective, check_batch, value_and_grad
 from funcnet.train.progress import progress
 from funcnet.train.run import append_metrics, start_run
@@ -21,6 +21,14 @@ from funcnet.train.step import TrainState, one_step, scan_steps
 
 Tree = Any
 Record = dict[str, float]
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss or gradient that is not finite. `train_state` is the state before that step."""
+
+    def __init__(self, message: str, train_state: TrainState):
+        super().__init__(message)
+        self.train_state = train_state
 
 
 def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[Batch]) -> Record:
@@ -89,8 +97,8 @@ def fit(
         overwrite: whether an earlier run in run_dir may be overwritten.
 
     Raises:
-        FloatingPointError: when a loss or gradient is not finite. It names the step, the layer and the leaves; records
-            stay written, and its attribute `train_state` is the state before that step.
+        NotFiniteError: a FloatingPointError, when a loss or gradient is not finite. It names the step, the layer and
+            the leaves; records stay written, and its attribute `train_state` is the state before that step.
         InputError: for a batch that does not fit, or too few of them.
         FileExistsError: if run_dir holds an earlier run and overwrite is False.
     """
@@ -193,7 +201,9 @@ def _check_finite(path: str, leaf: Any) -> None:
     finite = np.isfinite(values)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
-        received = f"{values[index]} at index {index}{path and f' of {path}'}; {int((~finite).sum())} such of {values.size}"
+        received = (
+            f"{values[index]} at index {index}{path and f' of {path}'}; {int((~finite).sum())} such of {values.size}"
+        )
         raise InputError("finite numbers", received, "clean the data: leave these examples out or mend them")
 
 
@@ -216,7 +226,7 @@ def _finite(row: Record) -> bool:
     return bool(np.isfinite([row["loss"], row["grad_norm"]]).all())
 
 
-def _not_finite(objective: Objective, train_state: TrainState, batch: Batch, step: int, row: Record) -> FloatingPointError:
+def _not_finite(objective: Objective, train_state: TrainState, batch: Batch, step: int, row: Record) -> NotFiniteError:
     """The error for a step whose loss or gradient is not finite, with the first layer and the leaves that are not."""
     params, state = train_state.params, train_state.state
     key = jax.random.fold_in(train_state.key, train_state.step)
@@ -228,15 +238,23 @@ def _not_finite(objective: Objective, train_state: TrainState, batch: Batch, ste
         facts.append(f"the first layer with an output that is not finite: {layer}")
     if leaves := _bad_leaves(grads):
         facts.append(f"gradient leaves not finite: {', '.join(leaves)}")
+    else:
+        facts.append(f"the gradients are finite; the largest is {_largest(grads)}, whose square may overflow")
     remedy = "a smaller learning rate, gradient clipping, or inputs of a smaller scale are the usual remedies"
-    error = FloatingPointError("\n  ".join([*facts, remedy]))
-    error.train_state = train_state
-    return error
+    return NotFiniteError("\n  ".join([*facts, remedy]), train_state)
 
 
 def _bad_leaves(tree: Tree) -> list[str]:
     with_path = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path) for path, leaf in with_path if not np.isfinite(np.asarray(leaf)).all()]
+
+
+def _largest(grads: Tree) -> str:
+    """The leaf with the largest gradient, and that."""
+    with_path = jax.tree_util.tree_leaves_with_path(grads)
+    sizes = {jax.tree_util.keystr(path): float(np.max(np.abs(np.asarray(leaf)))) for path, leaf in with_path}
+    path = max(sizes, key=lambda path: sizes[path])
+    return f"{sizes[path]:.3g} at {path}"
 
 
 def _first_bad_layer(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array) -> str | None:

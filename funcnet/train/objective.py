@@ -32,9 +32,7 @@ class Objective:
     metrics: Mapping[str, Callable[[Any, Any], Array]]
 
 
-def objective(
-    model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, Any], Array]] | None = None
-) -> Objective:
+def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, Any], Array]] | None = None) -> Objective:
     """What training minimises: `loss` of the predictions of `model`.
 
     Args:
@@ -71,7 +69,13 @@ def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
 
 
 def run(
-    objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None, weights: Array, contract: Contraction
+    objective: Objective,
+    params: Tree,
+    state: Tree,
+    batch: Batch,
+    key: Array | None,
+    weights: Array,
+    contract: Contraction,
 ) -> Pass:
     """One pass forward and one back, the loss and the metrics summed with `weights`."""
     prediction, values, state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
@@ -124,5 +128,7 @@ def check_batch(batch: Any) -> Batch:
     sizes = {jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in leaves}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         received = ", ".join(f"{n} in {path}" for path, n in sizes.items()) or "none"
-        raise InputError("as many inputs as targets, at least one", received, "cut the batch along its first axis alike")
+        raise InputError(
+            "as many inputs as targets, at least one", received, "cut the batch along its first axis alike"
+        )
     return batch[0], batch[1]

@@ -60,7 +60,9 @@ def init_train_state(
     with at(objective.loss.name):
         objective.loss.check(jax.eval_shape(objective.model.apply, params, state, inputs), targets)
     # Some optimizers keep the parameters themselves in their state; a donated buffer must not be there twice.
-    opt_state = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype) if is_array(leaf) else leaf, optimizer.init(params))
+    opt_state = jax.tree.map(
+        lambda leaf: jnp.array(leaf, leaf.dtype) if is_array(leaf) else leaf, optimizer.init(params)
+    )
     return TrainState(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
 
 

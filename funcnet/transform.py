@@ -1,0 +1,112 @@
+"""Combinators that change how a layer runs, not what it computes: `remat` saves memory, `mixed` sets dtypes.
+
+Both are transparent: name, params and parts are those of the layer they are given.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from funcnet.expect import InputError, describe, is_floating
+from funcnet.factors import total
+from funcnet.layer import Layer, around
+
+Tree = Any
+
+
+class Rerun(NamedTuple):
+    """Residuals of `remat`: what `fwd` was called with, beside the params."""
+
+    state: Tree
+    x: Tree
+    key: Array | None
+
+
+def remat(layer: Layer) -> Layer:
+    """The same layer, which saves only its input and runs `fwd` again in `bwd`: less memory for one more forward pass.
+
+    Names, params and results are the layer's own.
+    """
+
+    def fwd(params, state, x, key):
+        y, new_state, _ = layer.fwd(params, state, x, key)
+        return y, new_state, Rerun(state, x, key)
+
+    def bwd(params, saved, dy, contract=total):
+        _, _, residuals = layer.fwd(params, saved.state, _after(dy, saved.x), saved.key)
+        return layer.bwd(params, residuals, dy, contract)
+
+    return around(layer, replace(layer, fwd=fwd, bwd=bwd), remat)
+
+
+def _after(dy: Tree, x: Tree) -> Tree:
+    """x, bit for bit, but made to depend on dy, so that what is computed from it is computed in the backward pass.
+
+    Without that the compiler sees the forward pass twice and keeps the first one's results. An optimization barrier is
+    meant for this, but XLA's CPU compiler drops it before it merges equal computations (jaxlib 0.10.2). No compiler
+    may drop 0 * d for an unknown d, which could be infinite; the guard keeps an infinite d from becoming NaN.
+    """
+    d = jnp.sum(jax.tree.leaves(dy)[0].astype(jnp.float32))
+    zero = 0 * jnp.where(jnp.isfinite(d), d, 0.0)
+
+    def tied(leaf):
+        if is_floating(leaf):
+            return leaf * (1 + zero).astype(leaf.dtype)
+        return leaf + zero.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
+
+    return jax.tree.map(tied, x)
+
+
+def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", output: Any = "float32") -> Layer:
+    """The same layer with a dtype each for its params, its computation and its input and output.
+
+    Floating params and inputs are cast to `compute` on the way in, outputs to `output` on the way out; cotangents go
+    the other way. Gradients are contracted wide and handed out in the params' own dtype, not rounded to `compute`
+    first. Residuals are in `compute`. Names and params are the layer's own.
+
+    Args:
+        param: dtype of the params that `init` makes and `bwd` returns gradients in.
+        compute: dtype that the layer works in.
+        output: dtype of y, and of x and dx where they are floating.
+
+    Raises:
+        InputError: if a floating input is not of dtype `output`.
+    """
+    param, compute, output = map(jnp.dtype, (param, compute, output))
+
+    def check(x):
+        if any(is_floating(leaf) and leaf.dtype != output for leaf in jax.tree.leaves(x)):
+            raise InputError(
+                f"an input of dtype {output}", describe(x), "convert it, or give mixed another output dtype"
+            )
+        return cast(x, compute)
+
+    def init(key, x):
+        check(x)
+        params, state = layer.init(key, jax.eval_shape(lambda x: cast(x, param), x))
+        return cast(params, param), state
+
+    def apply(params, state, x):
+        return cast(layer.apply(cast(params, compute), state, check(x)), output)
+
+    def fwd(params, state, x, key):
+        y, state, residuals = layer.fwd(cast(params, compute), state, check(x), key)
+        return cast(y, output), state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        in_param_dtype = replace(contract, of=lambda factor, p: contract.of(factor, p.astype(param)))
+        dparams, dx = layer.bwd(cast(params, compute), residuals, cast(dy, compute), in_param_dtype)
+        return dparams, cast(dx, output)
+
+    def again(layer):
+        return mixed(layer, param, compute, output)
+
+    return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), again)
+
+
+def cast(tree: Tree, dtype: Any) -> Tree:
+    """`tree` with its floating arrays in `dtype`; integers, booleans and keys as they are."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_floating(leaf) else leaf, tree)

@@ -1,0 +1,81 @@
+"""The benchmarks run, report what they should, and refuse sides that disagree. Nothing here depends on a timing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import harness, workloads
+from benchmarks.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def answers():
+    """What funcnet and plain JAX compute on the smallest workload."""
+    sides = workloads.load("digits_mlp")("float32").sides
+    return {name: harness.answer(sides[name](), steps=1) for name in ("plain", "funcnet")}
+
+
+def test_the_smallest_workload_gives_a_table_and_json(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    main(["digits_mlp", "--rounds", "2", "--compiles", "1", "--sides", "funcnet,plain", "--json", str(file)])
+    printed = capsys.readouterr().out
+    written = json.loads(file.read_text())
+    (workload,) = written["workloads"]
+
+    assert {"processor", "cores", "load_average"} <= written["machine"].keys()
+    assert {"commit", "python", "jax", "funcnet"} <= written["versions"].keys()
+    assert "--rounds" in written["flags"]["arguments"]
+    assert workload["name"] == "digits_mlp"
+    assert workload["agreement"]["float64"]["sides"].keys() == {"funcnet", "plain"}
+    assert workload["sides"].keys() == {"funcnet", "plain"}
+    for side in workload["sides"].values():
+        assert len(side["samples_ms"]) == 2
+        for quartiles in (side["step_ms"], side["step_over_plain"], side["compile_s"], side["trace_s"], side["xla_s"]):
+            assert 0 < quartiles["q1"] <= quartiles["median"] <= quartiles["q3"]
+        assert side["memory_bytes"]["temp"] > 0
+    assert [target["what"] for target in workload["targets"]] == ["step time", "temp bytes", "compile time"]
+    assert {target["verdict"] for target in workload["targets"]} <= {"met", "missed"}
+    assert "same loss and gradients in float64" in printed
+    assert "step, ms" in printed
+
+
+def test_sides_that_agree_pass(answers):
+    found = harness.compare(answers, tolerance=2e-5, loss_tolerance=2e-5)
+    assert 0 < found["sides"]["funcnet"]["leaf_error"] < 2e-6
+
+
+@pytest.mark.parametrize("leaf", ["dense/kernel", "dense/bias", "dense_1/kernel", "dense_1/bias"])
+@pytest.mark.parametrize("wrong", [lambda g: 1.01 * g, lambda g: g * np.nan, lambda g: g[1:], np.zeros_like])
+def test_one_wrong_leaf_is_refused_by_name(answers, leaf, wrong):
+    path, field = leaf.split("/")
+    grads = answers["funcnet"].grads
+    grads = grads | {path: grads[path] | {field: wrong(grads[path][field])}}
+    answers["funcnet"] = answers["funcnet"]._replace(grads=grads)
+    with pytest.raises(harness.Disagreement, match=f"funcnet: gradient of {leaf} differs") as refused:
+        harness.compare(answers, tolerance=2e-5, loss_tolerance=2e-5)
+    assert len(str(refused.value).splitlines()) == 2  # the headline and the one leaf
+
+
+def test_a_missing_leaf_and_a_wrong_loss_are_refused(answers):
+    given = answers["funcnet"]
+    lacking = given._replace(grads={path: fields for path, fields in given.grads.items() if path != "dense_1"})
+    with pytest.raises(harness.Disagreement, match="dense_1/bias"):
+        harness.compare(answers | {"funcnet": lacking}, tolerance=2e-5, loss_tolerance=2e-5)
+    off = given._replace(losses=[1.01 * loss for loss in given.losses])
+    with pytest.raises(harness.Disagreement, match="loss of step 1"):
+        harness.compare(answers | {"funcnet": off}, tolerance=2e-5, loss_tolerance=2e-5)
+
+
+def test_what_is_not_installed_is_said_and_other_import_errors_are_not_hidden():
+    def lacking(package):
+        def make():
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+        return make
+
+    installed = workloads.load("digits_mlp")
+    sides = {name: installed("float32").sides[name] for name in ("funcnet", "plain")}
+    measured = harness.measure(lambda dtype: harness.Workload("", sides | {"torch": lacking("torch")}), 1, 1)

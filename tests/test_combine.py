@@ -1,0 +1,507 @@
+"""Combinators against the plain composition written out, by `jax.vjp`; names, keys, state and refusals."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+
+S = jax.ShapeDtypeStruct
+KEY = jax.random.key(0)
+
+
+def normal(seed, like):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), like)
+
+
+def draw(model, x):
+    """Params off their initial values, state, and an input like x."""
+    params, state = model.init(KEY, x)
+    return jax.tree.map(lambda p, n: p + 0.3 * n, params, normal(1, params)), state, normal(2, x)
+
+
+def assert_equal(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def assert_close(got, wanted, **tolerance):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, wanted)
+
+
+# The chain rule
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p["bias"][None]
+
+
+def block(p, x):
+    return jnp.tanh(dense(p["dense"], x))
+
+
+def turns(p, n):
+    return [jax.tree.map(lambda leaf: leaf[i], p) for i in range(n)]
+
+
+def in_turn(f, p, n, x):
+    for turn in turns(p, n):
+        x = f(turn, x)
+    return x
+
+
+BLOCK = fn.serial(fn.dense(5), fn.tanh())
+X = S((3, 5), jnp.float64)
+# name: (model, input, the same function in plain JAX)
+PLAIN = {
+    "serial": (
+        fn.serial(fn.dense(4), fn.tanh(), fn.dense(2)),
+        X,
+        lambda p, x: dense(p["dense_1"], jnp.tanh(dense(p["dense"], x))),
+    ),
+    "serial of one": (fn.serial(fn.dense(1)), S((1, 1), jnp.float64), lambda p, x: dense(p["dense"], x)),
+    "skip": (fn.skip(BLOCK), X, lambda p, x: x + block(p, x)),
+    "skip of a skip": (fn.skip(fn.skip(fn.dense(5))), X, lambda p, x: x + (x + dense(p, x))),
+    "parallel": (
+        fn.parallel(fn.dense(4), BLOCK, last=fn.identity()),
+        (X, X, S((2, 7), jnp.float64)),
+        lambda p, x: (dense(p["dense"], x[0]), block(p["serial"], x[1]), x[2]),
+    ),
+    "repeat": (fn.repeat(BLOCK, 3), X, lambda p, x: in_turn(block, p, 3, x)),
+    "repeat once": (fn.repeat(fn.dense(5), 1), X, lambda p, x: in_turn(dense, p, 1, x)),
+    "repeat without params": (fn.repeat(fn.tanh(), 2), X, lambda p, x: jnp.tanh(jnp.tanh(x))),
+    "repeat of repeat": (
+        fn.repeat(fn.skip(fn.repeat(BLOCK, 2)), 3),
+        X,
+        lambda p, x: in_turn(lambda p, x: x + in_turn(block, p, 2, x), p, 3, x),
+    ),
+    "repeat of parallel": (
+        fn.repeat(fn.parallel(a=fn.dense(5), b=fn.tanh()), 2),
+        (X, X),
+        lambda p, x: in_turn(lambda p, x: (dense(p["a"], x[0]), jnp.tanh(x[1])), p, 2, x),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_values_and_gradients_are_those_of_the_plain_composition(name, x64):
+    model, x, plain = PLAIN[name]
+    params, state, x = draw(model, x)
+
+    @jax.jit
+    def both(params, x):
+        y, new_state, residuals = model.fwd(params, state, x, None)
+        wanted, pullback = jax.vjp(plain, params, x)
+        dy = normal(3, wanted)
+        return (y, model.apply(params, state, x), *model.bwd(params, residuals, dy)), (wanted, wanted, *pullback(dy)), new_state
+
+    got, wanted, new_state = both(params, x)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("where", ["front", "back", "both"])
+def test_nesting_serial_changes_nothing_but_names(where, x64):
+    a, b, c = fn.dense(4), fn.gelu(), fn.dense(2)
+    flat = fn.serial(a=a, b=b, c=c)
+    nested = {
+        "front": fn.serial(ab=fn.serial(a=a, b=b), c=c),
+        "back": fn.serial(a=a, bc=fn.serial(b=b, c=c)),
+        "both": fn.serial(all=fn.serial(a=fn.serial(a=a), bc=fn.serial(b=b, c=c))),
+    }[where]
+    params, state, x = draw(flat, X)
+
+    def renamed(p):
+        front, back = {"a": p["a"], "b": p["b"]}, {"b": p["b"], "c": p["c"]}
+        return {
+            "front": {"ab": front, "c": p["c"]},
+            "back": {"a": p["a"], "bc": back},
+            "both": {"all": {"a": {"a": p["a"]}, "bc": back}},
+        }[where]
+
+    y, _, residuals = flat.fwd(params, state, x, None)
+    z, _, nested_residuals = nested.fwd(renamed(params), renamed(state), x, None)
+    assert_equal(z, y)
+    dparams, dx = flat.bwd(params, residuals, jnp.cos(y))
+    assert_equal(nested.bwd(renamed(params), nested_residuals, jnp.cos(y)), (renamed(dparams), dx))
+
+
+EVERYTHING = fn.serial(
+    fn.dense(4),
+    fn.layer_norm(),
+    fn.repeat(fn.skip(fn.serial(fn.rms_norm(), fn.dense(4), fn.gelu(), fn.dropout(0.3))), 2),
+    fn.remat(fn.serial(fn.dense(6), fn.silu(), fn.dropout(0.2))),
+    out=fn.dense(3),
+)
+
+
+def test_a_model_of_every_combinator_holds_to_the_laws():
+    fn.check_layer(EVERYTHING, S((3, 5), jnp.float32)).raise_for_failure()
+
+
+def test_forward_mode_through_the_backward_pass_gives_hessian_vector_products(x64):
+    params, state, x = draw(EVERYTHING, X)
+    run = fn.value_and_grad(fn.objective(EVERYTHING, fn.cross_entropy()))
+    batch = x, jnp.array([0, 2, 1])
+    by_hand = lambda params: run(params, state, batch, KEY)[1]
+    automatic = jax.grad(lambda params: run(params, state, batch, KEY)[0][0])
+
+    @jax.jit
+    def products(params, v):
+        return [jax.jvp(gradient, (params,), (v,))[1] for gradient in (by_hand, automatic)]
+
+    got, wanted = products(params, normal(4, params))
+    assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(wanted))
+
+
+# Names and parts
+
+
+@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel])
+@pytest.mark.parametrize(
+    ("layers", "named", "expected"),
+    [
+        ([fn.dense(3)], {}, ["dense"]),
+        ([fn.dense(3), fn.relu(), fn.dense(3)], {}, ["dense", "relu", "dense_1"]),
+        ([fn.dense(3)] * 12, {}, ["dense", *(f"dense_{i}" for i in range(1, 12))]),
+        ([fn.dense(3), fn.skip(fn.dense(3))], {"head": fn.dense(3)}, ["dense", "skip", "head"]),
+        ([], {"b": fn.dense(3), "a": fn.dense(3)}, ["b", "a"]),
+        ([fn.repeat(fn.relu(), 2), fn.serial(fn.relu()), fn.serial(fn.relu())], {}, ["repeat", "serial", "serial_1"]),
+        ([fn.remat(fn.dense(3)), fn.mixed(fn.dense(3))], {}, ["dense", "dense_1"]),
+    ],
+)
+def test_names_are_the_kinds_numbered_when_repeated_and_then_the_given_ones(combinator, layers, named, expected):
+    model = combinator(*layers, **named)
+    assert list(model.parts) == expected
+    x = S((2, 3), jnp.float32)
+    params, state = jax.eval_shape(model.init, KEY, x if combinator is fn.serial else (x,) * len(expected))
+    assert set(params) == set(state) == set(expected)
+
+
+@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel])
+@pytest.mark.parametrize(
+    ("layers", "named", "message"),
+    [
+        ([], {}, "at least one layer"),
+        ([fn.dense(3)], {"dense": fn.dense(3)}, r"\['dense'\] twice"),
+        ([fn.dense(3)] * 2, {"dense_1": fn.dense(3)}, r"\['dense_1'\] twice"),
+    ],
+)
+def test_no_layers_and_clashing_names_are_refused(combinator, layers, named, message):
+    with pytest.raises(fn.InputError, match=message):
+        combinator(*layers, **named)
+
+
+TWO = (S((3, 5), jnp.float32),) * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (fn.serial(fn.dense(4), fn.dense(3)), TWO[0]),
+        (fn.parallel(fn.dense(4), tanh=fn.tanh()), TWO),
+        (fn.skip(BLOCK), TWO[0]),
+        (fn.repeat(BLOCK, 2), TWO[0]),
+        (fn.remat(BLOCK), TWO[0]),
+        (fn.mixed(BLOCK), TWO[0]),
+    ],
+    ids=["serial", "parallel", "skip", "repeat", "remat", "mixed"],
+)
+def test_rebuilt_of_its_own_parts_a_combinator_is_the_same(model, x):
+    rebuilt = model.rebuild(model.parts)
+    assert (rebuilt.name, list(rebuilt.parts)) == (model.name, list(model.parts))
+    params, state, x = draw(model, x)
+    assert_equal(rebuilt.init(KEY, x), model.init(KEY, x))
+    y, new_state, residuals = model.fwd(params, state, x, None)
+    assert_equal(rebuilt.fwd(params, state, x, None), (y, new_state, residuals))
+    assert_equal(rebuilt.bwd(params, residuals, y), model.bwd(params, residuals, y))
+
+
+@pytest.mark.parametrize("wrap", [fn.skip, fn.remat, fn.mixed, lambda layer: fn.repeat(layer, 2)])
+def test_rebuilt_of_other_parts_a_combinator_runs_those(wrap):
+    model = wrap(BLOCK).rebuild({"dense": fn.dense(5), "tanh": fn.identity()})
+    assert model.parts["tanh"].name == "identity"
+    x = 100 + jnp.zeros((2, 5))
+    assert jnp.abs(model.apply(*model.init(KEY, x), x)).max() > 10
+    assert wrap(fn.dense(5)).rebuild is None
+
+
+# Keys and state
+
+
+def recording():
+    """y = x, keeping the key that fwd was given."""
+    return fn.Layer(
+        "recording", lambda key, x: ({}, ()), lambda p, s, x: x, lambda p, s, x, key: (x, s, key), lambda p, r, dy, c=None: ({}, dy)
+    )
+
+
+def counting():
+    """y = (1 + n) x, n the state, which grows by one with each call."""
+    return fn.Layer(
+        "counting",
+        lambda key, x: ({}, jnp.zeros((), x.dtype)),
+        lambda params, n, x: (1 + n) * x,
+        lambda params, n, x, key: ((1 + n) * x, n + 1, 1 + n),
+        lambda params, factor, dy, contract=fn.total: ({}, factor * dy),
+    )
+
+
+def folded(*path):
+    key = KEY
+    for i in path:
+        key = jax.random.fold_in(key, i)
+    return jax.random.key_data(key).tolist()
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "expected"),
+    [
+        (fn.serial(a=recording(), b=recording()), 1, {"a": folded(0), "b": folded(1)}),
+        (fn.serial(fn.dense(2), b=fn.serial(fn.relu(), c=recording())), 1, {"c": folded(1, 1)}),
+        (fn.parallel(a=recording(), b=recording()), 2, {"a": folded(0), "b": folded(1)}),
+        (fn.skip(fn.serial(a=recording())), 1, {"a": folded(0)}),
+        (fn.repeat(recording(), 2), 1, {"": [folded(0), folded(1)]}),
+        (fn.serial(a=fn.repeat(fn.serial(b=recording()), 2)), 1, {"b": [folded(0, 0, 0), folded(0, 1, 0)]}),
+        (fn.remat(recording()), 1, {".key": folded()}),
+        (fn.mixed(fn.serial(a=recording())), 1, {"a": folded(0)}),
+    ],
+)
+def test_child_i_draws_from_the_ith_fold_of_the_key(model, inputs, expected):
+    x = jnp.ones((3, 2)) if inputs == 1 else (jnp.ones((3, 2)),) * inputs
+    residuals = model.fwd(*model.init(KEY, x), x, KEY)[2]
+    keys = {
+        jax.tree_util.keystr(path).split("['")[-1].removesuffix("']"): jax.random.key_data(leaf).tolist()
+        for path, leaf in jax.tree.leaves_with_path(residuals)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    }
+    assert keys == expected
+
+
+def test_init_draws_each_child_from_its_own_fold_of_the_key():
+    x = S((2, 3), jnp.float32)
+    params = fn.serial(a=fn.dense(3), b=fn.dense(3), c=fn.repeat(fn.dense(3), 2)).init(KEY, x)[0]
+    alone = lambda *path: fn.dense(3).init(jax.random.wrap_key_data(jnp.array(folded(*path), jnp.uint32)), x)[0]
+    assert_equal(params["a"], alone(0))
+    assert_equal(params["b"], alone(1))
+    assert_equal(turns(params["c"], 2), [alone(2, 0), alone(2, 1)])
+
+
+def test_appending_a_layer_leaves_earlier_draws_alone():
+    layers = fn.dense(4), fn.dropout(0.5)
+    short, long = fn.serial(*layers), fn.serial(*layers, fn.identity(), fn.dropout(0.0))
+    x = jnp.ones((8, 3))
+    params, state = short.init(KEY, x)
+    long_params, long_state = long.init(KEY, x)
+    assert_equal({name: long_params[name] for name in params}, params)
+    assert_equal(long.fwd(long_params, long_state, x, KEY)[0], short.fwd(params, state, x, KEY)[0])
+
+
+def test_adding_a_turn_to_repeat_leaves_earlier_turns_alone():
+    x = S((2, 3), jnp.float32)
+    two, three = (fn.repeat(fn.dense(3), times).init(KEY, x)[0] for times in (2, 3))
+    assert_equal(turns(three, 2), turns(two, 2))
+
+
+STATEFUL = {
+    "serial": (fn.serial(counting(), fn.tanh(), counting()), X),
+    "skip": (fn.skip(fn.serial(fn.dense(5), counting())), X),
+    "repeat": (fn.repeat(fn.serial(counting(), fn.tanh()), 3), X),
+    "parallel": (fn.parallel(counting(), counting()), (X, X)),
+    "remat": (fn.remat(fn.serial(counting(), fn.tanh(), counting())), X),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_is_threaded_and_bwd_differentiates_at_the_state_that_fwd_had(name):
+    model, x = STATEFUL[name]
+    state = jax.tree.map(lambda n: n + 2, model.init(KEY, jax.tree.map(lambda x: S(x.shape, jnp.float32), x))[1])
+    fn.check_layer(model, x, state=state).raise_for_failure()
+    params, _, x = draw(model, jax.tree.map(lambda x: S(x.shape, jnp.float32), x))
+    y, new_state, _ = model.fwd(params, state, x, None)
+    assert_equal(new_state, jax.tree.map(lambda n: n + 1, state))
+    assert_close(model.apply(params, state, x), y, rtol=1e-6)
+
+
+def test_repeat_stacks_params_state_and_residuals_along_a_first_axis():
+    model = fn.repeat(fn.serial(fn.dense(5), counting(), fn.tanh()), 3)
+    params, state, x = draw(model, S((2, 5), jnp.float32))
+    residuals = model.fwd(params, state, x, None)[2]
+    assert params["dense"]["kernel"].shape == (3, 5, 5)
+    assert state["counting"].shape == (3,)
+    assert residuals["tanh"].shape == (3, 2, 5)
+
+
+def test_repeat_keeps_an_array_once_that_two_layers_save():
+    """tanh saves its output, which is the next layer's input."""
+    model = fn.repeat(fn.serial(fn.tanh(), fn.dense(5)), 3)
+    params, state, x = draw(model, S((2, 5), jnp.float32))
+    residuals = model.fwd(params, state, x, None)[2]
+    assert residuals["tanh"] is residuals["dense"]
+
+
+def test_repeat_compiles_one_copy_of_its_layer():
+    """A scan: the program is the same however often the layer is repeated."""
+
+    def operations(times):
+        model = fn.repeat(BLOCK, times)
+        params, state, x = draw(model, S((2, 5), jnp.float32))
+
+        def gradients(params, x):
+            y, _, residuals = model.fwd(params, state, x, None)
+            return model.bwd(params, residuals, y)
+
+        return str(jax.make_jaxpr(gradients)(params, x)).count("dot_general")
+
+    assert operations(7) == operations(2) == 3
+
+
+# Refusals
+
+MODEL = fn.serial(block=fn.serial(fn.dense(4), fn.relu(), fn.dense(3)), head=fn.dense(2))
+
+
+def pull(dy):
+    def call(params, state, x):
+        y, _, residuals = MODEL.fwd(params, state, x, None)
+        return MODEL.bwd(params, residuals, dy(y))
+
+    return call
+
+
+def swap(params, value, *path):
+    """params with `value` at `path`."""
+    first, *rest = path
+    return params | {first: swap(params[first], value, *rest) if rest else value}
+
+
+REFUSED = {
+    "too few features": (lambda p, s, x: MODEL.apply(p, s, x[:, :4]), "block/dense", "5 features", "init"),
+    "integer input": (lambda p, s, x: MODEL.apply(p, s, x.astype(int)), "block/dense", "floating", "astype|convert"),
+    "empty batch": (lambda p, s, x: MODEL.apply(p, s, x[:0]), "block/dense", "not empty", "empty batch"),
+    "no axes": (lambda p, s, x: MODEL.apply(p, s, x[0, 0]), "block/dense", "floating", "axes"),
+    "half precision": (lambda p, s, x: MODEL.apply(p, s, x.astype(jnp.bfloat16)), "block/dense", "bfloat16", "mixed"),
+    "empty batch at init": (lambda p, s, x: MODEL.init(KEY, S((0, 5), jnp.float32)), "block/dense", "not empty", "batch"),
+    "integers at init": (lambda p, s, x: MODEL.init(KEY, S((2, 5), jnp.int32)), "block/dense", "floating", "convert"),
+    "a kernel of another size": (
+        lambda p, s, x: MODEL.apply(swap(p, jnp.ones((4, 9)), "block", "dense_1", "kernel"), s, x),
+        "block/dense_1",
+        r"kernel: float32\[4, 3\]",
+        "init",
+    ),
+    "a missing bias": (
+        lambda p, s, x: MODEL.fwd(swap(p, {"kernel": p["head"]["kernel"]}, "head"), s, x, None),
+        "head",
+        "bias",
+        "init",
+    ),
+    "a missing layer": (
+        lambda p, s, x: MODEL.apply(swap(p, {}, "block"), s, x),
+        "block",
+        r"\['dense', 'relu', 'dense_1'\]",
+        "init",
+    ),
+    "params of another model": (
+        lambda p, s, x: MODEL.fwd(fn.dense(3).init(KEY, x)[0], s, x, None),
+        "input",
+        r"\['block', 'head'\]",
+        "init",
+    ),
+    "no params": (lambda p, s, x: MODEL.apply(None, s, x), "input", r"\['block', 'head'\]", "init"),
+    "cotangent of another shape": (pull(lambda y: y[:, :1]), "head", r"float32\[3, 2\]", "shape"),
+    "cotangent of one example": (pull(lambda y: y[0]), "head", r"float32\[3, 2\]", "shape"),
+    "cotangent of another dtype": (pull(lambda y: y.astype(jnp.bfloat16)), "head", r"float32\[3, 2\]", "dtype"),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_layer_what_was_expected_what_came_and_the_remedy(name, jit):
+    call, path, expected, remedy = REFUSED[name]
+    params, state, x = draw(MODEL, S((3, 5), jnp.float32))
+    with pytest.raises(fn.InputError) as error:
+        (jax.jit(call) if jit else call)(params, state, x)
+    assert "/".join(error.value.path) == ("" if path == "input" else path)
+    where, wanted, received, mend = str(error.value).splitlines()
+    assert where == path
+    assert wanted.startswith("  expected  ")
+    assert received.startswith("  received  ")
+    assert mend.startswith("  remedy    ")
+    assert re.search(expected, wanted)
+    assert re.search(remedy, mend)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (lambda layer: fn.serial(body=fn.skip(layer)), "body/dense"),
+        (lambda layer: fn.serial(body=fn.repeat(layer, 2)), "body/dense"),
+        (lambda layer: fn.serial(fn.remat(layer)), "serial/dense"),
+        (lambda layer: fn.serial(fn.mixed(layer)), "serial/dense"),
+        (lambda layer: fn.serial(fn.repeat(fn.skip(fn.remat(fn.serial(deep=layer))), 2)), "repeat/deep/dense"),
+    ],
+)
+def test_the_path_goes_through_transparent_combinators(wrap, path):
+    model = wrap(fn.serial(fn.dense(3)))
+    params, state = model.init(KEY, S((2, 3), jnp.float32))
+    with pytest.raises(fn.InputError) as error:
+        model.apply(params, state, jnp.ones((2, 4)))
+    assert "/".join(error.value.path) == path
+
+
+def test_the_path_in_parallel():
+    model = fn.parallel(a=fn.relu(), b=fn.dense(2))
+    params, state = model.init(KEY, (S((2, 3), jnp.float32),) * 2)
+    with pytest.raises(fn.InputError) as error:
+        model.apply(params, state, (jnp.ones((2, 3)), jnp.ones((2, 4))))
+    assert error.value.path == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "message"),
+    [
+        (fn.skip(fn.dense(2)), S((2, 3), jnp.float32), r"like the input, float32\[2, 3\]"),
+        (fn.skip(fn.flatten()), S((2, 1, 1), jnp.float32), r"like the input, float32\[2, 1, 1\]"),
+        (fn.repeat(fn.dense(2), 2), S((2, 3), jnp.float32), r"like the input, float32\[2, 3\]"),
+        (fn.parallel(fn.relu(), fn.relu()), S((2, 3), jnp.float32), "a tuple of 2 inputs"),
+        (fn.parallel(fn.relu(), fn.relu()), (S((2, 3), jnp.float32),), "a tuple of 2 inputs"),
+        (fn.parallel(fn.relu()), [S((2, 3), jnp.float32)], "a tuple of 1 inputs"),
+    ],
+)
+def test_init_refuses_an_input_that_does_not_suit_the_combinator(model, x, message):
+    with pytest.raises(fn.InputError, match=message):
+        model.init(KEY, x)
+
+
+@pytest.mark.parametrize("call", ["apply", "fwd", "bwd"])
+def test_parallel_refuses_another_number_of_entries(call):
+    model = fn.parallel(fn.relu(), fn.relu())
+    params, state = model.init(KEY, (S((2, 3), jnp.float32),) * 2)
+    one = (jnp.ones((2, 3)),)
+    calls = {
+        "apply": lambda: model.apply(params, state, one),
+        "fwd": lambda: model.fwd(params, state, one, None),
+        "bwd": lambda: model.bwd(params, model.fwd(params, state, one * 2, None)[2], one),
+    }
+    with pytest.raises(fn.InputError, match="a tuple of 2 inputs"):
+        calls[call]()
+
+
+@pytest.mark.parametrize("times", [0, -1])
+def test_repeat_refuses_no_times(times):
+    with pytest.raises(fn.InputError, match="at least one repetition"):
+        fn.repeat(fn.relu(), times)
+
+
+def test_repeat_refuses_the_params_of_another_number_of_turns():
+    x = jnp.ones((2, 3))
+    params, state = fn.repeat(fn.dense(3), 2).init(KEY, x)
+    for call in (lambda: fn.repeat(fn.dense(3), 3).apply(params, state, x), lambda: fn.repeat(fn.dense(3), 3).fwd(params, state, x, None)):
+        with pytest.raises(fn.InputError, match="a first axis of 3 layers"):
+            call()

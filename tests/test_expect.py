@@ -1,0 +1,158 @@
+"""One kind of error, which says where, what was expected, what came, and the remedy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from funcnet import expect
+from funcnet.expect import InputError
+
+S = jax.ShapeDtypeStruct
+F32 = jnp.dtype("float32")
+
+
+def test_an_input_error_is_a_value_error_with_its_four_parts_on_lines_of_their_own():
+    error = InputError("two eggs", "one egg", "buy another")
+    assert isinstance(error, ValueError)
+    assert (error.expected, error.received, error.remedy, error.path) == ("two eggs", "one egg", "buy another", ())
+    assert str(error) == "input\n  expected  two eggs\n  received  one egg\n  remedy    buy another"
+
+
+def test_at_puts_names_in_front_of_the_path_from_the_outermost():
+    with pytest.raises(InputError) as error, expect.at("block"), expect.at("dense_1"):
+        raise InputError("a", "b", "c")
+    assert error.value.path == ("block", "dense_1")
+    assert str(error.value).splitlines()[0] == "block/dense_1"
+
+
+def test_at_notes_the_layers_on_other_errors():
+    with pytest.raises(KeyError) as error, expect.at("block"), expect.at("dense"):
+        raise KeyError("kernel")
+    assert error.value.__notes__ == ["in layer 'dense'", "in layer 'block'"]
+
+
+def test_at_names_the_operations_of_a_profile():
+    def f(x):
+        with expect.at("block"):
+            return jnp.sin(x)
+
+    (eqn,) = jax.make_jaxpr(f)(1.0).jaxpr.eqns
+    assert "block" in str(eqn.source_info.name_stack)
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (jnp.ones((32, 64)), "float32[32, 64]"),
+        (S((), jnp.int8), "int8[]"),
+        (np.ones(3, bool), "bool[3]"),
+        ((jnp.ones(1), None), "(float32[1], None)"),
+        ([jnp.ones(1)], "(float32[1])"),
+        ({"kernel": jnp.ones((1, 2)), "n": 3}, "{kernel: float32[1, 2], n: int}"),
+        ("text", "str"),
+    ],
+)
+def test_describe(x, text):
+    assert expect.describe(x) == text
+
+
+@pytest.mark.parametrize(
+    ("x", "array", "floating", "concrete"),
+    [
+        (jnp.ones(2), True, True, True),
+        (np.ones(2, np.float16), True, True, True),
+        (jnp.ones(2, jnp.bfloat16), True, True, True),
+        (jnp.ones(2, jnp.int32), True, False, True),
+        (jnp.ones(2, jnp.complex64), True, False, True),
+        (S((2,), jnp.float32), True, True, False),
+        (jax.random.key(0), True, False, True),
+        (1.0, False, False, False),
+        ([1.0], False, False, False),
+        (None, False, False, False),
+    ],
+)
+def test_kinds_of_input(x, array, floating, concrete):
+    assert (expect.is_array(x), expect.is_floating(x), expect.is_concrete(x)) == (array, floating, concrete)
+
+
+def test_a_tracer_is_not_concrete():
+    seen = []
+    jax.jit(lambda x: seen.append(expect.is_concrete(x)))(jnp.ones(2))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("x", [S((2, 3), jnp.float32), S((3,), jnp.bfloat16), np.ones((1, 1, 3))])
+def test_float_array_accepts(x):
+    expect.float_array(x, features=3)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "expected", "remedy"),
+    [
+        (S((2, 3), jnp.int32), {}, "a floating-point array", "convert"),
+        ([[1.0]], {}, "a floating-point array", "convert"),
+        (None, {}, "a floating-point array", "convert"),
+        (S((), jnp.float32), {}, "a floating-point array", "axes"),
+        (S((3,), jnp.float32), {"rank": 2}, "of at least 2 axes", "batch axis"),
+        (S((0, 3), jnp.float32), {}, "not empty", "empty batch"),
+        (S((2, 4), jnp.float32), {"features": 3}, "with 3 features", "init"),
+    ],
+)
+def test_float_array_refuses(x, options, expected, remedy):
+    with pytest.raises(InputError) as error:
+        expect.float_array(x, **options)
+    assert expected in error.value.expected
+    assert error.value.received == expect.describe(x)
+    assert remedy in error.value.remedy
+
+
+PARAMS = {"kernel": S((3, 2), jnp.float32), "bias": S((2,), jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    ("params", "remedy"),
+    [
+        (None, "this layer's init"),
+        ({}, "this layer's init"),
+        ({"kernel": PARAMS["kernel"]}, "this layer's init"),
+        (PARAMS | {"scale": PARAMS["bias"]}, "this layer's init"),
+        (PARAMS | {"bias": 0.0}, "for such input"),
+        (PARAMS | {"bias": S((3,), jnp.float32)}, "for such input"),
+        (PARAMS | {"bias": S((2,), jnp.bfloat16)}, "mixed"),
+    ],
+)
+def test_fields_refuses_the_params_of_another_layer(params, remedy):
+    shapes = {name: leaf.shape for name, leaf in PARAMS.items()}
+    expect.fields(PARAMS, F32, shapes)
+    with pytest.raises(InputError) as error:
+        expect.fields(params, F32, shapes)
+    assert error.value.expected == "parameters {kernel: float32[3, 2], bias: float32[2]}"
+    assert error.value.received == expect.describe(params)
+    assert remedy in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("params", "size"), [(PARAMS, 3), ({}, None), (None, None), ({"kernel": 1.0}, None), ({"kernel": jnp.ones(())}, None)]
+)
+def test_size_is_that_of_the_first_axis_or_none(params, size):
+    assert expect.size(params, "kernel") == size
+
+
+@pytest.mark.parametrize("tree", [{"a": 1}, {"a": 1, "b": 2, "c": 3}, (), None])
+def test_named_refuses_other_keys(tree):
+    expect.named({"b": 2, "a": 1}, ("a", "b"), "params")
+    with pytest.raises(InputError, match=r"params for the layers \['a', 'b'\]"):
+        expect.named(tree, ("a", "b"), "params")
+
+
+def test_cotangent_makes_a_jax_array():
+    dy = expect.cotangent(np.ones((2, 3), np.float32), (2, 3), F32)
+    assert isinstance(dy, jax.Array)
+
+
+@pytest.mark.parametrize("dy", [jnp.ones((3, 2)), jnp.ones((1, 2, 3)), jnp.ones((2, 3), jnp.bfloat16), 1.0])
+def test_cotangent_refuses_another_shape_or_dtype(dy):
+    with pytest.raises(InputError, match="cotangent like the output") as error:
+        expect.cotangent(dy, (2, 3), F32)
+    assert "float32[2, 3]" in error.value.expected

@@ -1,0 +1,344 @@
+"""Every contraction against `jax.vmap(jax.grad)` of one example's own loss, and under a mesh with explicit axes."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+from funcnet.factors import flat, wide
+
+HALF = [jnp.float16, jnp.bfloat16]
+block = fn.serial(fn.layer_norm(), fn.dense(6), fn.gelu(), fn.dense(5))
+MODELS = {
+    "dense, no positions": (fn.dense(3), (4, 5)),
+    "dense, wider than its input": (fn.dense(7), (4, 5)),
+    "dense, few positions": (fn.dense(3), (4, 2, 5)),
+    "dense, many positions": (fn.dense(3), (4, 7, 5)),
+    "dense, two position axes": (fn.dense(4), (3, 2, 3, 5)),
+    "dense, sizes 1": (fn.dense(1), (1, 1)),
+    "layer_norm": (fn.layer_norm(), (4, 3, 5)),
+    "rms_norm": (fn.rms_norm(), (4, 5)),
+    "block": (block, (4, 3, 5)),
+    "skip": (fn.skip(block), (4, 5)),
+    "parallel in serial": (fn.serial(fn.remat(fn.dense(5)), fn.skip(fn.dense(5))), (3, 5)),
+    "repeat": (fn.repeat(block, 3), (4, 2, 5)),
+    "nested repeat": (fn.repeat(fn.serial(fn.repeat(fn.dense(5), 2), fn.tanh()), 3), (4, 2, 5)),
+}
+CONTRACTIONS = [fn.total, fn.per_example, fn.squared_norm]
+
+
+@fn.contraction()
+def largest(factor, param):
+    """The largest magnitude in a gradient: a contraction of the user's own, stacked by default."""
+    return jnp.max(jnp.abs(fn.total(factor, param)))
+
+
+def draw(model, shape, dtype=jnp.float64):
+    """Params moved off their initial values, state, input and cotangent."""
+    rng = np.random.default_rng(0)
+    normal = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    params, state = model.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, dtype))
+    params = jax.tree.map(lambda p: p + 0.3 * normal(p), params)
+    x = normal(jax.ShapeDtypeStruct(shape, dtype))
+    return params, state, x, normal(jax.eval_shape(model.apply, params, state, x))
+
+
+def contract(factors, params, how):
+    return jax.tree.map(how, factors, params, is_leaf=fn.is_factor)
+
+
+@cache
+def answers(name):
+    """(each contraction's answer at once, the same from kept factors, one gradient an example by jax)."""
+    model, shape = MODELS[name]
+    with jax.enable_x64(True):
+        params, state, x, dy = draw(model, shape)
+
+        def one(params, x, dy):
+            return jnp.sum(dy * model.fwd(params, state, x[None], None)[0][0])
+
+        @jax.jit
+        def all_of_them(params, x, dy):
+            residuals = model.fwd(params, state, x, None)[2]
+            hows = [*CONTRACTIONS, largest]
+            once = {how.name: model.bwd(params, residuals, dy, how)[0] for how in hows}
+            kept = model.bwd(params, residuals, dy, fn.keep)[0]
+            later = {how.name: contract(kept, params, how) for how in hows}
+            return once, later, jax.vmap(jax.grad(one), (None, 0, 0))(params, x, dy)
+
+        return jax.tree.map(np.asarray, all_of_them(params, x, dy))
+
+
+def assert_trees_close(got, wanted, **tolerance):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_per_example_is_the_gradient_of_each_example_alone(name):
+    once, _, wanted = answers(name)
+    assert_trees_close(once["per_example"], wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_total_is_the_sum_over_examples(name):
+    once, _, wanted = answers(name)
+    assert_trees_close(once["total"], jax.tree.map(lambda g: g.sum(0), wanted), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_squared_norm_is_that_of_each_examples_gradient_summed_over_layers(name):
+    once, _, wanted = answers(name)
+    squares = jax.tree.map(lambda g: np.square(g).reshape(len(g), -1).sum(1), wanted)
+    assert_trees_close(once["squared_norm"], squares, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", [*CONTRACTIONS, largest], ids=lambda how: how.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_contracting_kept_factors_later_equals_contracting_at_once(name, how):
+    once, later, _ = answers(name)
+    assert_trees_close(later[how.name], once[how.name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("name", "layer_axes"), [("block", 0), ("repeat", 1), ("nested repeat", 2)])
+def test_a_contraction_of_the_users_own_answers_for_each_layer_of_repeat(name, layer_axes):
+    once, _, wanted = answers(name)
+    spare = lambda g: tuple(range(layer_axes, g.ndim))
+    expected = jax.tree.map(lambda g: np.abs(g.sum(0)).max(spare(g.sum(0))), wanted)
+    assert_trees_close(once["largest"], expected, rtol=1e-10)
+
+
+def test_stacked_combines_the_layers_of_repeat():
+    sum_of_squares = fn.contraction(stacked=lambda answer: jnp.sum(answer, 0))(
+        lambda factor, param: jnp.sum(jnp.square(fn.total(factor, param)))
+    )
+    model = fn.repeat(fn.repeat(fn.dense(5), 2), 3)
+    params, state, x, dy = draw(model, (4, 5), jnp.float32)
+    residuals = model.fwd(params, state, x, None)[2]
+    got = model.bwd(params, residuals, dy, sum_of_squares)[0]
+    wanted = jax.tree.map(lambda g: np.sum(np.square(g)), model.bwd(params, residuals, dy)[0])
+    assert_trees_close(got, wanted, rtol=1e-5)
+
+
+def intermediates(f, *args):
+    """Shapes of everything that f computes on the way."""
+    return {v.aval.shape for eqn in jax.make_jaxpr(f)(*args).jaxpr.eqns for v in eqn.outvars}
+
+
+@pytest.mark.parametrize(("positions", "forms_gradient"), [(1, False), (3, False), (4, True), (9, True)])
+def test_squared_norm_forms_the_gradient_only_where_it_is_the_smaller(positions, forms_gradient):
+    x, dy = jnp.ones((2, positions, 5)), jnp.ones((2, positions, 6))
+    shapes = intermediates(lambda x, dy: fn.squared_norm.of(fn.Outer(x, dy), jnp.ones((5, 6))), x, dy)
+    assert ((2, 5, 6) in shapes, (2, positions, positions) in shapes) == (forms_gradient, not forms_gradient)
+
+
+def test_kept_factors_of_repeat_carry_their_layer_axes_in_front_of_the_batch():
+    model, shape = MODELS["nested repeat"]
+    params, state, x, dy = draw(model, shape, jnp.float32)
+    kept = model.bwd(params, model.fwd(params, state, x, None)[2], dy, fn.keep)[0]
+    kernel = kept["repeat"]["kernel"]
+    assert fn.is_factor(kernel)
+    assert (kernel.layers, kernel.x.shape, kernel.dy.shape) == (2, (3, 2, 4, 2, 5), (3, 2, 4, 2, 5))
+
+
+@pytest.mark.parametrize("how", [fn.per_example, fn.squared_norm], ids=lambda how: how.name)
+@pytest.mark.parametrize("name", ["dense", "layer_norm"])
+def test_without_an_example_axis_only_total_answers(how, name):
+    model = fn.serial({"dense": fn.dense(3), "layer_norm": fn.layer_norm()}[name])
+    params, state, x, dy = draw(model, (5,), jnp.float32)
+    residuals = model.fwd(params, state, x, None)[2]
+    with pytest.raises(fn.InputError, match=f"example axis.*{how.name}") as error:
+        model.bwd(params, residuals, dy, how)
+    assert error.value.path == (name,)
+    wanted = jax.grad(lambda params: jnp.sum(dy * model.fwd(params, state, x, None)[0]))(params)
+    assert_trees_close(model.bwd(params, residuals, dy)[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", CONTRACTIONS, ids=lambda how: how.name)
+def test_what_is_not_a_factor_is_refused(how):
+    with pytest.raises(fn.InputError, match="Outer, Shift, Scale"):
+        how(jnp.ones((4, 3)), jnp.ones(3))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", ["Outer", "Shift", "Scale"])
+def test_total_sums_half_precision_in_float32(kind, dtype):
+    ones = jnp.ones((64, 64, 1), dtype)
+    factor = {"Outer": fn.Outer(ones, ones), "Shift": fn.Shift(ones), "Scale": fn.Scale(ones, ones)}[kind]
+    param = jnp.ones((1, 1) if kind == "Outer" else 1, dtype)
+    answer = fn.total(factor, param)
+    assert answer.dtype == dtype
+    assert answer.item() == 4096
+
+
+@pytest.mark.parametrize("kind", ["Outer", "Shift", "Scale"])
+@pytest.mark.parametrize("how", [fn.total, fn.per_example], ids=lambda how: how.name)
+def test_the_answer_is_rounded_to_the_parameters_dtype_and_not_before(kind, how):
+    ones = jnp.ones((1, 257, 1), jnp.bfloat16)
+    factor = {"Outer": fn.Outer(ones, ones), "Shift": fn.Shift(ones), "Scale": fn.Scale(ones, ones)}[kind]
+    param = jnp.ones((1, 1) if kind == "Outer" else 1, jnp.float32)
+    answer = how(factor, param)
+    assert answer.dtype == jnp.float32
+    assert answer.item() == 257
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(2, 1, 16), (2, 512, 16)])
+def test_squared_norm_of_half_precision_is_float32(shape, dtype):
+    """4096 and 2^24 are beyond what float16 holds or bfloat16 counts to."""
+    many = jnp.full(shape, 16, dtype)
+    answer = fn.squared_norm(fn.Outer(many, many), jnp.ones((16, 16), dtype))
+    assert answer.dtype == jnp.float32
+    np.testing.assert_array_equal(answer, np.full(2, 16.0**2 * (shape[1] * 256.0) ** 2))
+
+
+@pytest.mark.parametrize("dtype", [*HALF, jnp.float32])
+def test_wide_is_at_least_float32(dtype):
+    assert wide(dtype) == jnp.float32
+
+
+def test_wide_keeps_double_precision(x64):
+    assert wide(jnp.float64) == jnp.float64
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3), (2, 1, 4, 3)])
+def test_flat_keeps_the_last_axis(shape):
+    assert flat(jnp.ones(shape)).shape == (int(np.prod(shape[:-1])), 3)
+
+
+# Meshes with explicit axes: this file runs itself once in a process of its own, with four devices.
+
+P = jax.P
+# name: (model, input shape, the input's layout, layouts of the params that are not replicated)
+SHARDED = {
+    "data-parallel dense": (fn.dense(16), (8, 12), P("data"), {}),
+    "data-parallel dense over positions": (fn.dense(16), (8, 3, 12), P("data"), {}),
+    "data-parallel dense, narrower than its input": (fn.dense(4), (8, 12), P("data"), {}),
+    "tensor-parallel kernel": (fn.dense(16), (8, 12), P(), {"kernel": P(None, "model"), "bias": P("model")}),
+    "tensor-parallel kernel over positions": (fn.dense(16), (8, 3, 12), P(), {"kernel": P(None, "model")}),
+    "data and tensor-parallel": (fn.dense(4), (8, 12), P("data"), {"kernel": P(None, "model"), "bias": P("model")}),
+    "fully sharded kernel": (fn.dense(16), (8, 12), P("data"), {"kernel": P("data")}),
+    "fully sharded kernel and bias": (fn.dense(4), (8, 12), P("data"), {"kernel": P("data"), "bias": P("model")}),
+    "sharded bias alone": (fn.dense(16), (8, 12), P(), {"bias": P("data")}),
+    "gelu": (fn.gelu(), (8, 12), P("data"), {}),
+    "layer_norm": (fn.layer_norm(), (8, 3, 12), P("data"), {}),
+    "rms_norm, sharded scale": (fn.rms_norm(), (8, 12), P(), {"scale": P("data")}),
+    "serial": (fn.serial(fn.layer_norm(), fn.dense(6), fn.gelu(), fn.dense(4)), (8, 3, 12), P("data"), {}),
+    "skip": (fn.skip(fn.dense(12)), (8, 12), P("data"), {}),
+    "repeat": (fn.repeat(fn.skip(fn.serial(fn.dense(12), fn.gelu())), 3), (8, 12), P("data"), {}),
+    "repeat, sharded kernel": (fn.repeat(fn.dense(12), 3), (8, 12), P("data"), {"kernel": P(None, "data")}),
+    "remat": (fn.remat(fn.serial(fn.dense(12), fn.gelu())), (8, 12), P("data"), {}),
+    "mixed": (fn.mixed(fn.dense(16)), (8, 12), P("data"), {}),
+    "flatten": (fn.flatten(), (8, 3, 4), P("data"), {}),
+}
+# name: (factor of a and b [8, 12] and [8, 16], parameter's shape, the factor's layout, the parameter's layout)
+SHARDED_FACTORS = {
+    f"{kind}, {name}": (kind, factor, param)
+    for kind in ("Outer", "Shift", "Scale")
+    for name, factor, param in (
+        ("replicated parameter", P("data"), P()),
+        ("parameter along the batch's axis", P("data"), P("data")),
+        ("parameter along another axis", P("data"), P("model")),
+    )
+}
+
+
+def in_child(f):
+    """f's complaint, or an empty string."""
+    try:
+        f()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def same_and_alike(got, params, wanted):
+    """Equal to the reference in value, and to the parameters in sharding."""
+    assert_trees_close(got, wanted, rtol=1e-4, atol=1e-4)
+    for (path, g), p in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(params), strict=True):
+        assert g.sharding.is_equivalent_to(p.sharding, p.ndim), f"{path}: {g.sharding.spec} for {p.sharding.spec}"
+
+
+def check_sharded(name, mesh):
+    model, shape, layout, layouts = SHARDED[name]
+    params, state, x, dy = draw(model, shape, jnp.float32)
+
+    @jax.jit
+    def gradients(params, x, dy):
+        return model.bwd(params, model.fwd(params, state, x, None)[2], dy)
+
+    wanted = jax.tree.map(np.asarray, gradients(params, x, dy))
+    with jax.set_mesh(mesh):
+        params = {k: jax.device_put(v, layouts.get(k, P())) for k, v in params.items()}
+        x = jax.device_put(x, layout)
+        y = jax.eval_shape(lambda params, x: model.fwd(params, state, x, None)[0], params, x)
+        dparams, dx = gradients(params, x, jax.device_put(dy, y.sharding.spec))
+        same_and_alike((dparams, dx), (params, x), wanted)
+
+
+def check_sharded_factor(name, mesh):
+    kind, layout, param_layout = SHARDED_FACTORS[name]
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=(8, n)), jnp.float32) for n in (12, 16))
+    make = {"Outer": fn.Outer, "Shift": lambda a, b: fn.Shift(b), "Scale": lambda a, b: fn.Scale(2 * b, b)}[kind]
+    param = jnp.ones((12, 16) if kind == "Outer" else 16)
+    wanted = np.asarray(fn.total(make(a, b), param))
+    with jax.set_mesh(mesh):
+        param = jax.device_put(param, param_layout)
+        got = jax.jit(lambda a, b, param: fn.total(make(a, b), param))(*jax.device_put((a, b), layout), param)
+        same_and_alike(got, param, wanted)
+
+
+def check_sharded_objective(mesh):
+    """Forward, cross-entropy and backward at once, and one answer an example."""
+    model = fn.serial(fn.dense(12), fn.repeat(fn.skip(fn.serial(fn.layer_norm(), fn.dense(12), fn.gelu())), 2), fn.dense(5))
+    params, state, x, _ = draw(model, (8, 12), jnp.float32)
+    labels = jnp.arange(8, dtype=jnp.int32) % 5
+    run = fn.value_and_grad(fn.objective(model, fn.cross_entropy(label_smoothing=0.1)))
+    hows = [fn.total, fn.squared_norm, fn.per_example]
+    every = jax.jit(lambda params, x, labels: [run(params, state, (x, labels), None, contract=how) for how in hows])
+    wanted = jax.tree.map(np.asarray, every(params, x, labels))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, P())
+        got = every(params, *jax.device_put((x, labels), P("data")))
+        assert_trees_close(got, wanted, rtol=1e-4, atol=1e-4)
+        same_and_alike(got[0][1], params, wanted[0][1])
+
+
+def check_all_sharded():
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+    report = {name: in_child(lambda name=name: check_sharded(name, mesh)) for name in SHARDED}
+    report |= {name: in_child(lambda name=name: check_sharded_factor(name, mesh)) for name in SHARDED_FACTORS}
+    return report | {"value_and_grad": in_child(lambda: check_sharded_objective(mesh))}
+
+
+@pytest.fixture(scope="module")
+def sharded_report():
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(fn.__file__).parents[1]),
+    }
+    child = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("name", [*SHARDED, *SHARDED_FACTORS, "value_and_grad"])
+def test_under_explicit_axes_gradients_are_right_and_lie_like_their_parameters(name, sharded_report):
+    assert sharded_report[name] == ""
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    print(json.dumps(check_all_sharded()))

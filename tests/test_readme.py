@@ -1,0 +1,29 @@
+"""The README's code runs, in order, and its table is what the code prints."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_code_runs_and_prints_the_table(capsys, standard_promotion):
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    (table,) = re.findall(r"```\n(layer_norm: .*?)```", TEXT, re.DOTALL)
+    words = re.compile(r"[^\d\s.e+-][^\s]*")  # numbers may differ in their last digits
+    assert words.findall(table) == words.findall(printed[printed.index("layer_norm: ") :])
+    assert "'loss': 0.0" in printed
+
+
+def test_the_example_has_twenty_lines_or_so():
+    first = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[0]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 20
+
+
+@pytest.mark.parametrize("command", ["examples/digits.py", "pytest"])
+def test_the_two_commands_stand_on_a_line_each(command):
+    assert re.search(rf'```sh\npython -m pip install -e "\.\[\w+\]" && python .*{command}\n```', TEXT)

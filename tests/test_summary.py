@@ -1,0 +1,59 @@
+"""The table by layer: its numbers against what fwd really returns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import funcnet as fn
+
+MODEL = fn.serial(
+    fn.dense(8),
+    fn.relu(),
+    fn.skip(fn.serial(fn.layer_norm(), fn.dense(8))),
+    blocks=fn.repeat(fn.serial(fn.dense(8), fn.tanh(), fn.dense(8)), 3),
+    out=fn.remat(fn.dense(2)),
+)
+X = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+
+
+def test_totals_are_those_of_the_arrays():
+    params, state = MODEL.init(jax.random.key(0), X)
+    table = fn.summary(MODEL, X)
+    assert table.parameters == sum(p.size for p in jax.tree.leaves(params))
+    assert table.parameter_bytes == 4 * table.parameters
+    residuals = jax.jit(MODEL.fwd)(params, state, np.ones(X.shape, X.dtype), jax.random.key(1))[2]
+    # saved twice, kept once: relu's output stays with relu; each tanh's output is the next dense layer's input
+    shared = sum(leaf.nbytes for leaf in jax.tree.leaves(residuals["blocks"]["tanh"]))
+    key = 8  # the key that remat keeps
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(residuals) if leaf.dtype == jnp.float32)
+    assert table.residual_bytes == whole - shared + key
+
+
+def test_rows_are_the_layers_by_path():
+    rows = {row.path: row for row in fn.summary(MODEL, X).rows}
+    assert list(rows) == [
+        ("dense",), ("relu",), ("skip",), ("skip", "layer_norm"), ("skip", "dense"),
+        ("blocks",), ("blocks", "dense"), ("blocks", "tanh"), ("blocks", "dense_1"), ("out",),
+    ]  # fmt: skip
+    assert rows[("dense",)].output == "float32[4, 8]"
+    assert rows[("blocks",)].parameters == 3 * 2 * (8 * 8 + 8)
+    assert rows[("blocks", "dense")].parameters == 8 * 8 + 8
+    assert rows[("skip", "layer_norm")].residual_bytes == 4 * (4 * 8 + 4)
+
+
+def test_a_huge_model_costs_nothing():
+    huge = fn.serial(*[fn.dense(1_000_000)] * 3)
+    table = fn.summary(huge, jax.ShapeDtypeStruct((4096, 1_000_000), jnp.float32))
+    assert table.parameters == 3 * (10**12 + 10**6)
+
+
+def test_it_prints_a_table_with_a_total():
+    lines = str(fn.summary(MODEL, X)).splitlines()
+    assert lines[0].split() == ["layer", "kind", "output", "parameters", "residual", "bytes"]
+    assert lines[-2].startswith("total")
+    assert "one turn" in lines[-1]
+
+
+def test_a_single_layer_is_its_own_row():
+    (row,) = fn.summary(fn.dense(3), X).rows
+    assert (row.kind, row.parameters) == ("dense", 21)

@@ -1,0 +1,236 @@
+"""`remat` computes the same in less memory; `mixed` the same in other dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+from funcnet.layer import no_params
+from funcnet.transform import cast
+
+S = jax.ShapeDtypeStruct
+KEY = jax.random.key(0)
+BLOCK = fn.serial(fn.layer_norm(), fn.dense(7), fn.gelu(), fn.dropout(0.2), fn.dense(5))
+
+
+def normal(seed, like):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), like)
+
+
+def draw(model, shape, dtype=jnp.float32):
+    x = S(shape, dtype)
+    params, state = model.init(KEY, x)
+    return jax.tree.map(lambda p, n: p + (0.3 * n).astype(p.dtype), params, normal(1, params)), state, normal(2, x)
+
+
+def assert_equal(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def dtypes(tree):
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+# remat
+
+
+@pytest.mark.parametrize(
+    "model",
+    [fn.remat(BLOCK), fn.serial(fn.remat(fn.dense(3)), fn.relu()), fn.repeat(fn.skip(fn.remat(fn.serial(fn.dense(5), fn.gelu()))), 2)],
+    ids=["block", "dense", "in repeat"],
+)
+def test_remat_holds_to_the_laws(model):
+    fn.check_layer(model, S((3, 5), jnp.float32)).raise_for_failure()
+
+
+def test_remat_is_transparent_and_saves_its_input_alone():
+    model = fn.remat(BLOCK)
+    assert (model.name, model.parts) == (BLOCK.name, BLOCK.parts)
+    params, state, x = draw(model, (3, 5))
+    y, _, saved = model.fwd(params, state, x, KEY)
+    assert_equal(y, BLOCK.fwd(params, state, x, KEY)[0])
+    arrays = [leaf for leaf in jax.tree.leaves(saved) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    assert [leaf.shape for leaf in arrays] == [(3, 5)]
+
+
+@pytest.mark.parametrize("bad", [None, jnp.inf, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_remat_pulls_back_bit_for_bit_what_the_layer_does_and_spreads_no_bad_cotangent(bad, jit):
+    """One example's cotangent is infinite or NaN: the others' dx must not notice."""
+    params, state, x = draw(BLOCK, (4, 5))
+    dy = normal(3, x) if bad is None else normal(3, x).at[1, 2].set(bad)
+
+    def pull(layer):
+        bwd = jax.jit(layer.bwd) if jit else layer.bwd
+        return bwd(params, layer.fwd(params, state, x, KEY)[2], dy, )
+
+    plain, again = pull(BLOCK), pull(fn.remat(BLOCK))
+    if jit:  # compiled apart, the two may round differently
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), again, plain)
+    else:
+        assert_equal(again, plain)
+    assert np.isfinite(again[1][np.array([0, 2, 3])]).all()
+
+
+def probe():
+    """y = x; its bwd answers with the input that it is run again on."""
+    return fn.stateless("probe", no_params, lambda params, x: (x, x), lambda params, x, dy, contract: ({}, x))
+
+
+@pytest.mark.parametrize("dy", [0.0, 1.0, -3.0, 3e38, jnp.inf, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16, jnp.int8, jnp.uint32, jnp.bool_])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_remat_runs_again_on_its_input_bit_for_bit_whatever_the_cotangent(dtype, dy, jit):
+    special = [0.0, -0.0, 1.0, -1.5, jnp.inf, -jnp.inf, jnp.nan] if jnp.issubdtype(dtype, jnp.floating) else [0, 1, 100]
+    x = jnp.array(special, dtype)
+    layer = fn.remat(probe())
+    bwd = jax.jit(layer.bwd) if jit else layer.bwd
+    again = bwd({}, layer.fwd({}, (), x, None)[2], jnp.full(x.shape, dy))[1]
+    assert again.dtype == dtype
+    np.testing.assert_array_equal(np.signbit(np.asarray(again, np.float32)), np.signbit(np.asarray(x, np.float32)))
+    np.testing.assert_array_equal(np.asarray(again, np.float32), np.asarray(x, np.float32))
+
+
+def temp_bytes(wrap, width=128, batch=512, layers=8):
+    """Temporary memory of a compiled forward and backward pass through gelu blocks."""
+    block = wrap(fn.serial(fn.dense(2 * width), fn.gelu(), fn.dense(width)))
+    model = fn.serial(**{f"block{i}": block for i in range(layers)})
+    x = S((batch, width), jnp.float32)
+    params, state = jax.eval_shape(model.init, KEY, x)
+
+    def gradients(params, x):
+        y, _, residuals = model.fwd(params, state, x, None)
+        return model.bwd(params, residuals, y)
+
+    return jax.jit(gradients).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_remat_under_jit_takes_less_than_half_the_memory():
+    assert temp_bytes(fn.remat) < temp_bytes(lambda layer: layer) / 2
+
+
+def test_remat_contracts_like_the_layer():
+    layer = fn.serial(fn.dense(5), fn.gelu())
+    params, state, x = draw(layer, (3, 2, 5))
+
+    def norms(layer):
+        return layer.bwd(params, layer.fwd(params, state, x, None)[2], jnp.cos(x), fn.squared_norm)[0]
+
+    assert_equal(norms(fn.remat(layer)), norms(layer))
+
+
+# mixed
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        fn.mixed,
+        lambda layer, **to: fn.mixed(fn.repeat(fn.skip(layer), 2), **to),
+        lambda layer, **to: fn.repeat(fn.skip(fn.mixed(layer, **to)), 2),
+        lambda layer, **to: fn.remat(fn.mixed(layer, **to)),
+        lambda layer, **to: fn.mixed(fn.remat(layer), **to),
+        lambda layer, **to: fn.serial(first=fn.dense(5), then=fn.mixed(layer, **to)),
+    ],
+    ids=["alone", "of repeat", "in repeat", "in remat", "of remat", "in serial"],
+)
+def test_params_and_gradients_are_float32_and_near_those_of_float32(wrap, compute):
+    model, exact = wrap(BLOCK, compute=compute), wrap(BLOCK, compute="float32")
+    params, state, x = draw(exact, (4, 5))
+    assert dtypes(model.init(KEY, x)[0]) == dtypes(model.init(KEY, S(x.shape, x.dtype))[0]) == {"float32"}
+    pull = lambda model: jax.jit(model.bwd)(params, model.fwd(params, state, x, KEY)[2], jnp.cos(x))
+    got, wanted = pull(model), pull(exact)
+    assert dtypes(got) == dtypes(model.apply(params, state, x)) == {"float32"}
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=0.05 * np.abs(w).max())
+
+
+def test_mixed_residuals_are_in_the_compute_dtype():
+    model = fn.mixed(fn.serial(fn.dense(7), fn.gelu(), fn.dense(5)))
+    params, state, x = draw(model, (4, 5))
+    y, _, residuals = model.fwd(params, state, x, None)
+    assert y.dtype == jnp.float32
+    assert dtypes(residuals) == {"bfloat16"}
+
+
+def test_mixed_computes_what_casting_by_hand_does():
+    params, state, x = draw(fn.dense(7), (4, 5))
+    half = cast((params, x), jnp.bfloat16)
+    wanted = (half[1] @ half[0]["kernel"] + half[0]["bias"][None]).astype(jnp.float32)
+    np.testing.assert_array_equal(fn.mixed(fn.dense(7)).apply(params, state, x), wanted)
+    assert np.abs(wanted - fn.dense(7).apply(params, state, x)).max() > 1e-4
+
+
+def test_mixed_gradients_are_not_rounded_to_the_compute_dtype():
+    """They are the float32 contraction of bfloat16 factors, and most of their digits do not fit bfloat16."""
+    model = fn.mixed(fn.dense(7))
+    params, state, x = draw(model, (64, 5))
+    dy = normal(3, S((64, 7), jnp.float32))
+    got = model.bwd(params, model.fwd(params, state, x, None)[2], dy)[0]
+    x, dy = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, dy))
+    np.testing.assert_allclose(got["kernel"], x.T @ dy, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got["bias"], dy.sum(0), rtol=1e-5, atol=1e-5)
+    assert not np.any(got["kernel"] == got["kernel"].astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_mixed_sums_a_bias_gradient_in_float32():
+    model = fn.mixed(fn.dense(1))
+    params, state = model.init(KEY, S((4099, 1), jnp.float32))
+    dparams, _ = model.bwd(params, model.fwd(params, state, jnp.ones((4099, 1)), None)[2], jnp.ones((4099, 1)))
+    assert (dparams["bias"].item(), dparams["kernel"].item()) == (4099, 4099)
+
+
+@pytest.mark.parametrize("how", [fn.total, fn.per_example, fn.squared_norm], ids=lambda how: how.name)
+def test_factors_kept_by_mixed_contract_later_as_at_once(how):
+    model = fn.mixed(fn.repeat(fn.dense(5), 2))
+    params, state, x = draw(model, (4, 5))
+    residuals = model.fwd(params, state, x, None)[2]
+    kept = model.bwd(params, residuals, x, fn.keep)[0]
+    assert dtypes(kept) == {"bfloat16"}
+    later = jax.tree.map(how, kept, params, is_leaf=fn.is_factor)
+    assert dtypes(later) == {"float32"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), later, model.bwd(params, residuals, x, how)[0])
+
+
+@pytest.mark.parametrize(("param", "output"), [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_each_dtype_of_mixed_can_be_chosen(param, output):
+    model = fn.mixed(BLOCK, param=param, output=output)
+    x = jnp.ones((4, 5), output)
+    params, state = model.init(KEY, x)
+    y, _, residuals = model.fwd(params, state, x, KEY)
+    dparams, dx = model.bwd(params, residuals, y)
+    assert dtypes((params, dparams)) == {param}
+    assert dtypes((y, dx)) == {output}
+
+
+def test_mixed_holds_to_the_laws():
+    fn.check_layer(fn.mixed(fn.serial(fn.dense(4), fn.tanh())), S((3, 5), jnp.float32), dtype="float32").raise_for_failure()
+
+
+def test_mixed_is_transparent_and_leaves_integers_alone():
+    assert (fn.mixed(BLOCK).name, fn.mixed(BLOCK).parts) == (BLOCK.name, BLOCK.parts)
+    ids = jnp.arange(6).reshape(2, 3, 1)
+    y, _, residuals = fn.mixed(fn.flatten()).fwd({}, (), ids, None)
+    np.testing.assert_array_equal(y, ids.reshape(2, 3))
+    assert y.dtype == ids.dtype
+    assert fn.mixed(fn.flatten()).bwd({}, residuals, None) == ({}, None)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mixed_refuses_an_input_of_another_dtype(dtype):
+    model = fn.mixed(fn.dense(3))
+    params, state = model.init(KEY, jnp.ones((2, 5)))
+    for call in (model.init, lambda _, x: model.apply(params, state, x), lambda key, x: model.fwd(params, state, x, key)):
+        with pytest.raises(fn.InputError, match="an input of dtype float32"):
+            call(KEY, jnp.ones((2, 5), dtype))
+
+
+def test_cast_changes_floating_arrays_only():
+    tree = {"x": jnp.ones(2), "ids": jnp.arange(2), "mask": jnp.ones(2, bool), "key": KEY, "none": None}
+    out = cast(tree, jnp.bfloat16)
+    assert out["x"].dtype == jnp.bfloat16
+    assert all(out[name] is tree[name] for name in ("ids", "mask", "key", "none"))

@@ -1,0 +1,137 @@
+"""The loop: what it logs, what it refuses, and how it stops."""
+
+import itertools
+import json
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+import funcnet as fn
+from funcnet.train.run import read_metrics
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+MODEL = fn.serial(fn.dense(16), fn.relu(), fn.dropout(0.1), out=fn.dense(3))
+OBJECTIVE = fn.objective(MODEL, fn.cross_entropy())
+RNG = np.random.default_rng(0)
+INPUTS = RNG.standard_normal((40, 6)).astype(np.float32)
+LABELS = (INPUTS[:, :3]).argmax(1).astype(np.int32)
+OPTIMIZER = optax.adam(1e-2)
+
+
+def batches(bad_at=None, bad=lambda x, t: (x, t)):
+    for i in itertools.count():
+        rows = np.random.default_rng(i).integers(0, 40, 8)
+        batch = INPUTS[rows], LABELS[rows]
+        yield bad(*batch) if i == bad_at else batch
+
+
+def fresh(objective=OBJECTIVE):
+    return fn.init_train_state(objective, OPTIMIZER, jax.random.key(0), next(batches()))
+
+
+def test_fit_makes_the_steps_of_train_step():
+    step, state = fn.train_step(OBJECTIVE, OPTIMIZER), fresh()
+    for batch in itertools.islice(batches(), 6):
+        state, _ = step(state, batch)
+    for options in ({}, {"steps_per_call": 3}):
+        fitted, _ = fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 6, log_every=3, **options)
+        chex.assert_trees_all_close(fitted.params, state.params, rtol=1e-5, atol=1e-6)
+        assert int(fitted.step) == 6
+
+
+def test_records_are_means_and_are_written_as_json_lines(tmp_path, capsys):
+    validation = [(INPUTS[:30], LABELS[:30]), (INPUTS[30:], LABELS[30:])]
+    state, history = fn.fit(
+        OBJECTIVE, OPTIMIZER, fresh(), batches(), 10, log_every=4, validation=validation, run_dir=tmp_path / "run"
+    )
+    assert [record["step"] for record in history] == [4, 8, 10]
+    assert read_metrics(tmp_path / "run") == history
+    assert set(history[0]) == {
+        "step", "loss", "accuracy", "grad_norm", "update_norm", "val_loss", "val_accuracy"
+    }  # fmt: skip
+    _, each = fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 4, log_every=1)
+    np.testing.assert_allclose(history[0]["loss"], np.mean([record["loss"] for record in each]), rtol=1e-5)
+    predicted = np.argmax(MODEL.apply(state.params, state.state, INPUTS), 1)
+    np.testing.assert_allclose(history[-1]["val_accuracy"], np.mean(predicted == LABELS))
+    assert "step 4/10  loss" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_its_state():
+    whole, _ = fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 6, log_every=6)
+    source = batches()
+    half, _ = fn.fit(OBJECTIVE, OPTIMIZER, fresh(), source, 3, log_every=3)
+    rest, history = fn.fit(OBJECTIVE, OPTIMIZER, half, source, 3, log_every=3)
+    chex.assert_trees_all_close(rest.params, whole.params, rtol=1e-6)
+    assert history[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("bad", "path", "word"),
+    [
+        (lambda x, t: (np.where(x > 1, np.nan, x), t), "inputs", "nan at index"),
+        (lambda x, t: (np.where(x > 1, np.inf, x), t), "inputs", "inf at index"),
+        (lambda x, t: (x, t + 1), "cross_entropy", "labels from 0 to 2"),
+        (lambda x, t: (x[:, :2], t), "dense", "6 features"),
+    ],
+)
+def test_a_bad_batch_is_refused_and_what_was_written_stays(tmp_path, bad, path, word):
+    with pytest.raises(fn.InputError, match=word) as caught:
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(5, bad), 10, log_every=2, run_dir=tmp_path)
+    assert caught.value.path == (path,)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 4]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_layer_and_leaf(tmp_path):
+    big = lambda x, t: (np.full_like(x, 3e38), t)
+    with pytest.raises(fn.NotFiniteError, match="step 6: loss") as caught:
+        fn.fit(
+            OBJECTIVE, OPTIMIZER, fresh(), batches(5, big), 10, log_every=2, steps_per_call=2, run_dir=tmp_path
+        )
+    assert "['out']['kernel']" in str(caught.value)
+    assert "the first layer with an output that is not finite: dense" in str(caught.value)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 4]
+    kept = caught.value.train_state
+    assert int(kept.step) == 5
+    wanted, _ = fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 5, log_every=5)
+    chex.assert_trees_all_close(kept.params, wanted.params, rtol=1e-6)
+
+
+def test_a_gradient_whose_norm_overflows_stops_and_names_the_largest_leaf():
+    large = lambda x, t: (x * np.float32(1e30), t)
+    with pytest.raises(fn.NotFiniteError, match=r"step 2: .*gradient norm inf") as caught:
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(1, large), 3)
+    assert "the gradients are finite; the largest is" in str(caught.value)
+
+
+def test_too_few_batches_and_uneven_steps_are_refused():
+    with pytest.raises(fn.InputError, match="batches for 10 steps"):
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), itertools.islice(batches(), 4), 10)
+    with pytest.raises(fn.InputError, match="multiples of steps_per_call"):
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 10, steps_per_call=4)
+
+
+def test_evaluate_is_the_mean_over_examples_whatever_the_batches():
+    state = fresh()
+    whole = fn.evaluate(OBJECTIVE, state.params, state.state, [(INPUTS, LABELS)])
+    parts = [(INPUTS[:7], LABELS[:7]), (INPUTS[7:], LABELS[7:])]
+    assert fn.evaluate(OBJECTIVE, state.params, state.state, parts) == pytest.approx(whole, rel=1e-5)
+    predicted = np.argmax(MODEL.apply(state.params, state.state, INPUTS), 1)
+    assert whole["accuracy"] == pytest.approx(np.mean(predicted == LABELS))
+    with pytest.raises(fn.InputError, match="at least one batch"):
+        fn.evaluate(OBJECTIVE, state.params, state.state, [])
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 2, run_dir=tmp_path, config={"seed": 3})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 3}
+    assert json.loads((tmp_path / "environment.json").read_text())["jax"] == jax.__version__
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="not empty"):
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 1, run_dir=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 1, run_dir=tmp_path, overwrite=True)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]

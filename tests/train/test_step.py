@@ -1,0 +1,190 @@
+"""The training step: against jax.grad and optax, in micro-batches, under scan, traced once."""
+
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import funcnet as fn
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+MODEL = fn.serial(fn.dense(16), fn.relu(), fn.layer_norm(), fn.dense(5))
+OBJECTIVE = fn.objective(MODEL, fn.cross_entropy())
+RNG = np.random.default_rng(0)
+BATCH = (RNG.standard_normal((12, 7)).astype(np.float32), RNG.integers(0, 5, 12).astype(np.int32))
+
+
+def fresh(optimizer, objective=OBJECTIVE, batch=BATCH):
+    return fn.init_train_state(objective, optimizer, jax.random.key(0), batch)
+
+
+def test_a_hundred_steps_end_where_jax_grad_and_optax_do():
+    optimizer = optax.adam(1e-2)
+    state = fresh(optimizer)
+    params, opt_state = state.params, optimizer.init(state.params)
+    params = jax.tree.map(jnp.copy, params)
+
+    def loss(params):
+        logits = MODEL.apply(params, state.state, BATCH[0])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, BATCH[1]))
+
+    @jax.jit
+    def plain(params, opt_state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    step = fn.train_step(OBJECTIVE, optimizer)
+    mine = state
+    for _ in range(100):
+        params, opt_state, value = plain(params, opt_state)
+        mine, metrics = step(mine, BATCH)
+        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-3)
+    chex.assert_trees_all_close(mine.params, params, rtol=2e-3, atol=2e-4)
+    assert int(mine.step) == 100
+
+
+def test_micro_batches_give_the_whole_batch_s_step():
+    whole, whole_metrics = fn.train_step(OBJECTIVE, optax.sgd(0.5))(fresh(optax.sgd(0.5)), BATCH)
+    parts, parts_metrics = fn.train_step(OBJECTIVE, optax.sgd(0.5), accumulate=4)(fresh(optax.sgd(0.5)), BATCH)
+    chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(parts_metrics, whole_metrics, rtol=1e-5)
+
+
+def test_micro_batches_share_the_weights_of_the_whole_batch():
+    objective = fn.objective(MODEL, fn.cross_entropy(ignore_index=-1))
+    labels = BATCH[1].copy()
+    labels[[0, 1, 2, 5]] = -1  # the first of four micro-batches has no label at all
+    batch = (BATCH[0], labels)
+    whole, one = fn.train_step(objective, optax.sgd(0.5))(fresh(optax.sgd(0.5), objective, batch), batch)
+    parts, four = fn.train_step(objective, optax.sgd(0.5), accumulate=4)(fresh(optax.sgd(0.5), objective, batch), batch)
+    chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(four, one, rtol=1e-5)
+
+
+def test_many_steps_a_call_are_the_same_steps():
+    batches = [(BATCH[0] + i, BATCH[1]) for i in range(3)]
+    step, one = fn.train_step(OBJECTIVE, optax.adam(1e-2)), fresh(optax.adam(1e-2))
+    losses = []
+    for batch in batches:
+        one, metrics = step(one, batch)
+        losses.append(metrics["loss"])
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    many, metrics = fn.train_step(OBJECTIVE, optax.adam(1e-2), steps=3)(fresh(optax.adam(1e-2)), stacked)
+    chex.assert_trees_all_close(many.params, one.params, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    assert int(many.step) == 3
+
+
+def test_a_step_traces_once():
+    model = replace(MODEL, fwd=chex.assert_max_traces(MODEL.fwd, n=1))
+    objective = fn.objective(model, fn.cross_entropy())
+    step, state = fn.train_step(objective, optax.adam(1e-2)), fresh(optax.adam(1e-2), objective)
+    chex.clear_trace_counter()
+    for _ in range(3):
+        state, _ = step(state, BATCH)
+
+
+def test_the_state_is_donated():
+    state = fresh(optax.adam(1e-2))
+    fn.train_step(OBJECTIVE, optax.adam(1e-2))(state, BATCH)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adamw": optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 5, 50)),
+    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+    "lion": optax.lion(1e-3),
+    "lbfgs": optax.lbfgs(),
+    "injected": optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+    "muon": optax.contrib.muon(1e-2),
+    "schedule_free": optax.contrib.schedule_free_adamw(1e-2),
+    "plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+    "multi_steps": optax.MultiSteps(optax.adam(1e-2), 2),
+    "masked": optax.adamw(1e-2, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optax_optimizer_lowers_the_loss_in_one_trace(name):
+    step, state = fn.train_step(OBJECTIVE, OPTIMIZERS[name]), fresh(OPTIMIZERS[name])
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, BATCH)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert step._cache_size() == 1
+
+
+def test_metrics_are_what_they_say():
+    state = fresh(optax.sgd(0.25))
+    (loss, _), grads = fn.value_and_grad(OBJECTIVE)(state.params, state.state, BATCH)
+    right = np.mean(np.argmax(MODEL.apply(state.params, state.state, BATCH[0]), 1) == BATCH[1])
+    _, metrics = fn.train_step(OBJECTIVE, optax.sgd(0.25))(state, BATCH)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+    wanted = {"loss": loss, "accuracy": right, "grad_norm": norm, "update_norm": norm / 4}
+    chex.assert_trees_all_close(metrics, jax.tree.map(np.float32, wanted), rtol=1e-5)
+    state, metrics = fn.train_step(OBJECTIVE, optax.sgd(0.25), norms=False)(fresh(optax.sgd(0.25)), BATCH)
+    assert set(metrics) == {"loss", "accuracy"}
+
+
+def test_weights_of_a_step_are_those_of_value_and_grad():
+    weights = np.linspace(0, 1, 12, dtype=np.float32)
+    state = fresh(optax.sgd(1.0))
+    before = jax.tree.map(np.asarray, state.params)
+    _, grads = fn.value_and_grad(OBJECTIVE)(state.params, state.state, BATCH, weights=weights)
+    after, _ = fn.train_step(OBJECTIVE, optax.sgd(1.0))(state, BATCH, weights)
+    chex.assert_trees_all_close(after.params, jax.tree.map(lambda p, g: p - g, before, grads), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_draws_anew_each_step_and_again_the_same_from_the_same_state():
+    objective = fn.objective(fn.serial(fn.dense(16), fn.dropout(0.5), fn.dense(5)), fn.cross_entropy())
+    step = fn.train_step(objective, optax.sgd(0.0))
+
+    def losses():
+        state, seen = fresh(optax.sgd(0.0), objective), []
+        for _ in range(2):
+            state, metrics = step(state, BATCH)
+            seen.append(float(metrics["loss"]))
+        return seen
+
+    assert losses() == losses()
+    assert len(set(losses())) == 2
+
+
+def test_half_precision_gradients_are_accumulated_in_float32():
+    model = fn.mixed(fn.serial(fn.dense(4)), "bfloat16", "bfloat16", "bfloat16")
+    objective = fn.objective(model, fn.mse())
+    batch = (np.ones((512, 3), jnp.bfloat16), np.full((512, 4), 8, jnp.bfloat16))
+    whole, _ = fn.train_step(objective, optax.sgd(0.1))(fresh(optax.sgd(0.1), objective, batch), batch)
+    parts, _ = fn.train_step(objective, optax.sgd(0.1), accumulate=512)(fresh(optax.sgd(0.1), objective, batch), batch)
+    chex.assert_trees_all_close(parts.params, whole.params, rtol=2**-7)
+    chex.assert_trees_all_equal_dtypes(parts.params, whole.params)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "word"),
+    [
+        ({"accumulate": 5}, BATCH, "5 micro-batches divide"),
+        ({"accumulate": 0}, BATCH, "at least one micro-batch"),
+        ({"steps": 3}, BATCH, "a first axis of 3 steps"),
+        ({}, (BATCH[0], BATCH[1][:4]), "as many inputs as targets"),
+    ],
+)
+def test_options_and_batches_that_do_not_fit_are_refused(options, batch, word):
+    with pytest.raises(fn.InputError, match=word):
+        fn.train_step(OBJECTIVE, optax.sgd(0.1), **options)(fresh(optax.sgd(0.1)), batch)
+
+
+def test_labels_out_of_range_are_refused_before_training_and_nan_within_it():
+    bad = (BATCH[0], BATCH[1] + 3)
+    with pytest.raises(fn.InputError, match="labels from 0 to 4"):
+        fresh(optax.sgd(0.1), batch=bad)
+    _, metrics = fn.train_step(OBJECTIVE, optax.sgd(0.1))(fresh(optax.sgd(0.1)), bad)
+    assert np.isnan(metrics["loss"])
