@@ -134,11 +134,7 @@ def total(factor: Factor, param: Array) -> Array:
     """The gradient: summed over examples and positions in float32 or wider, in the parameter's dtype and sharding."""
     match factor:
         case Outer(x, dy):
-            # XLA's CPU contraction over rows is faster with the narrower matrix on the left.
-            if x.shape[-1] <= dy.shape[-1]:
-                answer = product(flat(x), flat(dy), (0, 0), param)
-            else:
-                answer = product(flat(dy), flat(x), (0, 0), param.T).T
+            answer = product(flat(x), flat(dy), (0, 0), param)
         case Shift(dy):
             answer = jnp.sum(flat(dy), axis=0, dtype=wide(dy.dtype))
         case Scale(x_hat, dy):

@@ -14,14 +14,16 @@ KEY = jax.random.key(0)
 
 
 def normal(seed, like):
+    """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, drawn by NumPy: nothing to compile."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), like)
+    draw = lambda leaf: rng.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf).astype(leaf.dtype)), like)
 
 
 def draw(model, x):
-    """Params off their initial values, state, and an input like x."""
-    params, state = model.init(KEY, x)
-    return jax.tree.map(lambda p, n: p + 0.3 * n, params, normal(1, params)), state, normal(2, x)
+    """Params, state and an input like x."""
+    params, state = jax.eval_shape(model.init, KEY, x)
+    return normal(1, params), normal(2, state), normal(3, x)
 
 
 def assert_equal(got, wanted):
@@ -97,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_plain_composition(name, x64):
     def both(params, x):
         y, new_state, residuals = model.fwd(params, state, x, None)
         wanted, pullback = jax.vjp(plain, params, x)
-        dy = normal(3, wanted)
+        dy = normal(4, wanted)
         return (y, model.apply(params, state, x), *model.bwd(params, residuals, dy)), (wanted, wanted, *pullback(dy)), new_state
 
     got, wanted, new_state = both(params, x)
@@ -155,7 +157,7 @@ def test_forward_mode_through_the_backward_pass_gives_hessian_vector_products(x6
     def products(params, v):
         return [jax.jvp(gradient, (params,), (v,))[1] for gradient in (by_hand, automatic)]
 
-    got, wanted = products(params, normal(4, params))
+    got, wanted = products(params, normal(5, params))
     assert_close(got, wanted, rtol=1e-9, atol=1e-12)
     assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(wanted))
 
@@ -201,6 +203,12 @@ def test_no_layers_and_clashing_names_are_refused(combinator, layers, named, mes
 TWO = (S((3, 5), jnp.float32),) * 2
 
 
+def everything(model, params, state, x):
+    """What each function of a model returns."""
+    y, new_state, residuals = model.fwd(params, state, x, KEY)
+    return model.init(KEY, x), model.apply(params, state, x), y, new_state, residuals, model.bwd(params, residuals, y)
+
+
 @pytest.mark.parametrize(
     ("model", "x"),
     [
@@ -217,10 +225,8 @@ def test_rebuilt_of_its_own_parts_a_combinator_is_the_same(model, x):
     rebuilt = model.rebuild(model.parts)
     assert (rebuilt.name, list(rebuilt.parts)) == (model.name, list(model.parts))
     params, state, x = draw(model, x)
-    assert_equal(rebuilt.init(KEY, x), model.init(KEY, x))
-    y, new_state, residuals = model.fwd(params, state, x, None)
-    assert_equal(rebuilt.fwd(params, state, x, None), (y, new_state, residuals))
-    assert_equal(rebuilt.bwd(params, residuals, y), model.bwd(params, residuals, y))
+    program = lambda model: str(jax.make_jaxpr(lambda *args: everything(model, *args))(params, state, x))
+    assert program(rebuilt) == program(model)
 
 
 @pytest.mark.parametrize("wrap", [fn.skip, fn.remat, fn.mixed, lambda layer: fn.repeat(layer, 2)])
@@ -244,12 +250,13 @@ def recording():
 
 def counting():
     """y = (1 + n) x, n the state, which grows by one with each call."""
+    factor = lambda n, x: (1 + n).astype(x.dtype)
     return fn.Layer(
         "counting",
-        lambda key, x: ({}, jnp.zeros((), x.dtype)),
-        lambda params, n, x: (1 + n) * x,
-        lambda params, n, x, key: ((1 + n) * x, n + 1, 1 + n),
-        lambda params, factor, dy, contract=fn.total: ({}, factor * dy),
+        lambda key, x: ({}, jnp.zeros((), jnp.int32)),
+        lambda params, n, x: factor(n, x) * x,
+        lambda params, n, x, key: (factor(n, x) * x, n + 1, factor(n, x)),
+        lambda params, saved, dy, contract=fn.total: ({}, saved * dy),
     )
 
 
@@ -310,20 +317,20 @@ def test_adding_a_turn_to_repeat_leaves_earlier_turns_alone():
 
 
 STATEFUL = {
-    "serial": (fn.serial(counting(), fn.tanh(), counting()), X),
-    "skip": (fn.skip(fn.serial(fn.dense(5), counting())), X),
-    "repeat": (fn.repeat(fn.serial(counting(), fn.tanh()), 3), X),
-    "parallel": (fn.parallel(counting(), counting()), (X, X)),
-    "remat": (fn.remat(fn.serial(counting(), fn.tanh(), counting())), X),
+    "serial": (fn.serial(counting(), fn.tanh(), counting()), TWO[0]),
+    "skip": (fn.skip(fn.serial(fn.dense(5), counting())), TWO[0]),
+    "repeat": (fn.repeat(fn.serial(counting(), fn.tanh()), 3), TWO[0]),
+    "parallel": (fn.parallel(counting(), counting()), TWO),
+    "remat": (fn.remat(fn.serial(counting(), fn.tanh(), counting())), TWO[0]),
 }
 
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_is_threaded_and_bwd_differentiates_at_the_state_that_fwd_had(name):
     model, x = STATEFUL[name]
-    state = jax.tree.map(lambda n: n + 2, model.init(KEY, jax.tree.map(lambda x: S(x.shape, jnp.float32), x))[1])
-    fn.check_layer(model, x, state=state).raise_for_failure()
-    params, _, x = draw(model, jax.tree.map(lambda x: S(x.shape, jnp.float32), x))
+    params, state, x = draw(model, x)
+    state = jax.tree.map(lambda n: n + 2, state)
+    fn.check_layer(model, x, params=params, state=state).raise_for_failure()
     y, new_state, _ = model.fwd(params, state, x, None)
     assert_equal(new_state, jax.tree.map(lambda n: n + 1, state))
     assert_close(model.apply(params, state, x), y, rtol=1e-6)

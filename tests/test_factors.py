@@ -41,14 +41,17 @@ def largest(factor, param):
     return jnp.max(jnp.abs(fn.total(factor, param)))
 
 
+def normal(seed, like):
+    """Standard normal values in the shapes and dtypes of `like`, drawn by NumPy: nothing to compile."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
+
+
 def draw(model, shape, dtype=jnp.float64):
-    """Params moved off their initial values, state, input and cotangent."""
-    rng = np.random.default_rng(0)
-    normal = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-    params, state = model.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, dtype))
-    params = jax.tree.map(lambda p: p + 0.3 * normal(p), params)
-    x = normal(jax.ShapeDtypeStruct(shape, dtype))
-    return params, state, x, normal(jax.eval_shape(model.apply, params, state, x))
+    """Params, state, input and cotangent."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    params, state = jax.eval_shape(model.init, jax.random.key(0), x)
+    return normal(1, params), state, normal(2, x), normal(3, jax.eval_shape(model.apply, params, state, x))
 
 
 def contract(factors, params, how):

@@ -15,14 +15,17 @@ BLOCK = fn.serial(fn.layer_norm(), fn.dense(7), fn.gelu(), fn.dropout(0.2), fn.d
 
 
 def normal(seed, like):
+    """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, drawn by NumPy: nothing to compile."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), like)
+    draw = lambda leaf: rng.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf).astype(leaf.dtype)), like)
 
 
 def draw(model, shape, dtype=jnp.float32):
-    x = S(shape, dtype)
-    params, state = model.init(KEY, x)
-    return jax.tree.map(lambda p, n: p + (0.3 * n).astype(p.dtype), params, normal(1, params)), state, normal(2, x)
+    """Params, state and input."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    params, state = jax.eval_shape(model.init, KEY, x)
+    return normal(1, params), normal(2, state), normal(3, x)
 
 
 def assert_equal(got, wanted):
@@ -56,23 +59,22 @@ def test_remat_is_transparent_and_saves_its_input_alone():
     assert [leaf.shape for leaf in arrays] == [(3, 5)]
 
 
-@pytest.mark.parametrize("bad", [None, jnp.inf, -jnp.inf, jnp.nan])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_remat_pulls_back_bit_for_bit_what_the_layer_does_and_spreads_no_bad_cotangent(bad, jit):
+def test_remat_pulls_back_what_the_layer_does_and_spreads_no_bad_cotangent(jit):
     """One example's cotangent is infinite or NaN: the others' dx must not notice."""
     params, state, x = draw(BLOCK, (4, 5))
-    dy = normal(3, x) if bad is None else normal(3, x).at[1, 2].set(bad)
 
     def pull(layer):
         bwd = jax.jit(layer.bwd) if jit else layer.bwd
-        return bwd(params, layer.fwd(params, state, x, KEY)[2], dy, )
+        residuals = layer.fwd(params, state, x, KEY)[2]
+        return [bwd(params, residuals, x.at[1, 2].set(bad)) for bad in (0.5, jnp.inf, -jnp.inf, jnp.nan)]
 
     plain, again = pull(BLOCK), pull(fn.remat(BLOCK))
     if jit:  # compiled apart, the two may round differently
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), again, plain)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, plain)
     else:
         assert_equal(again, plain)
-    assert np.isfinite(again[1][np.array([0, 2, 3])]).all()
+    assert all(np.isfinite(dx[np.array([0, 2, 3])]).all() for _, dx in again)
 
 
 def probe():
@@ -80,18 +82,16 @@ def probe():
     return fn.stateless("probe", no_params, lambda params, x: (x, x), lambda params, x, dy, contract: ({}, x))
 
 
-@pytest.mark.parametrize("dy", [0.0, 1.0, -3.0, 3e38, jnp.inf, -jnp.inf, jnp.nan])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16, jnp.int8, jnp.uint32, jnp.bool_])
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_remat_runs_again_on_its_input_bit_for_bit_whatever_the_cotangent(dtype, dy, jit):
+def test_remat_runs_again_on_its_input_bit_for_bit_whatever_the_cotangent(dtype):
     special = [0.0, -0.0, 1.0, -1.5, jnp.inf, -jnp.inf, jnp.nan] if jnp.issubdtype(dtype, jnp.floating) else [0, 1, 100]
     x = jnp.array(special, dtype)
     layer = fn.remat(probe())
-    bwd = jax.jit(layer.bwd) if jit else layer.bwd
-    again = bwd({}, layer.fwd({}, (), x, None)[2], jnp.full(x.shape, dy))[1]
-    assert again.dtype == dtype
-    np.testing.assert_array_equal(np.signbit(np.asarray(again, np.float32)), np.signbit(np.asarray(x, np.float32)))
-    np.testing.assert_array_equal(np.asarray(again, np.float32), np.asarray(x, np.float32))
+    saved = layer.fwd({}, (), x, None)[2]
+    for dy in (0.0, -3.0, 3e38, jnp.inf, -jnp.inf, jnp.nan):
+        for bwd in (layer.bwd, jax.jit(layer.bwd)):
+            again = bwd({}, saved, jnp.full(x.shape, dy))[1]
+            assert (again.dtype, np.asarray(again).tobytes()) == (dtype, np.asarray(x).tobytes())
 
 
 def temp_bytes(wrap, width=128, batch=512, layers=8):
@@ -141,12 +141,24 @@ def test_remat_contracts_like_the_layer():
 def test_params_and_gradients_are_float32_and_near_those_of_float32(wrap, compute):
     model, exact = wrap(BLOCK, compute=compute), wrap(BLOCK, compute="float32")
     params, state, x = draw(exact, (4, 5))
-    assert dtypes(model.init(KEY, x)[0]) == dtypes(model.init(KEY, S(x.shape, x.dtype))[0]) == {"float32"}
-    pull = lambda model: jax.jit(model.bwd)(params, model.fwd(params, state, x, KEY)[2], jnp.cos(x))
-    got, wanted = pull(model), pull(exact)
-    assert dtypes(got) == dtypes(model.apply(params, state, x)) == {"float32"}
+    assert dtypes(jax.eval_shape(model.init, KEY, x)[0]) == {"float32"}
+
+    @jax.jit
+    def both(params, x):
+        run = lambda model: (y := model.fwd(params, state, x, KEY))[:1] + model.bwd(params, y[2], jnp.cos(x))
+        return run(model), run(exact)
+
+    got, wanted = both(params, x)
+    assert dtypes(got) == {"float32"}
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=0.05 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5)])
+def test_mixed_initialises_from_shapes_alone(shape):
+    model = fn.mixed(BLOCK)
+    by_shape, by_value = (model.init(KEY, x)[0] for x in (S(shape, jnp.float32), jnp.ones(shape)))
+    assert_equal(by_shape, by_value)
 
 
 def test_mixed_residuals_are_in_the_compute_dtype():
@@ -179,7 +191,7 @@ def test_mixed_gradients_are_not_rounded_to_the_compute_dtype():
 
 def test_mixed_sums_a_bias_gradient_in_float32():
     model = fn.mixed(fn.dense(1))
-    params, state = model.init(KEY, S((4099, 1), jnp.float32))
+    params, state = model.init(KEY, jnp.ones((4099, 1)))
     dparams, _ = model.bwd(params, model.fwd(params, state, jnp.ones((4099, 1)), None)[2], jnp.ones((4099, 1)))
     assert (dparams["bias"].item(), dparams["kernel"].item()) == (4099, 4099)
 

@@ -1,23 +1,25 @@
 """The benchmarks run, report what they should, and refuse sides that disagree. Nothing here depends on a timing."""
 
 import json
+from itertools import pairwise, permutations
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import harness, workloads
+from benchmarks import harness, report, workloads
 from benchmarks.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def answers():
     """What funcnet and plain JAX compute on the smallest workload."""
-    sides = workloads.load("digits_mlp")("float32").sides
-    return {name: harness.answer(sides[name](), steps=1) for name in ("plain", "funcnet")}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        sides = workloads.load("digits_mlp")("float32").sides
+        return {name: harness.answer(sides[name](), steps=1) for name in ("plain", "funcnet")}
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_the_smallest_workload_gives_a_table_and_json(tmp_path, capsys):
     file = tmp_path / "out.json"
     main(["digits_mlp", "--rounds", "2", "--compiles", "1", "--sides", "funcnet,plain", "--json", str(file)])
@@ -53,7 +55,7 @@ def test_one_wrong_leaf_is_refused_by_name(answers, leaf, wrong):
     path, field = leaf.split("/")
     grads = answers["funcnet"].grads
     grads = grads | {path: grads[path] | {field: wrong(grads[path][field])}}
-    answers["funcnet"] = answers["funcnet"]._replace(grads=grads)
+    answers = answers | {"funcnet": answers["funcnet"]._replace(grads=grads)}
     with pytest.raises(harness.Disagreement, match=f"funcnet: gradient of {leaf} differs") as refused:
         harness.compare(answers, tolerance=2e-5, loss_tolerance=2e-5)
     assert len(str(refused.value).splitlines()) == 2  # the headline and the one leaf
@@ -70,12 +72,26 @@ def test_a_missing_leaf_and_a_wrong_loss_are_refused(answers):
 
 
 def test_what_is_not_installed_is_said_and_other_import_errors_are_not_hidden():
-    def lacking(package):
-        def make():
+    def runs():
+        return harness.Side(lambda: (1.0, {"dense": {"bias": np.ones(3)}}), lambda: sum(range(1000)))
+
+    def lacks(package):
+        def side():
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
-        return make
+        return lambda dtype: harness.Workload("a stub", {"plain": runs, "torch": side})
 
-    installed = workloads.load("digits_mlp")
-    sides = {name: installed("float32").sides[name] for name in ("funcnet", "plain")}
-    measured = harness.measure(lambda dtype: harness.Workload("", sides | {"torch": lacking("torch")}), 1, 1)
+    record = report.record("stub", harness.measure(lacks("torch"), rounds=1, compiles=1))
+    assert record["sides"]["torch"] == {"status": "not installed"}
+    assert "not installed" in report.text(record)
+    with pytest.raises(ModuleNotFoundError, match="part_of_torch"):
+        harness.measure(lacks("part_of_torch"), rounds=1, compiles=1)
+
+
+@pytest.mark.parametrize("sides", [1, 2, 3, 4, 5])
+def test_every_side_follows_every_other_side_equally_often(sides):
+    names = "ABCDE"[:sides]
+    orders = list(harness.orders(list(names), rounds=2 * sides))
+    followers = [pair for order in orders for pair in pairwise(order)]
+    assert all(sorted(order) == sorted(names) for order in orders)
+    assert {followers.count(pair) for pair in permutations(names, 2)} <= {2}
