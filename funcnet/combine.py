@@ -176,11 +176,11 @@ def repeat(layer: Layer, times: int) -> Layer:
 
     def init(key, x):
         params, state = jax.vmap(lambda key: layer.init(key, x))(keys(key))
-        y = output(layer, *jax.tree.map(lambda leaf: leaf[0], (params, state)), x)
+        first_params, first_state = jax.tree.map(lambda leaf: leaf[0], (params, state))
+        y = output(layer, first_params, first_state, x)
         if describe(y) != describe(x):
-            raise InputError(
-                f"an output like the input, {describe(x)}", describe(y), "repeat a layer that keeps its shape"
-            )
+            wanted = f"an output like the input, {describe(x)}"
+            raise InputError(wanted, describe(y), "repeat a layer that keeps its shape")
         return params, state
 
     def check(params):
@@ -190,11 +190,15 @@ def repeat(layer: Layer, times: int) -> Layer:
 
     def apply(params, state, x):
         check(params)
-        return lax.scan(lambda x, layers: (layer.apply(layers[0], layers[1], x), None), x, (params, state))[0]
+
+        def body(x, layers):
+            params, state = layers
+            return layer.apply(params, state, x), None
+
+        return lax.scan(body, x, (params, state), length=times)[0]
 
     def fwd(params, state, x, key):
         check(params)
-
         restore: Any = None
 
         def body(x, layers):

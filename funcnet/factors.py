@@ -89,6 +89,8 @@ class Contraction:
     stacked: Callable[[Any], Any] = lambda answer: answer
 
     def __call__(self, factor: Any, param: Array) -> Any:
+        if not hasattr(factor, "layers"):
+            raise _unknown(factor, self.name)
         if factor.layers == 0:
             return self.of(factor, param)
         return self.stacked(jax.vmap(self)(replace(factor, layers=factor.layers - 1), param))
@@ -121,9 +123,15 @@ def product(a: Array, b: Array, axes: tuple[int, int], like: Array) -> Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=wide(a.dtype), out_sharding=sharding)
 
 
-def _wide_examples(a: Array, name: str, features: int = 1) -> Array:
+def placed(a: Array, like: Array) -> Array:
+    """`a` in the sharding of `like`; under a mesh without explicit axes, `a` itself."""
+    sharding = jax.typeof(like).sharding
+    return a if jax.typeof(a).sharding == sharding else jax.sharding.reshard(a, sharding)
+
+
+def _wide_examples(a: Array, name: str) -> Array:
     """a [B, .., F] as [B, T, F] in the accumulation dtype."""
-    if a.ndim <= features:
+    if a.ndim < 2:
         remedy = "give the model a batch axis, or use total"
         raise InputError(f"an example axis in front for {name}", describe(a), remedy)
     return a.reshape(a.shape[0], -1, a.shape[-1]).astype(wide(a.dtype))
@@ -136,10 +144,10 @@ def total(factor: Factor, param: Array) -> Array:
         case Outer(x, dy):
             answer = product(flat(x), flat(dy), (0, 0), param)
         case Shift(dy):
-            answer = jnp.sum(flat(dy), axis=0, dtype=wide(dy.dtype))
+            answer = placed(jnp.sum(flat(dy), axis=0, dtype=wide(dy.dtype)), param)
         case Scale(x_hat, dy):
             high = wide(dy.dtype)
-            answer = jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0)
+            answer = placed(jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0), param)
         case _:
             raise _unknown(factor, "total")
     return answer.astype(param.dtype)
@@ -148,19 +156,19 @@ def total(factor: Factor, param: Array) -> Array:
 @contraction(lambda answer: jnp.moveaxis(answer, 0, 1))
 def per_example(factor: Factor, param: Array) -> Array:
     """One gradient an example, [B, *param] ([B, L, *param] under `repeat`), in the parameter's dtype."""
-    return _per_example(factor).astype(param.dtype)
+    return _per_example(factor, "per_example").astype(param.dtype)
 
 
-def _per_example(factor: Factor) -> Array:
+def _per_example(factor: Factor, name: str) -> Array:
     match factor:
         case Outer(x, dy):
-            return jnp.einsum("bti,btj->bij", _wide_examples(x, "per_example"), _wide_examples(dy, "per_example"))
+            return jnp.einsum("bti,btj->bij", _wide_examples(x, name), _wide_examples(dy, name))
         case Shift(dy):
-            return jnp.sum(_wide_examples(dy, "per_example"), axis=1)
+            return jnp.sum(_wide_examples(dy, name), axis=1)
         case Scale(x_hat, dy):
-            return jnp.sum(_wide_examples(x_hat, "per_example") * _wide_examples(dy, "per_example"), axis=1)
+            return jnp.sum(_wide_examples(x_hat, name) * _wide_examples(dy, name), axis=1)
         case _:
-            raise _unknown(factor, "per_example")
+            raise _unknown(factor, name)
 
 
 @contraction(lambda answer: jnp.sum(answer, axis=0))
@@ -179,7 +187,7 @@ def squared_norm(factor: Factor, param: Array) -> Array:
         if 2 * x.shape[1] ** 2 <= x.shape[2] * dy.shape[2]:
             gram = [jnp.einsum("bsi,bti->bst", a, a) for a in (x, dy)]
             return jnp.sum(gram[0] * gram[1], axis=(1, 2))
-    gradient = _per_example(factor)
+    gradient = _per_example(factor, "squared_norm")
     return jnp.sum(jnp.square(gradient), axis=tuple(range(1, gradient.ndim)))
 
 

@@ -118,9 +118,9 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
         dy = expect.cotangent(dy, logits.shape[:-1], top.dtype)[..., None]
         minus_log_p = log_sum - (logits.astype(top.dtype) - top)
         q, factor = distribution(logits, target)
-        g = jnp.where(factor == 0, 0.0, factor * dy)
-        dlogits = g * (jnp.exp(-minus_log_p) * jnp.sum(q, axis=-1, keepdims=True) - q)
-        dtarget = (1 - label_smoothing) * g * minus_log_p
+        slope = jnp.exp(-minus_log_p) * jnp.sum(q, axis=-1, keepdims=True) - q
+        dlogits = jnp.where(factor == 0, 0.0, factor * dy * slope)
+        dtarget = (1 - label_smoothing) * dy * minus_log_p
         floating = expect.is_floating(target)
         return {}, (dlogits.astype(logits.dtype), dtarget.astype(target.dtype) if floating else None)
 
@@ -130,7 +130,7 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
         return jnp.ones(target.shape, bool) if ignore_index is None else target != ignore_index
 
     def accuracy(logits, target):
-        label = jnp.argmax(target, axis=-1) if expect.is_floating(target) else target
+        label = jnp.argmax(target, axis=-1) if expect.is_floating(target) else jnp.asarray(target)
         return jnp.argmax(logits, axis=-1).astype(label.dtype) == label
 
     return _loss("cross_entropy", fwd, bwd, counted, {"accuracy": accuracy}, check)
@@ -202,7 +202,7 @@ def binary_cross_entropy() -> Loss:
         return {}, (dz, (-g * z).astype(x[1].dtype) if expect.is_floating(x[1]) else None)
 
     def accuracy(z, t):
-        return _mean(((z > 0) == (t > 0.5 if expect.is_floating(t) else t > 0)).astype(jnp.float32))
+        return _mean(((z > 0) == (jnp.asarray(t).astype(jnp.float32) > 0.5)).astype(jnp.float32))
 
     return _loss("binary_cross_entropy", fwd, bwd, _per_example, {"accuracy": accuracy}, check)
 

@@ -82,6 +82,9 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
             raise InputError(
                 f"an input of dtype {output}", describe(x), "convert it, or give mixed another output dtype"
             )
+
+    def enter(x):
+        check(x)
         return cast(x, compute)
 
     def init(key, x):
@@ -90,10 +93,10 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
         return cast(params, param), state
 
     def apply(params, state, x):
-        return cast(layer.apply(cast(params, compute), state, check(x)), output)
+        return cast(layer.apply(cast(params, compute), state, enter(x)), output)
 
     def fwd(params, state, x, key):
-        y, state, residuals = layer.fwd(cast(params, compute), state, check(x), key)
+        y, state, residuals = layer.fwd(cast(params, compute), state, enter(x), key)
         return cast(y, output), state, residuals
 
     def bwd(params, residuals, dy, contract=total):

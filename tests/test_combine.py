@@ -16,7 +16,9 @@ KEY = jax.random.key(0)
 def normal(seed, like):
     """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, drawn by NumPy: nothing to compile."""
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: rng.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape)
+    draw = lambda leaf: (
+        rng.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape)
+    )
     return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf).astype(leaf.dtype)), like)
 
 
@@ -100,7 +102,11 @@ def test_values_and_gradients_are_those_of_the_plain_composition(name, x64):
         y, new_state, residuals = model.fwd(params, state, x, None)
         wanted, pullback = jax.vjp(plain, params, x)
         dy = normal(4, wanted)
-        return (y, model.apply(params, state, x), *model.bwd(params, residuals, dy)), (wanted, wanted, *pullback(dy)), new_state
+        return (
+            (y, model.apply(params, state, x), *model.bwd(params, residuals, dy)),
+            (wanted, wanted, *pullback(dy)),
+            new_state,
+        )
 
     got, wanted, new_state = both(params, x)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
@@ -143,7 +149,8 @@ EVERYTHING = fn.serial(
 
 
 def test_a_model_of_every_combinator_holds_to_the_laws():
-    fn.check_layer(EVERYTHING, S((3, 5), jnp.float32)).raise_for_failure()
+    params, state, x = draw(EVERYTHING, S((3, 5), jnp.float32))
+    fn.check_layer(EVERYTHING, x, params=params, state=state).raise_for_failure()
 
 
 def test_forward_mode_through_the_backward_pass_gives_hessian_vector_products(x64):
@@ -244,7 +251,11 @@ def test_rebuilt_of_other_parts_a_combinator_runs_those(wrap):
 def recording():
     """y = x, keeping the key that fwd was given."""
     return fn.Layer(
-        "recording", lambda key, x: ({}, ()), lambda p, s, x: x, lambda p, s, x, key: (x, s, key), lambda p, r, dy, c=None: ({}, dy)
+        "recording",
+        lambda key, x: ({}, ()),
+        lambda p, s, x: x,
+        lambda p, s, x, key: (x, s, key),
+        lambda p, r, dy, c=None: ({}, dy),
     )
 
 
@@ -394,7 +405,12 @@ REFUSED = {
     "empty batch": (lambda p, s, x: MODEL.apply(p, s, x[:0]), "block/dense", "not empty", "empty batch"),
     "no axes": (lambda p, s, x: MODEL.apply(p, s, x[0, 0]), "block/dense", "floating", "axes"),
     "half precision": (lambda p, s, x: MODEL.apply(p, s, x.astype(jnp.bfloat16)), "block/dense", "bfloat16", "mixed"),
-    "empty batch at init": (lambda p, s, x: MODEL.init(KEY, S((0, 5), jnp.float32)), "block/dense", "not empty", "batch"),
+    "empty batch at init": (
+        lambda p, s, x: MODEL.init(KEY, S((0, 5), jnp.float32)),
+        "block/dense",
+        "not empty",
+        "batch",
+    ),
     "integers at init": (lambda p, s, x: MODEL.init(KEY, S((2, 5), jnp.int32)), "block/dense", "floating", "convert"),
     "a kernel of another size": (
         lambda p, s, x: MODEL.apply(swap(p, jnp.ones((4, 9)), "block", "dense_1", "kernel"), s, x),
@@ -509,6 +525,9 @@ def test_repeat_refuses_no_times(times):
 def test_repeat_refuses_the_params_of_another_number_of_turns():
     x = jnp.ones((2, 3))
     params, state = fn.repeat(fn.dense(3), 2).init(KEY, x)
-    for call in (lambda: fn.repeat(fn.dense(3), 3).apply(params, state, x), lambda: fn.repeat(fn.dense(3), 3).fwd(params, state, x, None)):
+    for call in (
+        lambda: fn.repeat(fn.dense(3), 3).apply(params, state, x),
+        lambda: fn.repeat(fn.dense(3), 3).fwd(params, state, x, None),
+    ):
         with pytest.raises(fn.InputError, match="a first axis of 3 layers"):
             call()

@@ -133,7 +133,8 @@ def test_fields_refuses_the_params_of_another_layer(params, remedy):
 
 
 @pytest.mark.parametrize(
-    ("params", "size"), [(PARAMS, 3), ({}, None), (None, None), ({"kernel": 1.0}, None), ({"kernel": jnp.ones(())}, None)]
+    ("params", "size"),
+    [(PARAMS, 3), ({}, None), (None, None), ({"kernel": 1.0}, None), ({"kernel": jnp.ones(())}, None)],
 )
 def test_size_is_that_of_the_first_axis_or_none(params, size):
     assert expect.size(params, "kernel") == size

@@ -302,7 +302,9 @@ def check_sharded_factor(name, mesh):
 
 def check_sharded_objective(mesh):
     """Forward, cross-entropy and backward at once, and one answer an example."""
-    model = fn.serial(fn.dense(12), fn.repeat(fn.skip(fn.serial(fn.layer_norm(), fn.dense(12), fn.gelu())), 2), fn.dense(5))
+    model = fn.serial(
+        fn.dense(12), fn.repeat(fn.skip(fn.serial(fn.layer_norm(), fn.dense(12), fn.gelu())), 2), fn.dense(5)
+    )
     params, state, x, _ = draw(model, (8, 12), jnp.float32)
     labels = jnp.arange(8, dtype=jnp.int32) % 5
     run = fn.value_and_grad(fn.objective(model, fn.cross_entropy(label_smoothing=0.1)))

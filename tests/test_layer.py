@@ -77,7 +77,10 @@ def test_bwd_contracts_totally_unless_told_otherwise():
     plain, told = layer.bwd(params, residuals, y)[0], layer.bwd(params, residuals, y, fn.total)[0]
     assert jax.tree.map(jnp.shape, plain) == {"scale": (3,), "bias": (3,)}
     jax.tree.map(np.testing.assert_array_equal, plain, told)
-    assert jax.tree.map(jnp.shape, layer.bwd(params, residuals, y, fn.per_example)[0]) == {"scale": (4, 3), "bias": (4, 3)}
+    assert jax.tree.map(jnp.shape, layer.bwd(params, residuals, y, fn.per_example)[0]) == {
+        "scale": (4, 3),
+        "bias": (4, 3),
+    }
 
 
 @pytest.mark.parametrize(("saves", "saved"), [("input", X), ("output", X**3)])

@@ -103,10 +103,10 @@ def silu() -> Activation:
     """y = x s(x), s the sigmoid; y' = s (1 + x (1 - s)). Saves x. Also called swish."""
 
     def df(x: Array) -> Array:
-        # e^x, cut off before it overflows, where s has long become 1.
-        e = jnp.exp(jnp.minimum(x, 0.9 * math.log(float(jnp.finfo(x.dtype).max))))
-        r = 1 / (1 + e)  # 1 - s
-        return e * r * (1 + x * r)
+        e = jnp.exp(-jnp.abs(x))
+        large = 1 / (1 + e)
+        s, rest = jnp.where(x >= 0, large, e * large), jnp.where(x >= 0, e * large, large)  # rest = 1 - s
+        return s * (1 + x * rest)
 
     return elementwise("silu", lambda x: x * nn.sigmoid(x), df)
 
@@ -170,9 +170,10 @@ def squareplus(b: float = 4.0) -> Activation:
     _require(b > 0, "b", b, "positive")
 
     def f(x: Array) -> Array:
-        root = jnp.sqrt(x * x + b)
+        far = jnp.abs(x) > math.sqrt(b / float(jnp.finfo(x.dtype).eps))  # there the root is |x|, and x^2 may overflow
+        root = jnp.where(far, jnp.abs(x), jnp.sqrt(jnp.square(jnp.where(far, 0.0, x)) + b))
         below = (b / 2) / jnp.where(x < 0, root - x, 1.0)
-        return jnp.where(x < 0, below, (x + root) / 2)
+        return jnp.where(x < 0, below, jnp.where(far, x, (x + root) / 2))
 
     return elementwise("squareplus", f, lambda y: 1 / (1 + jnp.square(math.sqrt(b) / 2 / y)), "output")
 
@@ -201,6 +202,7 @@ def _gelu_tanh(x: Array) -> Array:
 
 
 def _gelu_tanh_slope(x: Array) -> Array:
+    x = jnp.clip(x, -10.0, 10.0)  # beyond, the slope is 0 or 1, and x^3 may overflow
     t = jnp.tanh(-_TANH_SCALE * (x + _TANH_CUBE * x * x * x))  # negative, as erf in the exact form
     return 0.5 - 0.5 * t + x * ((0.5 - 0.5 * t * t) * (_TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)))
 

@@ -16,7 +16,8 @@ For both dscale is the factor Scale(x_hat, dy), and layer norm's dbias the facto
 
 Residuals: x_hat [.., D] in x's dtype, rstd [.., 1] in the dtype of the statistics.  Why these: they are all that dx
 and dscale need; x, mean and variance are not kept.
-Numerics: statistics and sums over D in float32 for half precision. A constant row gives x_hat = 0 and finite gradients.
+Numerics: statistics and sums over D in float32 for half precision. Layer norm centres twice, so that rows far from zero
+lose nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
-from funcnet.factors import Scale, Shift, wide
+from funcnet.factors import Scale, Shift, placed, wide
 from funcnet.layer import Layer, stateless
 
 
@@ -77,6 +78,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         high = x.astype(wide(x.dtype))
         if centred:
             high = high - _mean(high)
+            high = high - _mean(high)  # takes off the rounding error of the first mean
         rstd = lax.rsqrt(_mean(jnp.square(high)) + eps)
         x_hat = (high * rstd).astype(x.dtype)
         y = x_hat * _row(params["scale"], x.ndim)
@@ -94,7 +96,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         dparams = {"scale": contract(Scale(x_hat, dy), params["scale"])}
         if centred:
             dparams["bias"] = contract(Shift(dy), params["bias"])
-        return dparams, (rstd * dx).astype(dy.dtype)
+        return dparams, placed((rstd * dx).astype(dy.dtype), x_hat)
 
     return stateless(name, init, fwd, bwd)
 

@@ -88,9 +88,7 @@ def test_a_bad_batch_is_refused_and_what_was_written_stays(tmp_path, bad, path, 
 def test_a_loss_that_is_not_finite_stops_with_step_layer_and_leaf(tmp_path):
     big = lambda x, t: (np.full_like(x, 3e38), t)
     with pytest.raises(fn.NotFiniteError, match="step 6: loss") as caught:
-        fn.fit(
-            OBJECTIVE, OPTIMIZER, fresh(), batches(5, big), 10, log_every=2, steps_per_call=2, run_dir=tmp_path
-        )
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(5, big), 10, log_every=2, steps_per_call=2, run_dir=tmp_path)
     assert "['out']['kernel']" in str(caught.value)
     assert "the first layer with an output that is not finite: dense" in str(caught.value)
     assert [record["step"] for record in read_metrics(tmp_path)] == [2, 4]

@@ -1,0 +1,1 @@
+"""Whole training steps, funcnet beside its peers: `python -m benchmarks --help`."""

@@ -1,0 +1,191 @@
+"""Activations: each rule, its values against NumPy and SciPy, kinks, extreme inputs and what is saved."""
+
+import inspect
+from functools import cache
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special as sp
+
+import funcnet as fn
+from funcnet.layers import activation
+
+SELU = 1.0507009873554805, 1.6732632423543772
+hard_sigmoid = lambda x: np.clip((x + 3) / 6, 0, 1)
+elu = lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
+tanh_gelu = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+# name: (constructor, arguments, the same function in NumPy, its derivative at kinks)
+TABLE = {
+    "identity": (fn.identity, {}, lambda x: x, {}),
+    "relu": (fn.relu, {}, lambda x: np.maximum(x, 0), {0.0: 0, -0.0: 0}),
+    "relu6": (fn.relu6, {}, lambda x: np.clip(x, 0, 6), {0.0: 0, 6.0: 0}),
+    "leaky_relu": (fn.leaky_relu, {}, lambda x: np.where(x > 0, x, 0.01 * x), {0.0: 0.01}),
+    "leaky_relu 0.3": (fn.leaky_relu, {"slope": 0.3}, lambda x: np.where(x > 0, x, 0.3 * x), {0.0: 0.3}),
+    "leaky_relu 0": (fn.leaky_relu, {"slope": 0.0}, lambda x: np.maximum(x, 0), {0.0: 0}),
+    "elu": (fn.elu, {}, lambda x: elu(x, 1), {0.0: 1}),
+    "elu 0.5": (fn.elu, {"alpha": 0.5}, lambda x: elu(x, 0.5), {0.0: 0.5}),
+    "celu": (fn.celu, {}, lambda x: elu(x, 1), {0.0: 1}),
+    "celu 2": (fn.celu, {"alpha": 2.0}, lambda x: np.where(x > 0, x, 2 * np.expm1(np.minimum(x, 0) / 2)), {0.0: 1}),
+    "selu": (fn.selu, {}, lambda x: SELU[0] * elu(x, SELU[1]), {0.0: SELU[0] * SELU[1]}),
+    "gelu": (fn.gelu, {}, lambda x: x * sp.ndtr(x), {0.0: 0.5}),
+    "gelu, tanh": (fn.gelu, {"approximate": True}, tanh_gelu, {0.0: 0.5}),
+    "silu": (fn.silu, {}, lambda x: x * sp.expit(x), {0.0: 0.5}),
+    "mish": (fn.mish, {}, lambda x: x * np.tanh(np.logaddexp(0, x)), {0.0: 0.6}),
+    "softplus": (fn.softplus, {}, lambda x: np.logaddexp(0, x), {0.0: 0.5}),
+    "sigmoid": (fn.sigmoid, {}, sp.expit, {0.0: 0.25}),
+    "log_sigmoid": (fn.log_sigmoid, {}, sp.log_expit, {0.0: 0.5}),
+    "tanh": (fn.tanh, {}, np.tanh, {0.0: 1}),
+    "hard_tanh": (fn.hard_tanh, {}, lambda x: np.clip(x, -1, 1), {-1.0: 0, 1.0: 0, 0.0: 1}),
+    "hard_sigmoid": (fn.hard_sigmoid, {}, hard_sigmoid, {-3.0: 0, 3.0: 0, 0.0: 1 / 6}),
+    "hard_silu": (fn.hard_silu, {}, lambda x: x * hard_sigmoid(x), {-3.0: 0, 3.0: 1, 0.0: 0.5}),
+    "squareplus": (fn.squareplus, {}, lambda x: (x + np.sqrt(x * x + 4)) / 2, {0.0: 0.5}),
+    "squareplus 0.5": (fn.squareplus, {"b": 0.5}, lambda x: (x + np.sqrt(x * x + 0.5)) / 2, {0.0: 0.5}),
+    "softsign": (fn.softsign, {}, lambda x: x / (1 + np.abs(x)), {0.0: 1}),
+}
+NAMES = pytest.mark.parametrize("name", TABLE)
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+GRID = np.linspace(-8, 8, 203) + 0.013  # near no kink
+KINKS = np.array([0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0])
+FAR = np.array([40, -40, 300, -300, 0.9, -0.9])  # the last two in units of the largest number
+
+
+def derivative(f, x, h=1e-5):
+    """Central differences of a reference: no derivative of ours or JAX's is in it."""
+    return (f(x + h) - f(x - h)) / (2 * h)
+
+
+@cache
+def run(name):
+    """By dtype: input, output, what is saved, and dx for ones by bwd and by `jax.vjp` of the forward, at every point."""
+    layer = TABLE[name][0](**TABLE[name][1])
+
+    def both(x):
+        y, _, saved = layer.fwd({}, (), x, None)
+        _, plain = jax.vjp(lambda x: layer.apply({}, (), x), x)
+        return {
+            "x": x,
+            "y": y,
+            "saved": saved,
+            "dx": layer.bwd({}, saved, jnp.ones_like(y))[1],
+            "plain": plain(jnp.ones_like(y))[0],
+        }
+
+    def points(dtype):
+        far = [n * float(jnp.finfo(dtype).max) if abs(n) < 1 else n for n in FAR.tolist()]
+        return np.concatenate([GRID, KINKS, far, [np.nan]]).astype(dtype)
+
+    dtypes = ["float64", "float32", "float16", "bfloat16"]
+    with jax.enable_x64(True):
+        out = jax.jit(lambda xs: jax.tree.map(both, xs))({dtype: points(jnp.dtype(dtype)) for dtype in dtypes})
+    assert all({a.dtype for a in out[dtype].values()} == {jnp.dtype(dtype)} for dtype in dtypes)
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), out)
+
+
+def part(name, dtype, which):
+    """The part of `run` on the grid, at the kinks or far away."""
+    start = {"grid": 0, "kinks": len(GRID), "far": len(GRID) + len(KINKS)}[which]
+    stop = start + len({"grid": GRID, "kinks": KINKS, "far": FAR}[which])
+    return SimpleNamespace(**{key: value[start:stop] for key, value in run(name)[dtype].items()})
+
+
+def test_the_table_has_every_activation():
+    public = {f for name, f in vars(activation).items() if inspect.isfunction(f) and not name.startswith("_")}
+    own = {f for f in public if f.__module__ == activation.__name__}
+    assert own == {row[0] for row in TABLE.values()}
+
+
+@NAMES
+def test_the_rule_holds_to_the_laws(name):
+    layer = TABLE[name][0](**TABLE[name][1])
+    assert layer.name == name.split()[0].rstrip(",")
+    fn.check_layer(layer, GRID.reshape(29, 1, 7)).raise_for_failure()
+
+
+@NAMES
+def test_values_are_those_of_numpy_and_scipy_and_the_derivative_is_their_slope(name):
+    f, got = TABLE[name][2], part(name, "float64", "grid")
+    np.testing.assert_allclose(got.y, f(GRID), rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(got.dx, derivative(f, GRID), rtol=1e-7, atol=1e-9)
+
+
+@NAMES
+@DTYPES
+def test_the_derivative_at_kinks_is_the_one_stated_and_the_plain_forwards(name, dtype):
+    got, eps = part(name, dtype, "kinks"), float(jnp.finfo(dtype).eps)
+    for kink, slope in TABLE[name][3].items():
+        here = (got.x == kink) & (np.signbit(got.x) == np.signbit(kink))
+        np.testing.assert_allclose(got.dx[here], [slope], rtol=4 * eps)
+        np.testing.assert_allclose(got.plain[here], [slope], rtol=4 * eps)
+
+
+@NAMES
+@DTYPES
+def test_half_and_single_precision_are_near_float64(name, dtype):
+    got, f, eps = part(name, dtype, "grid"), TABLE[name][2], float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(got.y, f(got.x), rtol=8 * eps, atol=8 * eps)
+    smooth = np.abs(got.x[:, None] - KINKS).min(1) > 1e-3
+    near = max(8 * eps, 1e-5)
+    np.testing.assert_allclose(got.dx[smooth], derivative(f, got.x[smooth]), rtol=near, atol=near)
+
+
+@NAMES
+@DTYPES
+def test_far_away_values_and_slopes_are_at_their_limits(name, dtype):
+    got, f, eps = part(name, dtype, "far"), TABLE[name][2], float(jnp.finfo(dtype).eps)
+    with np.errstate(over="ignore"):  # the float64 references square and cube what only float32 holds
+        np.testing.assert_allclose(got.y, f(got.x), rtol=8 * eps, atol=4 * eps)
+        slope = derivative(f, got.x, h=1e-6 * np.abs(got.x))
+    np.testing.assert_allclose(got.dx, slope, rtol=8 * eps, atol=max(8 * eps, 1e-4))
+
+
+@NAMES
+@DTYPES
+def test_nan_stays_nan(name, dtype):
+    assert np.isnan(run(name)[dtype]["y"][-1])
+
+
+@NAMES
+def test_what_is_saved_is_what_the_docstring_says(name):
+    got, doc = run(name)["float32"], TABLE[name][0].__doc__
+    assert ("Saves x." in doc) != ("Saves y." in doc)
+    np.testing.assert_array_equal(got["saved"], got["x" if "Saves x." in doc else "y"])
+
+
+@pytest.mark.parametrize(
+    ("make", "f", "df"),
+    [
+        (fn.softplus, lambda x: np.logaddexp(0, x), sp.expit),
+        (fn.log_sigmoid, sp.log_expit, lambda x: sp.expit(-x)),
+        (fn.sigmoid, sp.expit, None),
+        (fn.squareplus, lambda x: np.where(x < 0, 2 / (np.sqrt(x * x + 4) - x), (x + np.sqrt(x * x + 4)) / 2), None),
+    ],
+)
+def test_small_values_keep_their_digits(make, f, df):
+    """Relative accuracy in float32 where the value or the slope is tiny, as far as e^-80."""
+    x = np.linspace(-80, 80, 41, dtype=np.float32)
+    y, _, residuals = make().fwd({}, (), x, None)
+    np.testing.assert_allclose(y, f(x.astype(np.float64)), rtol=2e-6, atol=1e-36)
+    if df is not None:
+        np.testing.assert_allclose(
+            make().bwd({}, residuals, jnp.ones(41))[1], df(x.astype(np.float64)), rtol=2e-6, atol=1e-36
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (fn.leaky_relu, {"slope": -0.1}),
+        (fn.elu, {"alpha": 0.0}),
+        (fn.elu, {"alpha": -1.0}),
+        (fn.celu, {"alpha": 0.0}),
+        (fn.squareplus, {"b": 0.0}),
+        (fn.leaky_relu, {"slope": float("nan")}),
+    ],
+)
+def test_options_that_the_rule_does_not_hold_for_are_refused(make, options):
+    with pytest.raises(fn.InputError, match=next(iter(options))):
+        make(**options)

@@ -1,0 +1,180 @@
+"""Norms: the rules, the forward pass against NumPy, constant rows, and statistics in half precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+
+S = jax.ShapeDtypeStruct
+RNG = np.random.default_rng(0)
+NORMS = {"layer_norm": fn.layer_norm, "rms_norm": fn.rms_norm}
+BOTH = pytest.mark.parametrize("name", NORMS)
+SHAPES = pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (2, 3, 2, 7), (1, 1), (3, 1)])
+
+
+def reference(name, x, scale, bias=0.0, eps=1e-6):
+    x, scale, bias = (np.asarray(a, np.float64) for a in (x, scale, bias))
+    if name == "layer_norm":
+        return scale * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) + bias
+    return scale * x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
+def params_of(name, features, dtype=np.float64):
+    params = {"scale": RNG.normal(size=features), "bias": RNG.normal(size=features)}
+    return {k: jnp.asarray(v.astype(dtype)) for k, v in params.items() if k == "scale" or name == "layer_norm"}
+
+
+def ones(name, features, dtype=jnp.float32):
+    return NORMS[name]().init(None, S((1, features), dtype))[0]
+
+
+def pull(layer, params, x, dy):
+    """(y, residuals, dparams, dx)."""
+    y, _, residuals = layer.fwd(params, (), x, None)
+    return y, residuals, *layer.bwd(params, residuals, dy)
+
+
+@BOTH
+@SHAPES
+def test_the_rule_holds_to_the_laws(name, shape):
+    fn.check_layer(NORMS[name](0.01), S(shape, jnp.float32)).raise_for_failure()
+
+
+@BOTH
+@SHAPES
+def test_the_output_is_numpys(name, shape, x64):
+    x, params = RNG.normal(size=shape), params_of(name, shape[-1])
+    for eps in (1e-6, 0.3):
+        np.testing.assert_allclose(
+            NORMS[name](eps).apply(params, (), x), reference(name, x, eps=eps, **params), rtol=1e-11, atol=1e-12
+        )
+
+
+@BOTH
+def test_rows_come_out_with_mean_0_or_as_they_are_and_size_1(name):
+    x = RNG.normal(size=(6, 64)).astype(np.float32) * np.float32([[1e-2], [1], [30], [1e3], [1e6], [1e15]])
+    y = np.asarray(NORMS[name]().apply(ones(name, 64), (), x), np.float64)
+    np.testing.assert_allclose((y**2).mean(-1), 1, rtol=2e-2)
+    if name == "layer_norm":
+        np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(np.sign(y), np.sign(x))
+
+
+@BOTH
+def test_scaling_the_input_does_not_change_the_output_nor_moving_it_that_of_layer_norm(name, x64):
+    x, params = RNG.normal(size=(3, 5)), params_of(name, 5)
+    apply = lambda x: NORMS[name](1e-12).apply(params, (), x)
+    np.testing.assert_allclose(apply(1e3 * x), apply(x), rtol=1e-9)
+    moved = np.abs(apply(x + 7) - apply(x)).max()
+    assert moved < 1e-9 if name == "layer_norm" else moved > 0.1
+
+
+@BOTH
+def test_init_is_the_identity_up_to_normalisation(name):
+    params, state = NORMS[name]().init(None, S((4, 2, 5), jnp.bfloat16))
+    assert {k: (v.shape, v.dtype) for k, v in params.items()} == dict.fromkeys(params, ((5,), jnp.bfloat16))
+    assert set(params) == ({"scale", "bias"} if name == "layer_norm" else {"scale"})
+    assert (params["scale"] == 1).all()
+    assert not params.get("bias", jnp.zeros(5)).any()
+    assert state == ()
+
+
+@BOTH
+def test_residuals_are_x_hat_and_one_rstd_a_position(name):
+    x = jnp.asarray(RNG.normal(size=(4, 3, 5)), jnp.bfloat16)
+    saved = NORMS[name]().fwd(ones(name, 5, jnp.bfloat16), (), x, None)[2]
+    assert (saved.x_hat.shape, saved.x_hat.dtype) == ((4, 3, 5), jnp.bfloat16)
+    assert (saved.rstd.shape, saved.rstd.dtype) == ((4, 3, 1), jnp.float32)
+
+
+@pytest.mark.parametrize("features", [1, 3, 7, 256, 768])
+def test_a_constant_row_gives_x_hat_0_and_finite_gradients(features):
+    rows = np.float32([[0.0], [1.0], [0.1], [-12345.678], [1e4 / 3], [1e8 / 3], [1e30]])
+    x = np.broadcast_to(rows, (len(rows), features))
+    dy = RNG.normal(size=x.shape).astype(np.float32)
+    y, saved, dparams, dx = jax.jit(lambda *args: pull(fn.layer_norm(), *args))(ones("layer_norm", features), x, dy)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((dparams, dx)))
+    np.testing.assert_allclose(np.abs(saved.x_hat).max(1), np.zeros(len(rows)), atol=1e-3)
+    np.testing.assert_allclose(np.abs(y).max(1), np.zeros(len(rows)), atol=1e-3)
+
+
+def test_rms_norm_of_a_zero_row_is_0_with_finite_gradients():
+    layer, params = fn.rms_norm(), ones("rms_norm", 5)
+    y, _, dparams, dx = pull(layer, params, jnp.zeros((2, 5)), jnp.ones((2, 5)))
+    assert not y.any()
+    np.testing.assert_allclose(dx, np.full((2, 5), 1e3), rtol=1e-6)
+    assert not dparams["scale"].any()
+
+
+@BOTH
+def test_nan_spoils_its_own_row_alone(name):
+    x = jnp.asarray(RNG.normal(size=(3, 5)), jnp.float32).at[1, 2].set(jnp.nan)
+    layer, params = NORMS[name](), ones(name, 5)
+    y, _, _, dx = pull(layer, params, x, jnp.ones_like(x))
+    for a in (y, dx):
+        np.testing.assert_array_equal(np.isnan(a).any(1), [False, True, False])
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_takes_its_statistics_in_float32(name, dtype):
+    """Values whose squares overflow float16, and rows so long that bfloat16 could not add them up."""
+    x = jnp.asarray(1000 + 300 * RNG.normal(size=(2, 4096)), dtype)
+    params = ones(name, 4096, dtype)
+    y, _, dparams, dx = pull(NORMS[name](), params, x, x)
+    assert {a.dtype for a in jax.tree.leaves((y, dx, dparams))} == {jnp.dtype(dtype)}
+    wanted = reference(name, x, 1.0)
+    np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_parameter_gradients_are_summed_in_float32(name, dtype):
+    layer, rows = NORMS[name](), jnp.tile(jnp.array([[1.0, -1.0]], dtype), (4096, 1))
+    params = ones(name, 2, dtype)
+    dparams = pull(layer, params, rows, jnp.ones_like(rows))[2]
+    assert {leaf.dtype for leaf in dparams.values()} == {jnp.dtype(dtype)}
+    np.testing.assert_array_equal(dparams["scale"].astype(jnp.float32), [4096, -4096])
+    if name == "layer_norm":
+        np.testing.assert_array_equal(dparams["bias"].astype(jnp.float32), [4096, 4096])
+
+
+@BOTH
+@pytest.mark.parametrize("eps", [0.0, -1e-6])
+def test_an_eps_that_is_not_positive_is_refused(name, eps):
+    with pytest.raises(fn.InputError, match="positive eps"):
+        NORMS[name](eps)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (jnp.ones((2, 4)), "5 features"),
+        (jnp.ones((2, 5), jnp.int32), "floating"),
+        (jnp.ones((0, 5)), "not empty"),
+        (jnp.ones((2, 5), jnp.bfloat16), "scale: bfloat16"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused(name, x, message):
+    with pytest.raises(fn.InputError, match=message):
+        NORMS[name]().apply(ones(name, 5), (), x)
+
+
+@BOTH
+@pytest.mark.parametrize("dy", [jnp.ones((2, 4)), jnp.ones((1, 5)), jnp.ones((2, 5), jnp.bfloat16)])
+def test_a_cotangent_that_does_not_fit_is_refused(name, dy):
+    saved = NORMS[name]().fwd(ones(name, 5), (), jnp.ones((2, 5)), None)[2]
+    with pytest.raises(fn.InputError, match=r"float32\[2, 5\]"):
+        NORMS[name]().bwd(ones(name, 5), saved, dy)
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"scale": jnp.ones(5)}, {"kernel": jnp.ones((5, 5)), "bias": jnp.ones(5)}, None]
+)
+def test_the_params_of_another_layer_are_refused(params):
+    with pytest.raises(fn.InputError, match=r"scale: float32\[5\], bias: float32\[5\]"):
+        fn.layer_norm().apply(params, (), jnp.ones((2, 5)))
