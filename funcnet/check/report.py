@@ -8,6 +8,7 @@ largest magnitude of its reference:
 One number over a whole tree would let a small leaf, such as a bias, be wrong unseen.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,10 @@ class Leaf:
     @property
     def ok(self) -> bool:
         return not self.problem and self.error <= self.allowed
+
+    def badness(self) -> tuple[bool, float, str]:
+        """Sorts the worst leaf first: wrong before right, then by error over what is allowed."""
+        return self.ok, -self.error / (self.allowed or 1.0), self.leaf
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,18 @@ def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None)
     return Report("gradients compared with the reference", tuple(compare(got, wanted, name, dtype)))
 
 
-def compare(got: Tree, wanted: Tree, name: str, dtype: Any = None) -> list[Leaf]:
-    """The leaves of both, compared; the worst first."""
+def compare(
+    got: Tree, wanted: Tree, name: str, dtype: Any = None, noise: Mapping[str, float] | None = None
+) -> list[Leaf]:
+    """The leaves of both, compared; the worst first. `noise`: a leaf's own rounding error, absolute, by path."""
+    noise = noise or {}
     ours, theirs = _leaves(got, name), _leaves(wanted, name)
     leaves = [Leaf(path, problem="no gradient for this leaf") for path in theirs.keys() - ours.keys()]
     leaves += [Leaf(path, problem="a gradient for a leaf that has none") for path in ours.keys() - theirs.keys()]
-    leaves += [_compare_leaf(path, ours[path], theirs[path], dtype) for path in ours if path in theirs]
-    return sorted(leaves, key=lambda leaf: (leaf.ok, -leaf.error / (leaf.allowed or 1.0), leaf.leaf))
+    leaves += [
+        _compare_leaf(path, ours[path], theirs[path], dtype, noise.get(path, 0.0)) for path in ours if path in theirs
+    ]
+    return sorted(leaves, key=Leaf.badness)
 
 
 def _leaves(tree: Tree, name: str) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def _leaves(tree: Tree, name: str) -> dict[str, Any]:
     }
 
 
-def _compare_leaf(path: str, got: Any, wanted: Any, dtype: Any) -> Leaf:
+def _compare_leaf(path: str, got: Any, wanted: Any, dtype: Any, noise: float) -> Leaf:
     if not is_array(got) or got.shape != wanted.shape or got.dtype != wanted.dtype:
         return Leaf(path, problem=f"{describe(got)} for {describe(wanted)}")
     allowed = tolerance(got.dtype if dtype is None else dtype)
@@ -160,4 +170,6 @@ def _compare_leaf(path: str, got: Any, wanted: Any, dtype: Any) -> Leaf:
     finite = np.abs(b[np.isfinite(b)])
     scale = float(finite.max()) if finite.size else 0.0
     relative = float(error[worst]) / (scale or 1.0)
+    # The noise counts eight times over, and never for more than half of the digits.
+    allowed += min(8 * noise / (scale or 1.0), allowed**0.5)
     return Leaf(path, got.shape, str(got.dtype), scale, relative, worst, float(a[worst]), float(b[worst]), allowed)
