@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 
 def normal(seed, like):
-    """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, drawn by NumPy: nothing to compile."""
+    """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, by NumPy: nothing to compile."""
     rng = np.random.default_rng(seed)
     draw = lambda leaf: (
         rng.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape)
@@ -50,7 +50,7 @@ def block(p, x):
 
 
 def turns(p, n):
-    return [jax.tree.map(lambda leaf: leaf[i], p) for i in range(n)]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], p) for i in range(n)]
 
 
 def in_turn(f, p, n, x):

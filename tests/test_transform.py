@@ -15,7 +15,7 @@ BLOCK = fn.serial(fn.dense(5), fn.gelu(), fn.dropout(0.2))
 
 
 def normal(seed, like):
-    """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, drawn by NumPy: nothing to compile."""
+    """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, by NumPy: nothing to compile."""
     rng = np.random.default_rng(seed)
     draw = lambda leaf: (
         rng.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape)

@@ -21,7 +21,7 @@ tanh_gelu = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * 
 # name: (constructor, arguments, the same function in NumPy, its derivative at kinks)
 TABLE = {
     "identity": (fn.identity, {}, lambda x: x, {}),
-    "relu": (fn.relu, {}, lambda x: np.maximum(x, 0), {0.0: 0, -0.0: 0}),
+    "relu": (fn.relu, {}, lambda x: np.maximum(x, 0), {0.0: 0}),
     "relu6": (fn.relu6, {}, lambda x: np.clip(x, 0, 6), {0.0: 0, 6.0: 0}),
     "leaky_relu": (fn.leaky_relu, {}, lambda x: np.where(x > 0, x, 0.01 * x), {0.0: 0.01}),
     "leaky_relu 0.3": (fn.leaky_relu, {"slope": 0.3}, lambda x: np.where(x > 0, x, 0.3 * x), {0.0: 0.3}),
@@ -60,7 +60,7 @@ def derivative(f, x, h=1e-5):
 
 @cache
 def run(name):
-    """By dtype: input, output, what is saved, and dx for ones by bwd and by `jax.vjp` of the forward, at every point."""
+    """By dtype: input, output, what is saved, dx for ones by bwd and by `jax.vjp` of the forward, at every point."""
     layer = TABLE[name][0](**TABLE[name][1])
 
     def both(x):
