@@ -90,6 +90,12 @@ def masking():
     )
 
 
+def kinked(name, slope):
+    """relu or relu6 with another derivative."""
+    right = {"relu": fn.relu(), "relu6": fn.relu6()}[name]
+    return fn.elementwise(name, lambda x: right.apply({}, (), x), lambda y: slope(y).astype(y.dtype), "output")
+
+
 def swapped(dp, dx, *_):
     return {"a": dp["b"], "b": dp["a"]}, dx
 
@@ -140,6 +146,24 @@ WRONG = {
     ),
     "gelu as if y were x": (saving(lambda p, x, r: r * jax.scipy.stats.norm.cdf(r), fn.gelu()), X, ["x"], ""),
     "tanh as if x were y": (saving(lambda p, x, r: x, fn.tanh()), X, ["x"], ""),
+    "relu with the slope of the other side at its kink": (
+        kinked("relu", lambda y: y >= 0),
+        np.array([[0.0, 1, 2]]),
+        ["x"],
+        "",
+    ),
+    "relu6 with the slope of the other side at its kink": (
+        kinked("relu6", lambda y: (y > 0) & (y <= 6)),
+        np.array([[6.0, 1, 2]]),
+        ["x"],
+        "",
+    ),
+    "relu6 is off by a millionth beside a kink": (
+        dinput(lambda g, *_: g * (1 + 1e-6), fn.relu6()),
+        np.array([[6.0, 1, 2]]),
+        ["x"],
+        "",
+    ),
     "skip forgets the connection": (dinput(lambda g, p, r, dy: g - dy, fn.skip(fn.dense(4))), X, ["x"], ""),
     "another mask in bwd than in fwd": (
         saving(lambda p, x, key: jax.random.fold_in(key, 1), masking()),

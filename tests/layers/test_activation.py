@@ -46,6 +46,7 @@ TABLE = {
     "squareplus 0.5": (fn.squareplus, {"b": 0.5}, lambda x: (x + np.sqrt(x * x + 0.5)) / 2, {0.0: 0.5}),
     "softsign": (fn.softsign, {}, lambda x: x / (1 + np.abs(x)), {0.0: 1}),
 }
+LAYERS = {name: row[0](**row[1]) for name, row in TABLE.items()}
 NAMES = pytest.mark.parametrize("name", TABLE)
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 GRID = np.linspace(-8, 8, 203) + 0.013  # near no kink
@@ -61,27 +62,21 @@ def derivative(f, x, h=1e-5):
 @cache
 def run(name):
     """By dtype: input, output, what is saved, dx for ones by bwd and by `jax.vjp` of the forward, at every point."""
-    layer = TABLE[name][0](**TABLE[name][1])
+    layer = LAYERS[name]
 
     def both(x):
         y, _, saved = layer.fwd({}, (), x, None)
-        _, plain = jax.vjp(lambda x: layer.apply({}, (), x), x)
-        return {
-            "x": x,
-            "y": y,
-            "saved": saved,
-            "dx": layer.bwd({}, saved, jnp.ones_like(y))[1],
-            "plain": plain(jnp.ones_like(y))[0],
-        }
+        plain = jax.vjp(lambda x: layer.apply({}, (), x), x)[1](jnp.ones_like(y))[0]
+        return {"x": x, "y": y, "saved": saved, "dx": layer.bwd({}, saved, jnp.ones_like(y))[1], "plain": plain}
 
     def points(dtype):
         far = [n * float(jnp.finfo(dtype).max) if abs(n) < 1 else n for n in FAR.tolist()]
         return np.concatenate([GRID, KINKS, far, [np.nan]]).astype(dtype)
 
-    dtypes = ["float64", "float32", "float16", "bfloat16"]
+    xs = {dtype: points(jnp.dtype(dtype)) for dtype in ("float64", "float32", "float16", "bfloat16")}
     with jax.enable_x64(True):
-        out = jax.jit(lambda xs: jax.tree.map(both, xs))({dtype: points(jnp.dtype(dtype)) for dtype in dtypes})
-    assert all({a.dtype for a in out[dtype].values()} == {jnp.dtype(dtype)} for dtype in dtypes)
+        out = jax.jit(lambda xs: {dtype: both(x) for dtype, x in xs.items()})(xs)
+    assert all({a.dtype for a in row.values()} == {jnp.dtype(dtype)} for dtype, row in out.items())
     return jax.tree.map(lambda a: np.asarray(a, np.float64), out)
 
 
@@ -98,11 +93,15 @@ def test_the_table_has_every_activation():
     assert own == {row[0] for row in TABLE.values()}
 
 
+def test_every_rule_holds_to_the_laws():
+    """All at once: in the report x[i] is the i-th of the table."""
+    x = GRID.reshape(29, 1, 7)
+    fn.check_layer(fn.parallel(**LAYERS), (x,) * len(LAYERS)).raise_for_failure()
+
+
 @NAMES
-def test_the_rule_holds_to_the_laws(name):
-    layer = TABLE[name][0](**TABLE[name][1])
-    assert layer.name == name.split()[0].rstrip(",")
-    fn.check_layer(layer, GRID.reshape(29, 1, 7)).raise_for_failure()
+def test_a_layer_has_the_name_of_its_constructor(name):
+    assert LAYERS[name].name == TABLE[name][0].__name__
 
 
 @NAMES

@@ -15,7 +15,7 @@ def drop(rate, x, key=KEY):
     return fn.dropout(rate).fwd({}, (), x, key)[0]
 
 
-@pytest.mark.parametrize(("rate", "shape"), [(0.0, (4, 5)), (0.5, (2, 3, 5)), (0.5, (1, 1))])
+@pytest.mark.parametrize(("rate", "shape"), [(0.5, (2, 3, 5)), (0.5, (1, 1))])
 def test_the_rule_holds_to_the_laws(rate, shape):
     fn.check_layer(fn.dropout(rate), jax.ShapeDtypeStruct(shape, jnp.float32)).raise_for_failure()
 

@@ -11,7 +11,7 @@ S = jax.ShapeDtypeStruct
 RNG = np.random.default_rng(0)
 NORMS = {"layer_norm": fn.layer_norm, "rms_norm": fn.rms_norm}
 BOTH = pytest.mark.parametrize("name", NORMS)
-SHAPES = pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (2, 3, 2, 7), (1, 1), (3, 1)])
+SHAPES = pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 2, 7), (3, 1)])
 
 
 def reference(name, x, scale, bias=0.0, eps=1e-6):
@@ -39,7 +39,7 @@ def pull(layer, params, x, dy):
 @BOTH
 @SHAPES
 def test_the_rule_holds_to_the_laws(name, shape):
-    fn.check_layer(NORMS[name](0.01), S(shape, jnp.float32)).raise_for_failure()
+    fn.check_layer(NORMS[name](0.01), RNG.normal(size=shape), params=params_of(name, shape[-1])).raise_for_failure()
 
 
 @BOTH
