@@ -79,15 +79,20 @@ def draw_misread(images: np.ndarray, labels: np.ndarray, predicted: np.ndarray, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="training steps, a multiple of 50 (default 1500)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=1500, help="training steps, a multiple of 50 (default 1500)")
+    length.add_argument("--smoke", action="store_true", help="100 steps only, to see that everything works")
     parser.add_argument("--seed", type=int, default=0, help="of parameters, batches and dropout (default 0)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/digits"), help="run folder (default runs/digits)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
-    parser.add_argument("--smoke", action="store_true", help="100 steps only, to see that everything works")
     args = parser.parse_args()
     steps = 100 if args.smoke else args.steps
     if steps < 50 or steps % 50:
         parser.error(f"--steps must be a positive multiple of 50, not {steps}")
+    if args.seed < 0:
+        parser.error(f"--seed must not be negative, not {args.seed}")
+    if args.run_dir.exists() and not args.run_dir.is_dir():
+        parser.error(f"{args.run_dir} is a file; --run-dir names a folder")
     if args.run_dir.exists() and any(args.run_dir.iterdir()) and not args.overwrite:
         parser.error(f"{args.run_dir} holds a run already; give another --run-dir, or --overwrite")
 

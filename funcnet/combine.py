@@ -44,6 +44,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
 
     def apply(params, state, x):
         expect.named(params, parts, "params")
+        expect.named(state, parts, "state")
         for name, layer in parts.items():
             with at(name):
                 x = layer.apply(params[name], state[name], x)
@@ -51,6 +52,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
 
     def fwd(params, state, x, key):
         expect.named(params, parts, "params")
+        expect.named(state, parts, "state")
         new_state, residuals = {}, {}
         for i, (name, layer) in enumerate(parts.items()):
             with at(name):
@@ -94,6 +96,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     def apply(params, state, xs):
         check(xs)
         expect.named(params, parts, "params")
+        expect.named(state, parts, "state")
         ys = []
         for (name, layer), x in zip(parts.items(), xs, strict=True):
             with at(name):
@@ -103,6 +106,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     def fwd(params, state, xs, key):
         check(xs)
         expect.named(params, parts, "params")
+        expect.named(state, parts, "state")
         ys, new_state, residuals = [], {}, {}
         for i, ((name, layer), x) in enumerate(zip(parts.items(), xs, strict=True)):
             with at(name):
@@ -130,10 +134,9 @@ def skip(layer: Layer) -> Layer:
     """
 
     def add(x, y):
-        if jnp.shape(x) != y.shape or x.dtype != y.dtype:
-            raise InputError(
-                f"an output like the input, {describe(x)}", describe(y), "let the last layer return that shape"
-            )
+        if not expect.is_floating(x) or describe(x) != describe(y):
+            wanted = f"a floating array, and an output like the input, {describe(x)}"
+            raise InputError(wanted, describe(y), "let the last layer return that shape")
         return x + y
 
     def init(key, x):
@@ -168,8 +171,7 @@ def repeat(layer: Layer, times: int) -> Layer:
     Raises:
         InputError: if the layer's output has not the shape and dtype of its input, or times is not positive.
     """
-    if times < 1:
-        raise InputError("at least one repetition", f"times={times}", "ask for a positive number")
+    times = expect.count(times, "times")
 
     def keys(key):
         return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(times))
@@ -226,11 +228,14 @@ def repeat(layer: Layer, times: int) -> Layer:
 
 
 def _child(key: Array | None, i: int) -> Any:
-    return None if key is None else jax.random.fold_in(key, i)
+    return None if key is None else jax.random.fold_in(expect.key(key), i)
 
 
 def _by_name(layers: tuple[Layer, ...], named: Mapping[str, Layer]) -> dict[str, Layer]:
     """Positional layers under their kinds, numbered when repeated, then the named ones."""
+    for given in (*layers, *named.values()):
+        if not isinstance(given, Layer):
+            raise InputError("layers", describe(given), "call its constructor: relu(), not relu")
     parts: dict[str, Layer] = {}
     for layer in layers:
         names = (layer.name if n == 0 else f"{layer.name}_{n}" for n in range(len(layers)))

@@ -87,6 +87,25 @@ def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:
         raise InputError(wanted, describe(x), "give the input that the layer was initialised for, or call init again")
 
 
+def count(value: Any, what: str) -> int:
+    """`value` if it is a positive whole number."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+        raise InputError(f"{what} as a positive whole number", repr(value), "ask for 1 or more")
+    return int(value)
+
+
+def key(key: Any) -> jax.Array:
+    """`key` if it is a `jax.random.key`."""
+    if not is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
+        raise InputError("a random key", repr(key) if key is None else describe(key), "make one with jax.random.key(0)")
+    return key
+
+
+def dtype(x: Any) -> Any:
+    """The dtype that `x` has as a JAX array: NumPy's float64 is float32 unless JAX's 64-bit mode is on."""
+    return jax.dtypes.canonicalize_dtype(x.dtype)
+
+
 def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype."""
     wanted = "parameters {" + ", ".join(f"{k}: {dtype}[{', '.join(map(str, s))}]" for k, s in shapes.items()) + "}"

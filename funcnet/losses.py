@@ -109,7 +109,7 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
         top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
         log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True))
         q, factor = distribution(logits, target)
-        terms = jnp.where(q == 0, 0.0, q * (log_sum - (z - top)))
+        terms = q * _finite_where_zero(log_sum - (z - top), q)
         loss = jnp.where(factor == 0, 0.0, factor * jnp.sum(terms, axis=-1, keepdims=True))
         return loss[..., 0], Softmax(logits, top, log_sum, target)
 
@@ -120,7 +120,7 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
         q, factor = distribution(logits, target)
         slope = jnp.exp(-minus_log_p) * jnp.sum(q, axis=-1, keepdims=True) - q
         dlogits = jnp.where(factor == 0, 0.0, factor * dy * slope)
-        dtarget = (1 - label_smoothing) * dy * minus_log_p
+        dtarget = (1 - label_smoothing) * dy * _finite_where_zero(minus_log_p, q)
         floating = expect.is_floating(target)
         return {}, (dlogits.astype(logits.dtype), dtarget.astype(target.dtype) if floating else None)
 
@@ -131,9 +131,14 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
 
     def accuracy(logits, target):
         label = jnp.argmax(target, axis=-1) if expect.is_floating(target) else jnp.asarray(target)
-        return jnp.argmax(logits, axis=-1).astype(label.dtype) == label
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32) == label.astype(jnp.int32)
 
     return _loss("cross_entropy", fwd, bwd, counted, {"accuracy": accuracy}, check)
+
+
+def _finite_where_zero(minus_log_p: Array, q: Array) -> Array:
+    """-log p, but 0 for a masked class (-inf logits) that q does not ask for: 0 * inf would be NaN."""
+    return jnp.where(jnp.isinf(minus_log_p) & (q == 0), 0.0, minus_log_p)
 
 
 def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:

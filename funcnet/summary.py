@@ -68,6 +68,8 @@ class Summary:
         foot = f"input {self.input}; {sizes}"
         if any(row.kind == "repeat" for row in self.rows):
             foot += "; rows inside a repeat are for one turn of it"
+        if any(a.residual_bytes < b.residual_bytes for a in self.rows for b in self.rows if _inside(b.path, a.path)):
+            foot += "; a row with less than a row inside it makes that one's residuals anew in the backward pass"
         return "\n".join([*table, foot])
 
 
@@ -95,6 +97,10 @@ def summary(layer: Layer, x: Any) -> Summary:
     whole = rows[()]
     ordered = tuple(rows[path] for path in paths(layer) if path in rows and path) or (whole,)
     return Summary(ordered, describe(x), whole.parameters, _bytes(params), whole.residual_bytes)
+
+
+def _inside(path: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    return len(path) > len(other) and path[: len(other)] == other
 
 
 def _count(tree: Tree) -> int:

@@ -502,6 +502,29 @@ def test_init_refuses_an_input_that_does_not_suit_the_combinator(model, x, messa
         model.init(KEY, x)
 
 
+@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel])
+def test_what_is_no_layer_is_refused(combinator):
+    for layers, named in (((fn.relu,), {}), ((fn.relu(), None), {}), ((), {"a": fn.tanh})):
+        with pytest.raises(fn.InputError, match="relu\\(\\), not relu"):
+            combinator(*layers, **named)
+
+
+@pytest.mark.parametrize("state", [(), None, {}, {"block": {}}])
+def test_the_state_of_another_model_is_refused(state):
+    params, _, x = draw(MODEL, S((3, 5), jnp.float32))
+    for call in (lambda: MODEL.apply(params, state, x), lambda: MODEL.fwd(params, state, x, None)):
+        with pytest.raises(fn.InputError, match=r"state for the layers \['block', 'head'\]"):
+            call()
+
+
+def test_skip_refuses_integers_and_numpys_float64_is_jaxs_float32():
+    with pytest.raises(fn.InputError, match="floating"):
+        fn.skip(fn.flatten()).apply({}, (), jnp.ones((2, 3), jnp.int32))
+    model = fn.skip(fn.serial(fn.layer_norm(), fn.dense(3)))
+    params, state = model.init(KEY, np.ones((2, 3)))
+    assert model.apply(params, state, np.ones((2, 3))).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("call", ["apply", "fwd", "bwd"])
 def test_parallel_refuses_another_number_of_entries(call):
     model = fn.parallel(fn.relu(), fn.relu())
@@ -516,9 +539,9 @@ def test_parallel_refuses_another_number_of_entries(call):
         calls[call]()
 
 
-@pytest.mark.parametrize("times", [0, -1])
+@pytest.mark.parametrize("times", [0, -1, 2.0])
 def test_repeat_refuses_no_times(times):
-    with pytest.raises(fn.InputError, match="at least one repetition"):
+    with pytest.raises(fn.InputError, match="times as a positive whole number"):
         fn.repeat(fn.relu(), times)
 
 

@@ -107,6 +107,38 @@ def test_float_array_refuses(x, options, expected, remedy):
     assert remedy in error.value.remedy
 
 
+@pytest.mark.parametrize("value", [1, 7, np.int64(3)])
+def test_count_takes_positive_whole_numbers(value):
+    assert expect.count(value, "times") == value
+    assert type(expect.count(value, "times")) is int
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
+def test_count_refuses_everything_else(value):
+    with pytest.raises(InputError, match="times as a positive whole number") as error:
+        expect.count(value, "times")
+    assert error.value.received == repr(value)
+
+
+def test_key_takes_one_typed_key():
+    key = jax.random.key(0)
+    assert expect.key(key) is key
+    for bad in (None, 0, jnp.zeros(2, jnp.uint32), jax.random.split(key)):
+        with pytest.raises(InputError, match="a random key"):
+            expect.key(bad)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("float64", "float32"), ("int64", "int32"), ("float16", "float16"), ("bfloat16", "bfloat16")]
+)
+def test_dtype_is_the_one_that_jax_would_make_of_it(given, meant):
+    assert expect.dtype(np.ones(2, jnp.dtype(given))) == meant
+
+
+def test_dtype_keeps_double_precision_where_jax_does(x64):
+    assert expect.dtype(np.ones(2)) == np.float64
+
+
 PARAMS = {"kernel": S((3, 2), jnp.float32), "bias": S((2,), jnp.float32)}
 
 

@@ -54,6 +54,7 @@ def test_what_is_seen_is_each_layers_own_call():
     y, residuals, _ = run(model, lambda path, layer, params, x, out: seen.setdefault(path, (layer, params, x, out)))
     layer, params, x, (out, state, saved) = seen["b",]
     assert layer is model.parts["b"]
+    assert seen["a",][0] is model.parts["a"]
     np.testing.assert_array_equal(x, seen["a",][3][0])
     np.testing.assert_array_equal(out, y)
     np.testing.assert_array_equal(saved, residuals["b"])

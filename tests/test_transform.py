@@ -101,6 +101,12 @@ def test_remat_runs_again_on_its_input_bit_for_bit_whatever_the_cotangent(dtype)
             assert (again.dtype, np.asarray(again).tobytes()) == (dtype, np.asarray(x).tobytes())
 
 
+def test_remat_of_an_integer_input_passes_its_missing_cotangent_on():
+    layer = fn.remat(fn.flatten())
+    saved = layer.fwd({}, (), jnp.arange(6).reshape(1, 2, 3), None)[2]
+    assert layer.bwd({}, saved, None) == ({}, None)
+
+
 def temp_bytes(wrap, width=128, batch=512, layers=8):
     """Temporary memory of a compiled forward and backward pass through gelu blocks."""
     block = wrap(fn.serial(fn.dense(2 * width), fn.gelu(), fn.dense(width)))

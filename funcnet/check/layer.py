@@ -54,6 +54,8 @@ def check_layer(
         if strange := _strange_residuals(layer, params, state, x, key):
             return Report(title, (), tuple(strange))
         case = _case(layer, params, state, x, key)
+        if not _any_floating(case.y) and _any_floating((params, x)):
+            return Report(title, (), ("law 1: the output has no floating array, so there is nothing to differentiate",))
         cotangents = [_normal_like(case.y, rng) for _ in range(draws)]
         noise = _noise(case, cotangents[0], rng)
         leaves = _law_1(case, cotangents, noise)
@@ -285,6 +287,10 @@ def _dot(a: Tree, b: Tree) -> tuple[float, float]:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     terms = [np.asarray(x, np.float64) * np.asarray(y, np.float64) for x, y in pairs]
     return sum(float(t.sum()) for t in terms), sum(float(np.abs(t).sum()) for t in terms) + 1e-300
+
+
+def _any_floating(tree: Tree) -> bool:
+    return any(is_floating(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _equal(a: Tree, b: Tree) -> bool:

@@ -22,9 +22,9 @@ Tree = Any
 
 
 def tolerance(dtype: Any) -> float:
-    """The error allowed relative to a leaf's scale: 1024 units of rounding; 16 in half precision."""
+    """The error allowed relative to a leaf's scale: 1024 units of rounding; 8 in half precision."""
     info = jnp.finfo(dtype)
-    return float(info.eps) * (1024 if info.bits >= 32 else 16)
+    return float(info.eps) * (1024 if info.bits >= 32 else 8)
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,7 @@ def _compare_leaf(path: str, got: Any, wanted: Any, dtype: Any, noise: float) ->
     finite = np.abs(b[np.isfinite(b)])
     scale = float(finite.max()) if finite.size else 0.0
     relative = float(error[worst]) / (scale or 1.0)
-    # The noise counts eight times over, and never for more than half of the digits.
-    allowed += min(8 * noise / (scale or 1.0), allowed**0.5)
+    if allowed < 1e-3:  # in half precision the tolerance is wide enough
+        # The noise counts eight times over, and never for more than half of the digits.
+        allowed += min(8 * noise / (scale or 1.0), allowed**0.5)
     return Leaf(path, got.shape, str(got.dtype), scale, relative, worst, float(a[worst]), float(b[worst]), allowed)

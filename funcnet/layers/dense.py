@@ -44,8 +44,7 @@ def dense(
     Raises:
         expect.InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
     """
-    if features < 1:
-        raise expect.InputError("at least one output feature", f"features={features}", "ask for a positive number")
+    features = expect.count(features, "features")
 
     def shapes(inputs: int) -> dict[str, tuple[int, ...]]:
         return {"kernel": (inputs, features), "bias": (features,)} if use_bias else {"kernel": (inputs, features)}
@@ -53,7 +52,7 @@ def dense(
     def init(key: Array, x: Any) -> dict[str, Array]:
         expect.float_array(x)
         inits = {"kernel": kernel_init, "bias": bias_init}
-        return {name: inits[name](key, shape, x.dtype) for name, shape in shapes(x.shape[-1]).items()}
+        return {name: inits[name](key, shape, expect.dtype(x)) for name, shape in shapes(x.shape[-1]).items()}
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         expect.float_array(x, features=expect.size(params, "kernel"))

@@ -43,13 +43,10 @@ def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
 
     def fwd(params, state, x, key):
         expect.float_array(x)
-        if key is None:
-            raise expect.InputError(
-                "a random key", "key=None", "pass a jax.random.key to fwd, or use apply to evaluate"
-            )
-        return drop(key, jnp.asarray(x)), state, key
+        return drop(expect.key(key), jnp.asarray(x)), state, key
 
     def bwd(params, key, dy, contract=total):
+        expect.float_array(dy)
         return {}, drop(key, jnp.asarray(dy))
 
     return Layer("dropout", init, apply, fwd, bwd)

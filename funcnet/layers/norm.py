@@ -17,7 +17,8 @@ For both dscale is the factor Scale(x_hat, dy), and layer norm's dbias the facto
 Residuals: x_hat [.., D] in x's dtype, rstd [.., 1] in the dtype of the statistics.  Why these: they are all that dx
 and dscale need; x, mean and variance are not kept.
 Numerics: statistics and sums over D in float32 for half precision. Layer norm centres twice, so that rows far from zero
-lose nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients.
+lose nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients. In half precision x_hat is kept
+rounded, so dx is off by as much of g * rstd as that rounding.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
@@ -70,7 +71,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
     def init(key: Array, x: Any) -> dict[str, Array]:
         expect.float_array(x)
         fill = {"scale": jnp.ones, "bias": jnp.zeros}
-        return {name: fill[name](x.shape[-1], x.dtype) for name in names}
+        return {name: fill[name](x.shape[-1], expect.dtype(x)) for name in names}
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Normalised]:
         expect.float_array(x, features=expect.size(params, "scale"))

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_concrete, is_floating
 from funcnet.observe import observe
 from funcnet.train.objective import Batch, Objective, check_batch, value_and_grad
@@ -21,14 +22,11 @@ from funcnet.train.step import TrainState, one_step, scan_steps
 
 Tree = Any
 Record = dict[str, float]
+WATCHED = ("loss", "grad_norm", "update_norm")  # what must stay finite
 
 
 class NotFiniteError(FloatingPointError):
-    """A loss or gradient that is not finite. `train_state` is the state before that step."""
-
-    def __init__(self, message: str, train_state: TrainState):
-        super().__init__(message)
-        self.train_state = train_state
+    """A loss, gradient or update that is not finite: in which step, layer and leaf."""
 
 
 def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[Batch]) -> Record:
@@ -97,40 +95,46 @@ def fit(
         overwrite: whether an earlier run in run_dir may be overwritten.
 
     Raises:
-        NotFiniteError: a FloatingPointError, when a loss or gradient is not finite. It names the step, the layer and
-            the leaves; records stay written, and its attribute `train_state` is the state before that step.
+        NotFiniteError: a FloatingPointError, when a loss, gradient or update is not finite. It names the step, the
+            layer and the leaves; that step is not made, and records stay written.
         InputError: for a batch that does not fit, or too few of them.
         FileExistsError: if run_dir holds an earlier run and overwrite is False.
+
+        Whatever stops training, Ctrl-C included, carries `train_state`: the state after the last step that was made.
     """
-    if steps < 1 or steps_per_call < 1 or steps % steps_per_call or log_every % steps_per_call or log_every < 1:
+    steps_per_call, log_every = expect.count(steps_per_call, "steps_per_call"), expect.count(log_every, "log_every")
+    if expect.count(steps, "steps") % steps_per_call or log_every % steps_per_call:
         received = f"steps={steps}, log_every={log_every}, steps_per_call={steps_per_call}"
         raise InputError("steps and log_every that are multiples of steps_per_call", received, "change one of them")
-    folder = None if run_dir is None else start_run(run_dir, config, overwrite=overwrite)
-    validation = None if validation is None else list(validation)
+    check = values_check(objective, train_state.params, train_state.state)
+    validation = None if validation is None else _checked(check, validation)
     call = _halting_call(objective, optimizer, accumulate, steps_per_call)
+    folder = None if run_dir is None else start_run(run_dir, config, overwrite=overwrite)
     first, history, since = int(train_state.step), [], []
-    calls = _stacked(objective, train_state, batches, steps, steps_per_call)
-    with progress(first, first + steps) as report:
-        for done, stacked in zip(range(0, steps, steps_per_call), calls, strict=True):
-            train_state, metrics = call(train_state, stacked)
-            rows = _rows(jax.device_get(metrics))
-            for i, row in enumerate(rows):
-                if not _finite(row):
-                    batch = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                    raise _not_finite(objective, train_state, batch, first + done + i + 1, row)
-            since += rows
-            done += steps_per_call
-            record = None
-            if done % log_every == 0 or done == steps:
-                record = {"step": first + done, **_means(since)}
-                since = []
-                if validation is not None:
-                    values = evaluate(objective, train_state.params, train_state.state, validation)
-                    record |= {f"val_{name}": value for name, value in values.items()}
-                history.append(record)
-                if folder is not None:
-                    append_metrics(folder, record)
-            report(first + done, record)
+    try:
+        with progress(first, first + steps) as report:
+            for done, stacked in _stacked(check, batches, steps, steps_per_call):
+                train_state, metrics = call(train_state, stacked)
+                rows = _rows(jax.device_get(metrics))
+                for i, row in enumerate(rows):
+                    if not _finite(row):
+                        batch = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+                        raise _not_finite(objective, train_state, batch, first + done - steps_per_call + i + 1, row)
+                since += rows
+                record = None
+                if done % log_every == 0 or done == steps:
+                    record = {"step": first + done, **_means(since)}
+                    since = []
+                    if validation is not None:
+                        values = evaluate(objective, train_state.params, train_state.state, validation)
+                        record |= {f"val_{name}": value for name, value in values.items()}
+                    history.append(record)
+                    if folder is not None:
+                        append_metrics(folder, record)
+                report(first + done, record)
+    except BaseException as stop:
+        stop.__dict__["train_state"] = train_state
+        raise
     return train_state, history
 
 
@@ -141,7 +145,8 @@ def _halting_call(objective: Objective, optimizer: optax.GradientTransformation,
     def guarded(carry, batch, weights):
         train_state, alive = carry
         after, metrics = step(train_state, batch, weights)
-        alive &= jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        for name in WATCHED:
+            alive &= jnp.isfinite(metrics[name])
         return (jax.tree.map(partial(_select, alive), after, train_state), alive), metrics
 
     def call(train_state, stacked):
@@ -155,19 +160,34 @@ def _select(alive: Array, after: Array, before: Array) -> Array:
     return jnp.where(alive, after, before)
 
 
+def _checked(check: Callable[[Batch], None], batches: Iterable[Batch]) -> list[Batch]:
+    """Validation data, looked at before training begins."""
+    batches = list(batches)
+    if not batches:
+        raise InputError("at least one validation batch", "none", "pass a list of (inputs, targets), or None")
+    with at("validation"):
+        for batch in batches:
+            check(batch)
+    return batches
+
+
 def _stacked(
-    objective: Objective, train_state: TrainState, batches: Iterable[Batch], steps: int, steps_per_call: int
-) -> Iterator[Batch]:
-    """The checked batches, `steps_per_call` at a time along a new first axis, as many as `steps` need."""
-    check, source = values_check(objective, train_state.params, train_state.state), iter(batches)
-    for done in range(0, steps, steps_per_call):
+    check: Callable[[Batch], None], batches: Iterable[Batch], steps: int, steps_per_call: int
+) -> Iterator[tuple[int, Batch]]:
+    """The checked batches, `steps_per_call` at a time along a new first axis, and how many steps will then be done."""
+    source = iter(batches)
+    for done in range(steps_per_call, steps + 1, steps_per_call):
         group = list(islice(source, steps_per_call))
         if len(group) < steps_per_call:
             remedy = "give an endless iterator, or ask for fewer steps"
-            raise InputError(f"batches for {steps} steps", f"{done + len(group)} batches", remedy)
+            raise InputError(f"batches for {steps} steps", f"{done - steps_per_call + len(group)} batches", remedy)
         for batch in group:
             check(batch)
-        yield jax.tree.map(_stack, *map(tuple, group))
+        shapes = sorted({describe(batch) for batch in group})
+        if len(shapes) > 1:
+            remedy = "leave the remainder of the data for the next pass, or use steps_per_call=1"
+            raise InputError(f"{steps_per_call} batches of one shape for one call", " and ".join(shapes), remedy)
+        yield done, jax.tree.map(_stack, *map(tuple, group))
 
 
 def _stack(*leaves: Any) -> Any:
@@ -190,6 +210,8 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
             predictions[shape] = jax.eval_shape(objective.model.apply, params, state, _shapes(inputs))
         with at(objective.loss.name):
             objective.loss.check(predictions[shape], targets)
+            if not np.any(objective.loss.counted(targets)):
+                raise InputError("at least one target that counts", "none that does", "leave such batches out")
 
     return check
 
@@ -223,7 +245,7 @@ def _means(rows: list[Record]) -> Record:
 
 
 def _finite(row: Record) -> bool:
-    return bool(np.isfinite([row["loss"], row["grad_norm"]]).all())
+    return bool(np.isfinite([row[name] for name in WATCHED]).all())
 
 
 def _not_finite(objective: Objective, train_state: TrainState, batch: Batch, step: int, row: Record) -> NotFiniteError:
@@ -231,7 +253,7 @@ def _not_finite(objective: Objective, train_state: TrainState, batch: Batch, ste
     params, state = train_state.params, train_state.state
     key = jax.random.fold_in(train_state.key, train_state.step)
     _, grads = jax.jit(value_and_grad(objective))(params, state, batch, key)
-    facts = [f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}"]
+    facts = [f"step {step}: " + ", ".join(f"{name} {row[name]}" for name in WATCHED)]
     if leaves := _bad_leaves(params):
         facts.append(f"parameters not finite before this step: {', '.join(leaves)}")
     if layer := _first_bad_layer(objective, params, state, batch, key):
@@ -241,7 +263,7 @@ def _not_finite(objective: Objective, train_state: TrainState, batch: Batch, ste
     else:
         facts.append(f"the gradients are finite; the largest is {_largest(grads)}, whose square may overflow")
     remedy = "a smaller learning rate, gradient clipping, or inputs of a smaller scale are the usual remedies"
-    return NotFiniteError("\n  ".join([*facts, remedy]), train_state)
+    return NotFiniteError("\n  ".join([*facts, remedy]))
 
 
 def _bad_leaves(tree: Tree) -> list[str]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from funcnet.expect import InputError, at, describe, is_array
+from funcnet.expect import InputError, at, describe, is_array, is_floating
 from funcnet.factors import Contraction, total
 from funcnet.layer import Layer
 from funcnet.losses import Loss, as_loss
@@ -40,6 +40,9 @@ def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, An
         loss: a layer over (prediction, target) with one value an example, such as `fn.cross_entropy()`.
         metrics: replaces the loss's own (accuracy for the cross-entropies); {} for none.
     """
+    for given in (model, loss):
+        if not isinstance(given, Layer):
+            raise InputError("a layer", describe(given), "call its constructor: cross_entropy(), not cross_entropy")
     loss = as_loss(loss)
     return Objective(model, loss, dict(loss.metrics if metrics is None else metrics))
 
@@ -53,10 +56,20 @@ class Pass(NamedTuple):
     grads: Tree
 
 
-def mean_weights(objective: Objective, targets: Any) -> Array:
-    """The weights of a mean: 1 / count for each value of the loss that counts, else 0. NaN if none counts."""
-    counted = objective.loss.counted(targets).astype(jnp.result_type(float))
-    return counted / jnp.sum(counted)
+def as_weights(objective: Objective, targets: Any, weights: Any) -> Array:
+    """The weights of the values of the loss: those given, or those of a mean, 1 / count for each value that counts.
+
+    Where nothing counts they are all zero, and so are loss and gradients.
+    """
+    counted = objective.loss.counted(targets)
+    if weights is None:
+        counted = counted.astype(jnp.result_type(float))
+        return counted / jnp.maximum(jnp.sum(counted), 1)
+    weights = jnp.asarray(weights)
+    if weights.shape != counted.shape or not is_floating(weights):
+        wanted = f"floating weights {list(counted.shape)}, one for each value of the loss"
+        raise InputError(wanted, describe(weights), "give one weight for each value of the loss")
+    return weights
 
 
 def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None):
@@ -80,8 +93,8 @@ def run(
     """One pass forward and one back, the loss and the metrics summed with `weights`."""
     prediction, values, state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
     if weights.shape != values.shape:
-        remedy = "give one weight for each value of the loss"
-        raise InputError(f"weights {list(values.shape)}", describe(weights), remedy)
+        remedy = "let the loss's `counted` have the shape of its values"
+        raise InputError(f"values of the loss {list(weights.shape)}", describe(values), remedy)
     weights = weights.astype(values.dtype)
     with at(objective.loss.name):
         _, (dprediction, _) = objective.loss.bwd({}, loss_residuals, weights)
@@ -109,8 +122,7 @@ def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tre
 
     def with_grads(params, state, batch, key=None, *, weights=None, contract=total):
         targets = check_batch(batch)[1]
-        weights = mean_weights(objective, targets) if weights is None else jnp.asarray(weights)
-        result = run(objective, params, state, batch, key, weights, contract)
+        result = run(objective, params, state, batch, key, as_weights(objective, targets, weights), contract)
         return (result.loss, result.state), result.grads
 
     return with_grads

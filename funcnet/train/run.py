@@ -22,10 +22,12 @@ def start_run(run_dir: str | Path, config: Mapping[str, Any] | None = None, *, o
         overwrite: whether the files of an earlier run there may be replaced.
 
     Raises:
-        FileExistsError: if the folder holds anything and overwrite is False. Nothing is written then.
+        FileExistsError: if run_dir is a file, or holds anything and overwrite is False. Nothing is written then.
     """
     folder = Path(run_dir)
     text = json.dumps(dict(config or {}), indent=2)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder for the run")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} is not empty; name another run folder, or allow it to be overwritten")
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_array
 from funcnet.factors import total, wide
-from funcnet.train.objective import Batch, Objective, check_batch, forward, mean_weights, run
+from funcnet.train.objective import Batch, Objective, as_weights, check_batch, forward, run
 
 Tree = Any
 Step = Callable[["TrainState", Batch, Array | None], tuple["TrainState", dict[str, Array]]]
@@ -55,15 +56,17 @@ def init_train_state(
         batch: (inputs, targets); only shapes and dtypes matter, and a label that is out of range is refused.
     """
     inputs, targets = check_batch(batch)
-    init_key, train_key = jax.random.split(key)
-    params, state = objective.model.init(init_key, inputs)
+    init_key, train_key = jax.random.split(expect.key(key))
+    # Donated buffers must belong to the train state alone, and no two leaves may share one.
+    params, state = jax.tree.map(_copy, objective.model.init(init_key, inputs))
     with at(objective.loss.name):
         objective.loss.check(jax.eval_shape(objective.model.apply, params, state, inputs), targets)
-    # Some optimizers keep the parameters themselves in their state; a donated buffer must not be there twice.
-    opt_state = jax.tree.map(
-        lambda leaf: jnp.array(leaf, leaf.dtype) if is_array(leaf) else leaf, optimizer.init(params)
-    )
+    opt_state = jax.tree.map(_copy, optimizer.init(params))
     return TrainState(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
+
+
+def _copy(leaf: Any) -> Any:
+    return jnp.array(leaf, leaf.dtype) if is_array(leaf) else leaf
 
 
 def train_step(
@@ -82,7 +85,8 @@ def train_step(
 
     Args:
         objective: from `fn.objective`.
-        optimizer: any optax gradient transformation. Those that want them get value, grad and value_fn, as L-BFGS.
+        optimizer: any optax gradient transformation over the params themselves. Those that want them get value, grad
+            and value_fn (of the whole batch, not in micro-batches), as L-BFGS.
         accumulate: the number of micro-batches to walk the batch in; it must divide the batch size. State passes from
             each to the next, and each draws from its own key.
         steps: None for one step a call. A number k for k steps a call under one `lax.scan`: then every array of the
@@ -95,6 +99,7 @@ def train_step(
     step = one_step(objective, optimizer, accumulate, norms)
     if steps is None:
         return jax.jit(step, donate_argnums=0)
+    steps = expect.count(steps, "steps")
 
     def many(train_state, batch, weights=None):
         return scan_steps(step, steps, train_state, batch, weights)
@@ -113,13 +118,12 @@ def scan_steps(step: Any, steps: int, carry: Tree, batch: Batch, weights: Array 
 
 def one_step(objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, norms: bool) -> Step:
     """The step as a plain function."""
-    if accumulate < 1:
-        raise InputError("at least one micro-batch", f"accumulate={accumulate}", "use 1 for the whole batch at once")
+    accumulate = expect.count(accumulate, "accumulate")
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(train_state, batch, weights=None):
         targets = check_batch(batch)[1]
-        weights = mean_weights(objective, targets) if weights is None else weights
+        weights = as_weights(objective, targets, weights)
         params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
         passed = _accumulated(objective, accumulate, params, train_state.state, batch, key, weights)
 
@@ -129,7 +133,9 @@ def one_step(objective: Objective, optimizer: optax.GradientTransformation, accu
         updates, opt_state = optimizer.update(
             passed.grads, train_state.opt_state, params, value=passed.loss, grad=passed.grads, value_fn=value_fn
         )
-        metrics = {"loss": passed.loss} | {name: v / jnp.sum(weights) for name, v in passed.metrics.items()}
+        weight = jnp.sum(weights)
+        weight = jnp.where(weight == 0, 1.0, weight)
+        metrics = {"loss": passed.loss} | {name: v / weight.astype(v.dtype) for name, v in passed.metrics.items()}
         if norms:
             metrics |= {"grad_norm": _norm(passed.grads), "update_norm": _norm(updates)}
         params = optax.apply_updates(params, updates)

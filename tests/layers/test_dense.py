@@ -48,6 +48,11 @@ def test_init_reads_size_and_dtype_off_the_input(like, dtype):
     assert set(fn.dense(3, use_bias=False).init(KEY, like((4, 5), dtype))[0]) == {"kernel"}
 
 
+def test_numpys_float64_is_jaxs_float32():
+    params, state = fn.dense(3).init(KEY, np.ones((2, 5)))
+    assert {leaf.dtype for leaf in params.values()} == {fn.dense(3).apply(params, state, np.ones((2, 5))).dtype}
+
+
 def test_the_initial_kernel_keeps_the_variance_and_the_bias_is_zero():
     params, _ = fn.dense(400).init(KEY, S((1, 100), jnp.float32))
     np.testing.assert_allclose(params["kernel"].std(), 0.1, rtol=0.02)
@@ -105,9 +110,9 @@ def test_nan_spoils_its_own_row_alone():
     np.testing.assert_array_equal(np.isnan(y).any(1), [False, True, False, False])
 
 
-@pytest.mark.parametrize("features", [0, -1])
+@pytest.mark.parametrize("features", [0, -1, 3.0])
 def test_no_features_are_refused(features):
-    with pytest.raises(fn.InputError, match="at least one output feature"):
+    with pytest.raises(fn.InputError, match="features as a positive whole number"):
         fn.dense(features)
 
 

@@ -143,7 +143,7 @@ def test_half_precision_parameter_gradients_are_summed_in_float32(name, dtype):
 
 
 @BOTH
-@pytest.mark.parametrize("eps", [0.0, -1e-6])
+@pytest.mark.parametrize("eps", [0.0, -1e-6, float("nan")])
 def test_an_eps_that_is_not_positive_is_refused(name, eps):
     with pytest.raises(fn.InputError, match="positive eps"):
         NORMS[name](eps)

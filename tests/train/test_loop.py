@@ -100,9 +100,56 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_leaf(tmp_path):
 
 def test_a_gradient_whose_norm_overflows_stops_and_names_the_largest_leaf():
     large = lambda x, t: (x * np.float32(1e30), t)
-    with pytest.raises(fn.NotFiniteError, match=r"step 2: .*gradient norm inf") as caught:
+    with pytest.raises(fn.NotFiniteError, match=r"step 2: .*grad_norm inf") as caught:
         fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(1, large), 3)
     assert "the gradients are finite; the largest is" in str(caught.value)
+
+
+def test_an_update_that_is_not_finite_is_not_made():
+    optimizer = optax.sgd(float("inf"))
+    state = fn.init_train_state(OBJECTIVE, optimizer, jax.random.key(0), next(batches()))
+    with pytest.raises(fn.NotFiniteError, match=r"step 1: .*update_norm inf") as caught:
+        fn.fit(OBJECTIVE, optimizer, state, batches(), 1)
+    chex.assert_tree_all_finite(caught.value.train_state.params)
+
+
+def test_whatever_stops_training_carries_the_state_so_far():
+    def interrupted():
+        yield from itertools.islice(batches(), 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), interrupted(), 10)
+    assert int(caught.value.train_state.step) == 3
+    with pytest.raises(fn.InputError, match="batches for 10 steps") as short:
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), itertools.islice(batches(), 3), 10)
+    wanted, _ = fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 3)
+    chex.assert_trees_all_close(short.value.train_state.params, wanted.params, rtol=1e-6)
+
+
+def test_validation_data_is_looked_at_before_training(tmp_path):
+    for validation, word in (([], "at least one validation batch"), ([(INPUTS, LABELS + 1)], "labels from 0 to 2")):
+        state = fresh()
+        with pytest.raises(fn.InputError, match=word):
+            fn.fit(OBJECTIVE, OPTIMIZER, state, batches(), 5, validation=validation, run_dir=tmp_path / "run")
+        assert not jax.tree.leaves(state.params)[0].is_deleted()
+        assert not (tmp_path / "run").exists()
+
+
+def test_batches_of_two_shapes_in_one_call_are_refused():
+    source = iter([(INPUTS[:8], LABELS[:8]), (INPUTS[:5], LABELS[:5])])
+    with pytest.raises(fn.InputError, match="2 batches of one shape"):
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), source, 2, log_every=2, steps_per_call=2)
+
+
+def test_a_batch_in_which_nothing_counts_is_refused():
+    objective = fn.objective(MODEL, fn.cross_entropy(ignore_index=-1))
+    nothing = (INPUTS[:8], np.full(8, -1, np.int32))
+    with pytest.raises(fn.InputError, match="at least one target that counts"):
+        fn.fit(objective, OPTIMIZER, fresh(objective), itertools.repeat(nothing), 2)
+    state = fresh(objective)
+    with pytest.raises(fn.InputError, match="at least one target that counts"):
+        fn.evaluate(objective, state.params, state.state, [nothing])
 
 
 def test_too_few_batches_and_uneven_steps_are_refused():

@@ -123,6 +123,12 @@ def test_weights_of_another_shape_are_refused():
         fn.value_and_grad(OBJECTIVE)(params, state, batch, weights=jnp.ones(()))
 
 
+def test_state_of_another_model_is_refused():
+    params, _, batch = setup()
+    with pytest.raises(fn.InputError, match="state for the layers"):
+        fn.value_and_grad(OBJECTIVE)(params, (), batch)
+
+
 def test_params_of_another_model_are_refused():
     params, state, batch = setup()
     other = {name: value for name, value in params.items() if name != "gelu"}

@@ -172,14 +172,52 @@ def test_half_precision_gradients_are_accumulated_in_float32():
     ("options", "batch", "word"),
     [
         ({"accumulate": 5}, BATCH, "5 micro-batches divide"),
-        ({"accumulate": 0}, BATCH, "at least one micro-batch"),
+        ({"accumulate": 0}, BATCH, "accumulate as a positive whole number"),
         ({"steps": 3}, BATCH, "a first axis of 3 steps"),
+        ({"steps": 0}, BATCH, "steps as a positive whole number"),
         ({}, (BATCH[0], BATCH[1][:4]), "as many inputs as targets"),
     ],
 )
 def test_options_and_batches_that_do_not_fit_are_refused(options, batch, word):
     with pytest.raises(fn.InputError, match=word):
         fn.train_step(OBJECTIVE, optax.sgd(0.1), **options)(fresh(optax.sgd(0.1)), batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
+@pytest.mark.parametrize("weights", [np.ones(4, np.float32), np.float32(1), np.ones(12, np.int32)])
+def test_weights_that_do_not_fit_are_refused(options, weights):
+    with pytest.raises(fn.InputError, match=r"floating weights \[12\]"):
+        fn.train_step(OBJECTIVE, optax.sgd(0.1), **options)(fresh(optax.sgd(0.1)), BATCH, weights)
+
+
+def test_where_nothing_counts_loss_and_gradients_are_zero():
+    objective = fn.objective(MODEL, fn.cross_entropy(ignore_index=-1))
+    batch = (BATCH[0], np.full(12, -1, np.int32))
+    state = fresh(optax.sgd(1.0), objective, batch)
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = fn.train_step(objective, optax.sgd(1.0))(state, batch)
+    assert {name: float(value) for name, value in metrics.items()} == dict.fromkeys(metrics, 0.0)
+    chex.assert_trees_all_equal(state.params, before)
+
+
+def test_arrays_of_the_user_are_not_donated():
+    kernel, key = jnp.ones((7, 5)), jax.random.key(0)
+    model = fn.serial(fn.dense(5, kernel_init=lambda *args: kernel))
+    objective = fn.objective(model, fn.cross_entropy())
+    state = fn.init_train_state(objective, optax.sgd(0.1), key, BATCH)
+    fn.train_step(objective, optax.sgd(0.1))(state, BATCH)
+    assert not kernel.is_deleted()
+    assert not key.is_deleted()
+
+
+def test_what_is_no_key_and_no_layer_is_refused():
+    for key in (0, None, jax.random.PRNGKey(0)):
+        with pytest.raises(fn.InputError, match="a random key"):
+            fn.init_train_state(OBJECTIVE, optax.sgd(0.1), key, BATCH)
+    with pytest.raises(fn.InputError, match="call its constructor"):
+        fn.objective(MODEL, fn.cross_entropy)
+    with pytest.raises(fn.InputError, match="call its constructor"):
+        fn.serial(fn.dense(2), fn.relu)
 
 
 def test_labels_out_of_range_are_refused_before_training_and_nan_within_it():
