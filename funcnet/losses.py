@@ -230,7 +230,7 @@ def huber(delta: float = 1.0) -> Loss:
 
     Residual: r = prediction - target. Source: Huber 1964, "Robust estimation of a location parameter".
     """
-    if delta <= 0:
+    if not delta > 0:
         raise InputError("a positive delta", f"delta={delta}", "use the default, 1.0")
 
     def f(r):

@@ -64,7 +64,7 @@ def rms_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Normalised
 
 
 def _norm(name: str, eps: float, centred: bool) -> Layer:
-    if eps <= 0:
+    if not eps > 0:
         raise expect.InputError("a positive eps", f"eps={eps}", "use the default, 1e-6")
     names = ("scale", "bias") if centred else ("scale",)
 
