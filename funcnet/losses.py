@@ -53,11 +53,11 @@ def as_loss(layer: Layer) -> Loss:
 
 
 class Softmax(NamedTuple):
-    """Residuals of `cross_entropy`: softmax = exp((logits - top) - log_sum); top and log_sum are [.., 1]."""
+    """Residuals of `cross_entropy`: softmax = exp(logits - top) / total; top and total are [.., 1]."""
 
     logits: Array
     top: Array
-    log_sum: Array
+    total: Array
     target: Array
 
 
@@ -65,10 +65,10 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
     """-sum_v q_v log softmax(logits)_v over the last axis of logits [.., V]: one value for each entry of [..].
 
     q is the one-hot vector of an integer label, or the soft label itself, mixed with the uniform distribution:
-    q <- (1 - s) q + s / V. With log_sum = log sum_v exp(z_v - top) and top = max_v z_v, -log softmax_v is
-    log_sum - (z_v - top), which does not overflow for any finite logits; -inf logits are masked classes.
+    q <- (1 - s) q + s / V. With top = max_v z_v and total = sum_v exp(z_v - top), -log softmax_v is
+    log(total) - (z_v - top), which does not overflow for any finite logits; -inf logits are masked classes.
 
-    Residuals: logits, top, log_sum, target.  Why these: softmax is formed again in `bwd` from the logits, so that a
+    Residuals: logits, top, total, target.  Why these: softmax is formed again in `bwd` from the logits, so that a
     half-precision model keeps its logits in half precision and loses nothing in softmax - q, which cancels.
 
     Args:
@@ -107,21 +107,22 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
         check(logits, target)
         z = logits.astype(wide(logits.dtype))
         top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-        log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True))
+        total = jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True)
         q, factor = distribution(logits, target)
-        terms = q * _finite_where_zero(log_sum - (z - top), q)
+        terms = q * _finite_where_zero(jnp.log(total) - (z - top), q)
         loss = jnp.where(factor == 0, 0.0, factor * jnp.sum(terms, axis=-1, keepdims=True))
-        return loss[..., 0], Softmax(logits, top, log_sum, target)
+        return loss[..., 0], Softmax(logits, top, total, target)
 
     def bwd(params, residuals, dy, contract):
-        logits, top, log_sum, target = residuals
-        dy = expect.cotangent(dy, logits.shape[:-1], top.dtype)[..., None]
-        minus_log_p = log_sum - (logits.astype(top.dtype) - top)
-        q, factor = distribution(logits, target)
-        slope = jnp.exp(-minus_log_p) * jnp.sum(q, axis=-1, keepdims=True) - q
-        dlogits = jnp.where(factor == 0, 0.0, factor * dy * slope)
-        dtarget = (1 - label_smoothing) * dy * _finite_where_zero(minus_log_p, q)
+        logits, top, total, target = residuals
         floating = expect.is_floating(target)
+        dy = expect.cotangent(dy, logits.shape[:-1], top.dtype)[..., None]
+        shifted = logits.astype(top.dtype) - top
+        q, factor = distribution(logits, target)
+        mass = jnp.sum(q, axis=-1, keepdims=True) if floating else 1.0
+        slope = jnp.exp(shifted) / total * mass - q
+        dlogits = jnp.where(factor == 0, 0.0, factor * dy * slope)
+        dtarget = (1 - label_smoothing) * dy * _finite_where_zero(jnp.log(total) - shifted, q)
         return {}, (dlogits.astype(logits.dtype), dtarget.astype(target.dtype) if floating else None)
 
     def counted(target):
