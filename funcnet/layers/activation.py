@@ -31,7 +31,8 @@ def identity() -> Activation:
 
 def relu() -> Activation:
     """y = max(x, 0); y' = [y > 0], so 0 at the kink x = 0. Saves y."""
-    return elementwise("relu", nn.relu, lambda y: _one_where(y > 0, y), "output")
+    # Written as a choice: from a maximum, XLA derives the mask from x and keeps that as well.
+    return elementwise("relu", lambda x: jnp.where(x <= 0, 0.0, x), lambda y: _one_where(y > 0, y), "output")
 
 
 def relu6() -> Activation:
