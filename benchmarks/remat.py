@@ -1,5 +1,7 @@
 """`python -m benchmarks.remat`: temporary memory of a backward pass with and without rematerialisation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,8 +26,9 @@ def temp_bytes(wrap, checkpoint=lambda f: f, by_hand: bool = True) -> int:
             x = checkpoint(lambda p, x, layer=layer, name=name: layer.apply(p, state[name], x))(params[name], x)
         return jnp.sum(jnp.square(x))
 
-    compiled = jax.jit(hand if by_hand else jax.grad(loss, argnums=(0, 1))).lower(params, x).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    gradients = jax.jit(hand if by_hand else jax.grad(loss, argnums=(0, 1)))
+    analysis: Any = gradients.lower(params, x).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
 
 
 def main() -> None:
