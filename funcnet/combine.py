@@ -134,6 +134,7 @@ def skip(layer: Layer) -> Layer:
     """
 
     def add(x, y):
+        x = jnp.asarray(x) if expect.is_array(x) else x
         if not expect.is_floating(x) or describe(x) != describe(y):
             wanted = f"a floating array, and an output like the input, {describe(x)}"
             raise InputError(wanted, describe(y), "let the last layer return that shape")

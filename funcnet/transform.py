@@ -49,7 +49,10 @@ def _after(dy: Tree, x: Tree) -> Tree:
     meant for this, but XLA's CPU compiler drops it before it merges equal computations (jaxlib 0.10.2). No compiler
     may drop 0 * d for an unknown d, which could be infinite; the guard keeps an infinite d from becoming NaN.
     """
-    d = jnp.sum(jax.tree.leaves(dy)[0].astype(jnp.float32))
+    cotangents = jax.tree.leaves(dy)
+    if not cotangents:  # nothing flows back through integers
+        return x
+    d = jnp.sum(cotangents[0].astype(jnp.float32))
     zero = 0 * jnp.where(jnp.isfinite(d), d, 0.0)
 
     def tied(leaf):
