@@ -73,7 +73,7 @@ def selu() -> Activation:
     Source: Klambauer et al. 2017, arXiv:1706.02515.
     """
     a, s = _SELU_ALPHA, _SELU_SCALE
-    f = lambda x: s * jnp.where(x <= 0, a * _expm1_below_zero(x), x)
+    f = lambda x: jnp.where(x <= 0, s * a * _expm1_below_zero(x), s * x)
     return elementwise("selu", f, lambda y: jnp.where(y > 0, s * jnp.ones_like(y), y + s * a), "output")
 
 
@@ -119,8 +119,10 @@ def mish() -> Activation:
     """
 
     def df(x: Array) -> Array:
-        t = jnp.tanh(nn.softplus(x))
-        return t + x * (1 - t * t) * nn.sigmoid(x)
+        u = jnp.exp(jnp.minimum(x, -x))  # e^-|x|, of which all of this is a rational function
+        above, below = 1 + 2 * u + 2 * u * u, 2 + 2 * u + u * u
+        t = jnp.where(x >= 0, (1 + 2 * u) / above, (2 * u + u * u) / below)
+        return t + x * (4 * (1 + u) * jnp.where(x >= 0, jnp.square(u / above), u / jnp.square(below)))
 
     return elementwise("mish", lambda x: x * jnp.tanh(nn.softplus(x)), df)
 
@@ -137,7 +139,8 @@ def sigmoid() -> Activation:
 
 def log_sigmoid() -> Activation:
     """y = -log(1 + e^-x); y' = sigmoid(-x) = 1 - e^y. Saves y."""
-    return elementwise("log_sigmoid", lambda x: -nn.softplus(-x), lambda y: -jnp.expm1(y), "output")
+    f = lambda x: 0.0 - nn.softplus(-x)  # written with a minus sign alone, XLA keeps the softplus beside y
+    return elementwise("log_sigmoid", f, lambda y: -jnp.expm1(y), "output")
 
 
 def tanh() -> Activation:
@@ -152,8 +155,9 @@ def hard_tanh() -> Activation:
 
 def hard_sigmoid() -> Activation:
     """y = min(max(x + 3, 0), 6) / 6; y' = [0 < y < 1] / 6, so 0 at the kinks -3 and 3. Saves y."""
+    f = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, 1.0, (x + 3) / 6))
     df = lambda y: _one_where((y > 0) & (y < 1), y) / 6
-    return elementwise("hard_sigmoid", lambda x: _clip(x + 3, 0.0, 6.0) / 6, df, "output")
+    return elementwise("hard_sigmoid", f, df, "output")
 
 
 def hard_silu() -> Activation:

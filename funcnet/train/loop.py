@@ -133,7 +133,7 @@ def fit(
                         append_metrics(folder, record)
                 report(first + done, record)
     except BaseException as stop:
-        stop.__dict__["train_state"] = train_state
+        stop.train_state = train_state  # pyright: ignore[reportAttributeAccessIssue]
         raise
     return train_state, history
 

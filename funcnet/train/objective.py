@@ -74,7 +74,7 @@ def as_weights(objective: Objective, targets: Any, weights: Any) -> Array:
 
 def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None):
     """The training forward pass: (prediction, values of the loss, new state, residuals of model and loss)."""
-    inputs, targets = check_batch(batch)
+    inputs, targets = batch
     prediction, state, residuals = objective.model.fwd(params, state, inputs, key)
     with at(objective.loss.name):
         values, _, loss_residuals = objective.loss.fwd({}, (), (prediction, targets), None)

@@ -18,10 +18,10 @@ from jax import Array, lax
 from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_array
 from funcnet.factors import total, wide
-from funcnet.train.objective import Batch, Objective, as_weights, check_batch, forward, run
+from funcnet.train.objective import Batch, Objective, Pass, as_weights, check_batch, forward, run
 
 Tree = Any
-Step = Callable[["TrainState", Batch, Array | None], tuple["TrainState", dict[str, Array]]]
+Metrics = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +44,32 @@ class TrainState:
     step: Array
 
 
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """A jitted training step: (train_state, batch, weights=None) -> (train_state, metrics); see `train_step`.
+
+    Attributes:
+        compiled: what is jitted: ((params, state, opt_state, step), key, batch, weights) -> (those four, metrics), the
+            four donated. The key stays outside: a key that leaves a compiled call costs microseconds to wrap again.
+    """
+
+    compiled: jax.stages.Wrapped
+
+    def __call__(
+        self, train_state: TrainState, batch: Batch, weights: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        (params, state, opt_state, step), metrics = self.compiled(_moving(train_state), train_state.key, batch, weights)
+        return TrainState(params, state, opt_state, train_state.key, step), metrics
+
+    def lower(self, train_state: TrainState, batch: Batch, weights: Array | None = None) -> jax.stages.Lowered:
+        """The program for such arguments, for its text, cost and memory: `.compile().memory_analysis()`."""
+        return self.compiled.lower(_moving(train_state), train_state.key, batch, weights)
+
+
+def _moving(train_state: TrainState) -> tuple[Tree, Tree, Tree, Array]:
+    return train_state.params, train_state.state, train_state.opt_state, train_state.step
+
+
 def init_train_state(
     objective: Objective, optimizer: optax.GradientTransformation, key: Array, batch: Batch
 ) -> TrainState:
@@ -54,6 +80,9 @@ def init_train_state(
         optimizer: any optax gradient transformation.
         key: a `jax.random.key`; one half of it draws the parameters, the other one is kept for training.
         batch: (inputs, targets); only shapes and dtypes matter, and a label that is out of range is refused.
+
+    Raises:
+        InputError: for a key, inputs or targets that do not fit, with the path of the layer that they do not fit.
     """
     inputs, targets = check_batch(batch)
     init_key, train_key = jax.random.split(expect.key(key))
@@ -76,17 +105,18 @@ def train_step(
     accumulate: int = 1,
     steps: int | None = None,
     norms: bool = True,
-) -> Step:
+) -> TrainStep:
     """A jitted function (train_state, batch, weights=None) -> (train_state, metrics) that donates its train state.
 
-    The state that was passed in cannot be used again. Metrics are scalars by name: `loss`, the objective's own such as
-    `accuracy`, `grad_norm` and `update_norm`. Values in the batch are not read before the step: a label out of range
-    makes the loss NaN; `fn.fit` checks them.
+    Of the state that was passed in only the key can be used again. Metrics are scalars by name: `loss`, the objective's
+    own such as `accuracy`, `grad_norm` and `update_norm`. Values in the batch are not read before the step: a label out
+    of range makes the loss NaN; `fn.fit` checks them. `train_step(..).lower(train_state, batch)` gives the program.
 
     Args:
         objective: from `fn.objective`.
-        optimizer: any optax gradient transformation over the params themselves. Those that want them get value, grad
-            and value_fn (of the whole batch, not in micro-batches), as L-BFGS.
+        optimizer: any optax gradient transformation over the params themselves (`optax.lookahead` wants a pair of
+            them). Those that want them get value, grad and value_fn (of the whole batch, not in micro-batches), as
+            L-BFGS.
         accumulate: the number of micro-batches to walk the batch in; it must divide the batch size. State passes from
             each to the next, and each draws from its own key.
         steps: None for one step a call. A number k for k steps a call under one `lax.scan`: then every array of the
@@ -97,14 +127,18 @@ def train_step(
         InputError: when first called, for a batch that does not fit the model, the loss or these options.
     """
     step = one_step(objective, optimizer, accumulate, norms)
-    if steps is None:
-        return jax.jit(step, donate_argnums=0)
-    steps = expect.count(steps, "steps")
+    steps = None if steps is None else expect.count(steps, "steps")
 
-    def many(train_state, batch, weights=None):
-        return scan_steps(step, steps, train_state, batch, weights)
+    def call(moving, key, batch, weights):
+        params, state, opt_state, count = moving
+        train_state = TrainState(params, state, opt_state, key, count)
+        if steps is None:
+            train_state, metrics = step(train_state, batch, weights)
+        else:
+            train_state, metrics = scan_steps(step, steps, train_state, batch, weights)
+        return _moving(train_state), metrics
 
-    return jax.jit(many, donate_argnums=0)
+    return TrainStep(jax.jit(call, donate_argnums=0))
 
 
 def scan_steps(step: Any, steps: int, carry: Tree, batch: Batch, weights: Array | None) -> tuple[Tree, Tree]:
@@ -116,7 +150,9 @@ def scan_steps(step: Any, steps: int, carry: Tree, batch: Batch, weights: Array 
     return lax.scan(lambda carry, each: step(carry, *each), carry, (batch, weights))
 
 
-def one_step(objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, norms: bool) -> Step:
+def one_step(
+    objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, norms: bool
+) -> Callable[[TrainState, Batch, Array | None], tuple[TrainState, Metrics]]:
     """The step as a plain function."""
     accumulate = expect.count(accumulate, "accumulate")
     optimizer = optax.with_extra_args_support(optimizer)
@@ -128,7 +164,8 @@ def one_step(objective: Objective, optimizer: optax.GradientTransformation, accu
         passed = _accumulated(objective, accumulate, params, train_state.state, batch, key, weights)
 
         def value_fn(params):
-            return jnp.sum(weights * forward(objective, params, train_state.state, batch, key)[1])
+            values = forward(objective, params, train_state.state, batch, key)[1]
+            return jnp.sum(weights.astype(values.dtype) * values)
 
         updates, opt_state = optimizer.update(
             passed.grads, train_state.opt_state, params, value=passed.loss, grad=passed.grads, value_fn=value_fn
@@ -160,21 +197,14 @@ def _accumulated(objective, accumulate, params, state, batch, key, weights):
         state, so_far = carry
         i, batch, weights = micro
         passed = run(objective, params, state, batch, jax.random.fold_in(key, i), weights, total)
-        added = jax.tree.map(lambda a, b: a + b.astype(a.dtype), so_far, (passed.loss, passed.metrics, passed.grads))
-        return (passed.state, added), None
+        added = jax.tree.map(lambda a, g: a + g.astype(a.dtype), so_far, passed.grads)
+        return (passed.state, added), (passed.loss, passed.metrics)
 
-    first = jax.eval_shape(lambda: run(objective, params, state, *_first(split, batch, weights, key), total))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf.dtype)), (first.loss, first.metrics, first.grads))
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p.dtype)), params)
     micros = (jnp.arange(accumulate), *jax.tree.map(split, (batch, weights)))
-    (state, (loss, metrics, grads)), _ = lax.scan(body, (state, zeros), micros)
-    return first._replace(
-        loss=loss, metrics=metrics, state=state, grads=jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    )
-
-
-def _first(split, batch, weights, key):
-    batch, weights = jax.tree.map(lambda leaf: split(leaf)[0], (batch, weights))
-    return batch, key, weights
+    (state, grads), parts = lax.scan(body, (state, zeros), micros)
+    loss, metrics = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
+    return Pass(loss, metrics, state, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params))
 
 
 def _norm(tree: Tree) -> Array:

@@ -90,10 +90,45 @@ def test_a_step_traces_once():
         state, _ = step(state, BATCH)
 
 
-def test_the_state_is_donated():
+def test_micro_batches_are_traced_once():
+    model = replace(MODEL, fwd=chex.assert_max_traces(MODEL.fwd, n=1))
+    objective = fn.objective(model, fn.cross_entropy())
+    chex.clear_trace_counter()
+    fn.train_step(objective, optax.adam(1e-2), accumulate=3)(fresh(optax.adam(1e-2), objective), BATCH)
+
+
+def test_all_of_the_state_but_its_key_is_donated():
     state = fresh(optax.adam(1e-2))
-    fn.train_step(OBJECTIVE, optax.adam(1e-2))(state, BATCH)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    after, _ = fn.train_step(OBJECTIVE, optax.adam(1e-2))(state, BATCH)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state, state.step)))
+    assert after.key is state.key
+    assert not state.key.is_deleted()
+
+
+def test_the_program_can_be_looked_at():
+    state = fresh(optax.adam(1e-2))
+    program = fn.train_step(OBJECTIVE, optax.adam(1e-2)).lower(state, BATCH).compile()
+    assert program.memory_analysis().alias_size_in_bytes > 0
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def _sees_the_same_value():
+    def update(updates, state, params, *, value, value_fn, **_):
+        again = value_fn(params)
+        return jax.tree.map(lambda u: -0.1 * u, updates), {"difference": again - value, "value": again}
+
+    zero = jnp.zeros((), jnp.float32)
+    return optax.GradientTransformationExtraArgs(lambda params: {"difference": zero, "value": zero}, update)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
+@pytest.mark.parametrize("weights", [None, np.full(12, 1 / 12, np.float64)])
+def test_a_float32_model_trains_in_64_bit_mode(options, weights):
+    with jax.enable_x64(True):
+        state = fresh(_sees_the_same_value())
+        state, metrics = fn.train_step(OBJECTIVE, _sees_the_same_value(), **options)(state, BATCH, weights)
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state, metrics))} == {np.dtype("float32")}
+        assert abs(float(state.opt_state["difference"])) < 1e-6 < float(state.opt_state["value"])
 
 
 OPTIMIZERS = {
@@ -119,7 +154,7 @@ def test_every_optax_optimizer_lowers_the_loss_in_one_trace(name):
         state, metrics = step(state, BATCH)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
-    assert step._cache_size() == 1
+    assert step.compiled._cache_size() == 1
 
 
 def test_metrics_are_what_they_say():
