@@ -44,7 +44,8 @@ from funcnet.layers.norm import layer_norm, rms_norm
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.losses import Loss, binary_cross_entropy, cross_entropy, huber, mae, mse
 from funcnet.summary import Row, Summary, summary
-from funcnet.train.loop import NotFiniteError, evaluate, fit
+from funcnet.train.finite import NotFiniteError
+from funcnet.train.loop import evaluate, fit
 from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, init_train_state, train_step
 from funcnet.transform import mixed, remat

@@ -20,6 +20,7 @@ class InputError(ValueError):
 
     Attributes:
         path: names of the layers from the outermost to the one that complained.
+        kind: that layer's kind, where it said so.
         expected, received, remedy: one sentence each.
     """
 
@@ -27,9 +28,12 @@ class InputError(ValueError):
         super().__init__(expected, received, remedy)
         self.expected, self.received, self.remedy = expected, received, remedy
         self.path: tuple[str, ...] = ()
+        self.kind = ""
 
     def __str__(self) -> str:
-        where = "/".join(self.path) or "input"
+        where = "/".join(self.path) or self.kind or "input"
+        if self.path and not self.path[-1].startswith(self.kind):
+            where += f" ({self.kind})"
         return f"{where}\n  expected  {self.expected}\n  received  {self.received}\n  remedy    {self.remedy}"
 
 
@@ -44,6 +48,16 @@ def at(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         error.add_note(f"in layer {name!r}")
+        raise
+
+
+@contextmanager
+def by(kind: str) -> Iterator[None]:
+    """Say what kind of layer raises an `InputError` inside: its name where it stands alone, without a path."""
+    try:
+        yield
+    except InputError as error:
+        error.kind = error.kind or kind
         raise
 
 

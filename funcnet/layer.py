@@ -65,17 +65,23 @@ def stateless(
 ) -> Layer[Params, tuple[()], Residuals]:
     """A layer without state or randomness: `init(key, x) -> params`, `fwd(params, x) -> (y, residuals)`, `bwd`."""
 
+    def init_with_state(key, x):
+        with expect.by(name):
+            return init(key, x), ()
+
     def with_state(params, state, x, key):
-        y, residuals = fwd(params, jax.tree.map(jnp.asarray, x))
+        with expect.by(name):
+            y, residuals = fwd(params, jax.tree.map(jnp.asarray, x))
         return y, state, residuals
 
     def apply(params, state, x):
         return with_state(params, state, x, None)[0]
 
     def pullback(params, residuals, dy, contract=total):
-        return bwd(params, residuals, dy, contract)
+        with expect.by(name):
+            return bwd(params, residuals, dy, contract)
 
-    return Layer(name, lambda key, x: (init(key, x), ()), apply, with_state, pullback)
+    return Layer(name, init_with_state, apply, with_state, pullback)
 
 
 def no_params(key: Array | None, x: Any) -> dict[str, Array]:

@@ -72,7 +72,8 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
     half-precision model keeps its logits in half precision and loses nothing in softmax - q, which cancels.
 
     Args:
-        label_smoothing: s, 0 <= s < 1.
+        label_smoothing: s, 0 <= s < 1. A positive one asks for a share of every class, so a masked class (a logit of
+            -inf) makes the loss infinite.
         ignore_index: integer labels of this value have loss 0 and do not count in a mean.
 
     Target: integers [..] in [0, V), or floats [.., V], non-negative. Integer labels out of range are refused where they

@@ -454,7 +454,7 @@ def test_refusals_name_the_layer_what_was_expected_what_came_and_the_remedy(name
         (jax.jit(call) if jit else call)(params, state, x)
     assert "/".join(error.value.path) == ("" if path == "input" else path)
     where, wanted, received, mend = str(error.value).splitlines()
-    assert where == path
+    assert where == (f"{path} (dense)" if path == "head" else path)
     assert wanted.startswith("  expected  ")
     assert received.startswith("  received  ")
     assert mend.startswith("  remedy    ")

@@ -1,5 +1,7 @@
 """One kind of error, which says where, what was expected, what came, and the remedy."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,18 @@ def test_at_puts_names_in_front_of_the_path_from_the_outermost():
         raise InputError("a", "b", "c")
     assert error.value.path == ("block", "dense_1")
     assert str(error.value).splitlines()[0] == "block/dense_1"
+
+
+@pytest.mark.parametrize(("path", "where"), [((), "dense"), (("dense_1",), "dense_1"), (("head",), "head (dense)")])
+def test_by_names_the_kind_of_a_layer_where_its_path_does_not(path, where):
+    @expect.by("skip")
+    def complain(path):
+        with expect.at(path[0]) if path else contextlib.nullcontext(), expect.by("dense"):
+            raise InputError("a", "b", "c")
+
+    with pytest.raises(InputError) as error:
+        complain(path)
+    assert str(error.value).splitlines()[0] == where
 
 
 def test_at_notes_the_layers_on_other_errors():

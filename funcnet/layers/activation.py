@@ -139,8 +139,7 @@ def sigmoid() -> Activation:
 
 def log_sigmoid() -> Activation:
     """y = -log(1 + e^-x); y' = sigmoid(-x) = 1 - e^y. Saves y."""
-    f = lambda x: 0.0 - nn.softplus(-x)  # written with a minus sign alone, XLA keeps the softplus beside y
-    return elementwise("log_sigmoid", f, lambda y: -jnp.expm1(y), "output")
+    return elementwise("log_sigmoid", lambda x: -nn.softplus(-x), lambda y: -jnp.expm1(y), "output")
 
 
 def tanh() -> Activation:

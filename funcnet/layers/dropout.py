@@ -33,18 +33,22 @@ def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
         kept = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
+    @expect.by("dropout")
     def init(key, x):
         expect.float_array(x)
         return {}, ()
 
+    @expect.by("dropout")
     def apply(params, state, x):
         expect.float_array(x)
         return jnp.asarray(x)
 
+    @expect.by("dropout")
     def fwd(params, state, x, key):
         expect.float_array(x)
         return drop(expect.key(key), jnp.asarray(x)), state, key
 
+    @expect.by("dropout")
     def bwd(params, key, dy, contract=total):
         expect.float_array(dy)
         return {}, drop(key, jnp.asarray(dy))

@@ -37,6 +37,14 @@ def test_smoke_run_leaves_a_run_folder_and_a_second_one_refuses(tmp_path):
     assert "--overwrite" in again.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_the_whole_run_reads_at_least_97_and_a_half_percent(seed, tmp_path):
+    done = run("--seed", seed, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1].removeprefix("test accuracy: ").removesuffix("%")) >= 97.5
+
+
 def test_help_and_bad_arguments():
     assert all(word in run("--help").stdout for word in ("--steps", "--seed", "--run-dir", "--smoke"))
     assert run("--steps", 7).returncode == 2

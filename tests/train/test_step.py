@@ -127,7 +127,9 @@ def test_a_float32_model_trains_in_64_bit_mode(options, weights):
     with jax.enable_x64(True):
         state = fresh(_sees_the_same_value())
         state, metrics = fn.train_step(OBJECTIVE, _sees_the_same_value(), **options)(state, BATCH, weights)
-        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state, metrics))} == {np.dtype("float32")}
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state, metrics))} == {
+            np.dtype("float32")
+        }
         assert abs(float(state.opt_state["difference"])) < 1e-6 < float(state.opt_state["value"])
 
 
