@@ -45,9 +45,10 @@ from funcnet.layers.reshape import flatten, reshape
 from funcnet.losses import Loss, binary_cross_entropy, cross_entropy, huber, mae, mse
 from funcnet.summary import Row, Summary, summary
 from funcnet.train.finite import NotFiniteError
+from funcnet.train.layerwise import layerwise_step
 from funcnet.train.loop import evaluate, fit
 from funcnet.train.objective import Objective, objective, value_and_grad
-from funcnet.train.step import TrainState, init_train_state, train_step
+from funcnet.train.step import TrainState, TrainStep, init_train_state, train_step
 from funcnet.transform import mixed, remat
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "Shift",
     "Summary",
     "TrainState",
+    "TrainStep",
     "binary_cross_entropy",
     "celu",
     "check_layer",
@@ -88,6 +90,7 @@ __all__ = [
     "is_factor",
     "keep",
     "layer_norm",
+    "layerwise_step",
     "leaky_relu",
     "log_sigmoid",
     "mae",

@@ -5,8 +5,8 @@ and `repeat` are transparent: they have the params and parts of the layer they a
 randomness from `fold_in(key, i)`, so a layer appended at the end leaves the draws of the others alone.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -66,7 +66,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
                 dparams[name], dy = layer.bwd(params[name], residuals[name], dy, contract)
         return dparams, dy
 
-    return Layer("serial", init, apply, fwd, bwd, parts, lambda parts: serial(**parts))
+    return Layer("serial", init, apply, fwd, bwd, parts, lambda parts: serial(**parts), "serial")
 
 
 def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
@@ -123,7 +123,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
                 dxs.append(dx)
         return dparams, tuple(dxs)
 
-    return Layer("parallel", init, apply, fwd, bwd, parts, lambda parts: parallel(**parts))
+    return Layer("parallel", init, apply, fwd, bwd, parts, lambda parts: parallel(**parts), "parallel")
 
 
 def skip(layer: Layer) -> Layer:
@@ -156,7 +156,7 @@ def skip(layer: Layer) -> Layer:
         dparams, dx = layer.bwd(params, residuals, dy, contract)
         return dparams, dy + dx
 
-    return around(layer, replace(layer, name="skip", init=init, apply=apply, fwd=fwd, bwd=bwd), skip)
+    return around(layer, replace(layer, name="skip", init=init, apply=apply, fwd=fwd, bwd=bwd), skip, "skip")
 
 
 def repeat(layer: Layer, times: int) -> Layer:
@@ -202,17 +202,14 @@ def repeat(layer: Layer, times: int) -> Layer:
 
     def fwd(params, state, x, key):
         check(params)
-        restore: Any = None
 
         def body(x, layers):
-            nonlocal restore
             params, state, key = layers
             y, state, residuals = layer.fwd(params, state, x, key)
-            distinct, restore = _distinct(residuals)
-            return y, (state, distinct)
+            return y, (state, distinct(residuals))
 
         y, (state, stacked) = lax.scan(body, x, (params, state, keys(key)), length=times)
-        return y, state, restore(stacked)
+        return y, state, stacked.tree()
 
     def bwd(params, residuals, dy, contract=total):
         def body(dy, layers):
@@ -225,7 +222,27 @@ def repeat(layer: Layer, times: int) -> Layer:
     def again(layer):
         return repeat(layer, times)
 
-    return around(layer, replace(layer, name="repeat", init=init, apply=apply, fwd=fwd, bwd=bwd), again)
+    return around(layer, replace(layer, name="repeat", init=init, apply=apply, fwd=fwd, bwd=bwd), again, "repeat")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Distinct:
+    """The arrays of a tree, each once: one layer's output is often the next one's input. `tree()` is the tree again."""
+
+    arrays: list[Array]
+    structure: Any = field(metadata={"static": True})
+    index: tuple[int, ...] = field(metadata={"static": True})
+
+    def tree(self) -> Tree:
+        return jax.tree.unflatten(self.structure, [self.arrays[i] for i in self.index])
+
+
+def distinct(tree: Tree) -> Distinct:
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = {id(leaf): leaf for leaf in leaves}
+    position = {key: i for i, key in enumerate(arrays)}
+    return Distinct(list(arrays.values()), structure, tuple(position[id(leaf)] for leaf in leaves))
 
 
 def _child(key: Array | None, i: int) -> Any:
@@ -246,11 +263,3 @@ def _by_name(layers: tuple[Layer, ...], named: Mapping[str, Layer]) -> dict[str,
     if clash := parts.keys() & named.keys():
         raise InputError("names that differ", f"{sorted(clash)} twice", "give the named layer another name")
     return parts | dict(named)
-
-
-def _distinct(tree: Tree) -> tuple[list[Array], Callable[[list[Array]], Tree]]:
-    """The leaves of `tree`, each array once, and the way back: one layer's output is often the next one's input."""
-    leaves, structure = jax.tree.flatten(tree)
-    distinct = list({id(leaf): leaf for leaf in leaves}.values())
-    index = [next(i for i, other in enumerate(distinct) if other is leaf) for leaf in leaves]
-    return distinct, lambda distinct: jax.tree.unflatten(structure, [distinct[i] for i in index])

@@ -46,6 +46,8 @@ class Layer(Generic[Params, State, Residuals]):
         name: the layer's kind; `serial` names it so among its parameters.
         parts: sub-layers by name, for tables and traces; params and state of a layer with parts are dicts over them.
         rebuild: the same combinator over other parts of the same names; None for a layer without parts.
+        combinator: which one made this layer ("serial", "skip", "repeat", ..); "" for a layer not made of others.
+        inner: the one layer that a transparent combinator, such as "skip", is made of; None for all others.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Layer(Generic[Params, State, Residuals]):
     bwd: Callable[..., tuple[Any, Any]]
     parts: Mapping[str, "Layer"] = field(default_factory=dict)
     rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None
+    combinator: str = ""
+    inner: "Layer | None" = None
 
 
 def stateless(
@@ -118,7 +122,8 @@ def output(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
     return jax.eval_shape(layer.apply, params, state, x)
 
 
-def around(inner: Layer, whole: Layer, wrap: Callable[[Layer], Layer]) -> Layer:
+def around(inner: Layer, whole: Layer, wrap: Callable[[Layer], Layer], combinator: str) -> Layer:
     """`whole`, a combinator of the one layer `inner`, transparent to its parts; `wrap` makes it of another layer."""
     rebuild = inner.rebuild
-    return replace(whole, rebuild=None if rebuild is None else lambda parts: wrap(rebuild(parts)))
+    again = None if rebuild is None else lambda parts: wrap(rebuild(parts))
+    return replace(whole, rebuild=again, combinator=combinator, inner=inner)

@@ -13,6 +13,7 @@ from jax import Array
 from funcnet.expect import InputError, describe, is_floating
 from funcnet.factors import total
 from funcnet.layer import Layer, around
+from funcnet.order import after
 
 Tree = Any
 
@@ -36,31 +37,14 @@ def remat(layer: Layer) -> Layer:
         return y, new_state, Rerun(state, x, key)
 
     def bwd(params, saved, dy, contract=total):
-        _, _, residuals = layer.fwd(params, saved.state, _after(dy, saved.x), saved.key)
-        return layer.bwd(params, residuals, dy, contract)
+        return layer.bwd(params, rerun(layer, params, saved, dy), dy, contract)
 
-    return around(layer, replace(layer, fwd=fwd, bwd=bwd), remat)
+    return around(layer, replace(layer, fwd=fwd, bwd=bwd), remat, "remat")
 
 
-def _after(dy: Tree, x: Tree) -> Tree:
-    """x, bit for bit, but made to depend on dy, so that what is computed from it is computed in the backward pass.
-
-    Without that the compiler sees the forward pass twice and keeps the first one's results. An optimization barrier is
-    meant for this, but XLA's CPU compiler drops it before it merges equal computations (jaxlib 0.10.2). No compiler
-    may drop 0 * d for an unknown d, which could be infinite; the guard keeps an infinite d from becoming NaN.
-    """
-    cotangents = jax.tree.leaves(dy)
-    if not cotangents:  # nothing flows back through integers
-        return x
-    d = jnp.sum(cotangents[0].astype(jnp.float32))
-    zero = 0 * jnp.where(jnp.isfinite(d), d, 0.0)
-
-    def tied(leaf):
-        if is_floating(leaf):
-            return leaf * (1 + zero).astype(leaf.dtype)
-        return leaf + zero.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
-
-    return jax.tree.map(tied, x)
+def rerun(layer: Layer, params: Tree, saved: Rerun, dy: Tree) -> Tree:
+    """The residuals that `fwd` gave when `remat` dropped them, computed after dy: in the backward pass, not before."""
+    return layer.fwd(params, saved.state, after(dy, saved.x), saved.key)[2]
 
 
 def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", output: Any = "float32") -> Layer:
@@ -110,7 +94,7 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
     def again(layer):
         return mixed(layer, param, compute, output)
 
-    return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), again)
+    return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), again, "mixed")
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:

@@ -81,6 +81,32 @@ def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
     return prediction, values, state, (residuals, loss_residuals)
 
 
+class Start(NamedTuple):
+    """Where a backward pass starts: sums over the batch, the new state, the model's residuals and output cotangent."""
+
+    loss: Array
+    metrics: dict[str, Array]
+    state: Tree
+    residuals: Tree
+    dprediction: Tree
+
+
+def start(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None, weights: Array) -> Start:
+    """The forward pass and the loss's backward pass, the loss and the metrics summed with `weights`."""
+    prediction, values, state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
+    if weights.shape != values.shape:
+        remedy = "let the loss's `counted` have the shape of its values"
+        raise InputError(f"values of the loss {list(weights.shape)}", describe(values), remedy)
+    weights = weights.astype(values.dtype)
+    with at(objective.loss.name):
+        _, (dprediction, _) = objective.loss.bwd({}, loss_residuals, weights)
+    metrics = {
+        name: jnp.sum(weights * metric(prediction, batch[1]).astype(values.dtype))
+        for name, metric in objective.metrics.items()
+    }
+    return Start(jnp.sum(weights * values), metrics, state, residuals, dprediction)
+
+
 def run(
     objective: Objective,
     params: Tree,
@@ -91,19 +117,16 @@ def run(
     contract: Contraction,
 ) -> Pass:
     """One pass forward and one back, the loss and the metrics summed with `weights`."""
-    prediction, values, state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
-    if weights.shape != values.shape:
-        remedy = "let the loss's `counted` have the shape of its values"
-        raise InputError(f"values of the loss {list(weights.shape)}", describe(values), remedy)
-    weights = weights.astype(values.dtype)
-    with at(objective.loss.name):
-        _, (dprediction, _) = objective.loss.bwd({}, loss_residuals, weights)
-    grads, _ = objective.model.bwd(params, residuals, dprediction, contract)
-    metrics = {
-        name: jnp.sum(weights * metric(prediction, batch[1]).astype(values.dtype))
-        for name, metric in objective.metrics.items()
-    }
-    return Pass(jnp.sum(weights * values), metrics, state, grads)
+    begun = start(objective, params, state, batch, key, weights)
+    grads, _ = objective.model.bwd(params, begun.residuals, begun.dprediction, contract)
+    return Pass(begun.loss, begun.metrics, begun.state, grads)
+
+
+def averages(loss: Array, metrics: dict[str, Array], weights: Array) -> dict[str, Array]:
+    """What a step reports: the loss as it is minimised, and the means of the other metrics."""
+    weight = jnp.sum(weights)
+    weight = jnp.where(weight == 0, 1.0, weight)
+    return {"loss": loss} | {name: value / weight.astype(value.dtype) for name, value in metrics.items()}
 
 
 def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tree], Tree]]:

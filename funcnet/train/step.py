@@ -8,6 +8,7 @@ are those of the whole batch, so the sum is the whole batch's gradient whatever 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax import Array, lax
 from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_array
 from funcnet.factors import total, wide
-from funcnet.train.objective import Batch, Objective, Pass, as_weights, check_batch, forward, run
+from funcnet.train.objective import Batch, Objective, Pass, as_weights, averages, check_batch, forward, run
 
 Tree = Any
 Metrics = dict[str, Array]
@@ -127,15 +128,17 @@ def train_step(
         InputError: when first called, for a batch that does not fit the model, the loss or these options.
     """
     step = one_step(objective, optimizer, accumulate, norms)
-    steps = None if steps is None else expect.count(steps, "steps")
+    if steps is None:
+        return jitted(step)
+    return jitted(partial(scan_steps, step, expect.count(steps, "steps")))
+
+
+def jitted(step: Callable[[TrainState, Batch, Array | None], tuple[TrainState, Metrics]]) -> TrainStep:
+    """The step compiled, all of its train state but the key donated."""
 
     def call(moving, key, batch, weights):
         params, state, opt_state, count = moving
-        train_state = TrainState(params, state, opt_state, key, count)
-        if steps is None:
-            train_state, metrics = step(train_state, batch, weights)
-        else:
-            train_state, metrics = scan_steps(step, steps, train_state, batch, weights)
+        train_state, metrics = step(TrainState(params, state, opt_state, key, count), batch, weights)
         return _moving(train_state), metrics
 
     return TrainStep(jax.jit(call, donate_argnums=0))
@@ -170,9 +173,7 @@ def one_step(
         updates, opt_state = optimizer.update(
             passed.grads, train_state.opt_state, params, value=passed.loss, grad=passed.grads, value_fn=value_fn
         )
-        weight = jnp.sum(weights)
-        weight = jnp.where(weight == 0, 1.0, weight)
-        metrics = {"loss": passed.loss} | {name: v / weight.astype(v.dtype) for name, v in passed.metrics.items()}
+        metrics = averages(passed.loss, passed.metrics, weights)
         if norms:
             metrics |= {"grad_norm": _norm(passed.grads), "update_norm": _norm(updates)}
         params = optax.apply_updates(params, updates)
