@@ -1,5 +1,6 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
+from funcnet.calculus import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
 from funcnet.check.layer import check_layer
 from funcnet.check.report import Leaf, Report, compare_grads
 from funcnet.combine import parallel, repeat, serial, skip
@@ -50,8 +51,11 @@ from funcnet.train.loop import evaluate, fit
 from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, TrainStep, init_train_state, train_step
 from funcnet.transform import mixed, remat
+from funcnet.worked import WORKED, Worked
 
 __all__ = [
+    "WORKED",
+    "ChainRule",
     "Contraction",
     "InputError",
     "Layer",
@@ -67,13 +71,16 @@ __all__ = [
     "Summary",
     "TrainState",
     "TrainStep",
+    "Worked",
     "binary_cross_entropy",
     "celu",
+    "chain",
     "check_layer",
     "compare_grads",
     "contraction",
     "cross_entropy",
     "dense",
+    "derivative",
     "dropout",
     "elementwise",
     "elu",
@@ -81,6 +88,7 @@ __all__ = [
     "fit",
     "flatten",
     "gelu",
+    "gradient",
     "hard_sigmoid",
     "hard_silu",
     "hard_tanh",
@@ -88,12 +96,14 @@ __all__ = [
     "identity",
     "init_train_state",
     "is_factor",
+    "jacobian",
     "keep",
     "layer_norm",
     "layerwise_step",
     "leaky_relu",
     "log_sigmoid",
     "mae",
+    "matrix_derivative",
     "mish",
     "mixed",
     "mse",

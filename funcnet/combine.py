@@ -16,7 +16,7 @@ from jax import Array, lax
 from funcnet import expect
 from funcnet.expect import InputError, at, describe
 from funcnet.factors import total
-from funcnet.layer import Layer, around, output
+from funcnet.layer import Layer, a_layer, around, output
 
 Tree = Any
 
@@ -34,6 +34,11 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     """
     parts = _by_name(layers, named)
 
+    @expect.by("serial")
+    def check(**trees):
+        for what, tree in trees.items():
+            expect.named(tree, parts, what)
+
     def init(key, x):
         params, state = {}, {}
         for i, (name, layer) in enumerate(parts.items()):
@@ -43,16 +48,14 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return params, state
 
     def apply(params, state, x):
-        expect.named(params, parts, "params")
-        expect.named(state, parts, "state")
+        check(params=params, state=state)
         for name, layer in parts.items():
             with at(name):
                 x = layer.apply(params[name], state[name], x)
         return x
 
     def fwd(params, state, x, key):
-        expect.named(params, parts, "params")
-        expect.named(state, parts, "state")
+        check(params=params, state=state)
         new_state, residuals = {}, {}
         for i, (name, layer) in enumerate(parts.items()):
             with at(name):
@@ -60,6 +63,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return x, new_state, residuals
 
     def bwd(params, residuals, dy, contract=total):
+        check(params=params, residuals=residuals)
         dparams = {}
         for name, layer in reversed(parts.items()):
             with at(name):
@@ -79,11 +83,13 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     """
     parts = _by_name(layers, named)
 
-    def check(xs):
+    @expect.by("parallel")
+    def check(xs, what="inputs", **trees):
         if not isinstance(xs, tuple) or len(xs) != len(parts):
-            raise InputError(
-                f"a tuple of {len(parts)} inputs, one a layer", describe(xs), "give one input to each layer"
-            )
+            wanted = f"a tuple of {len(parts)} {what}, one for each of {list(parts)}"
+            raise InputError(wanted, describe(xs), "give one to each layer")
+        for name, tree in trees.items():
+            expect.named(tree, parts, name)
 
     def init(key, xs):
         check(xs)
@@ -94,9 +100,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return params, state
 
     def apply(params, state, xs):
-        check(xs)
-        expect.named(params, parts, "params")
-        expect.named(state, parts, "state")
+        check(xs, params=params, state=state)
         ys = []
         for (name, layer), x in zip(parts.items(), xs, strict=True):
             with at(name):
@@ -104,9 +108,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return tuple(ys)
 
     def fwd(params, state, xs, key):
-        check(xs)
-        expect.named(params, parts, "params")
-        expect.named(state, parts, "state")
+        check(xs, params=params, state=state)
         ys, new_state, residuals = [], {}, {}
         for i, ((name, layer), x) in enumerate(zip(parts.items(), xs, strict=True)):
             with at(name):
@@ -115,7 +117,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return tuple(ys), new_state, residuals
 
     def bwd(params, residuals, dys, contract=total):
-        check(dys)
+        check(dys, "cotangents", params=params, residuals=residuals)
         dparams, dxs = {}, []
         for (name, layer), dy in zip(parts.items(), dys, strict=True):
             with at(name):
@@ -133,9 +135,12 @@ def skip(layer: Layer) -> Layer:
         InputError: if f's output has not the shape and dtype of its input.
     """
 
+    a_layer(layer)
+
+    @expect.by("skip")
     def add(x, y):
         x = jnp.asarray(x) if expect.is_array(x) else x
-        if not expect.is_floating(x) or describe(x) != describe(y):
+        if not expect.is_floating(x) or not expect.same(x, y):
             wanted = f"a floating array, and an output like the input, {describe(x)}"
             raise InputError(wanted, describe(y), "let the last layer return that shape")
         return x + y
@@ -172,20 +177,26 @@ def repeat(layer: Layer, times: int) -> Layer:
     Raises:
         InputError: if the layer's output has not the shape and dtype of its input, or times is not positive.
     """
+    a_layer(layer)
     times = expect.count(times, "times")
 
     def keys(key):
         return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(times))
 
     def init(key, x):
-        params, state = jax.vmap(lambda key: layer.init(key, x))(keys(key))
+        params, state = jax.vmap(lambda key: layer.init(key, x))(keys(expect.key(key)))
         first_params, first_state = jax.tree.map(lambda leaf: leaf[0], (params, state))
         y = output(layer, first_params, first_state, x)
-        if describe(y) != describe(x):
-            wanted = f"an output like the input, {describe(x)}"
-            raise InputError(wanted, describe(y), "repeat a layer that keeps its shape")
+        check_output(x, y)
         return params, state
 
+    @expect.by("repeat")
+    def check_output(x, y):
+        if not expect.same(x, y):
+            wanted = f"an output like the input, {describe(x)}"
+            raise InputError(wanted, describe(y), "repeat a layer that keeps its shape and dtype")
+
+    @expect.by("repeat")
     def check(params):
         if any(jnp.shape(leaf)[:1] != (times,) for leaf in jax.tree.leaves(params)):
             wanted = f"params stacked along a first axis of {times} layers"
@@ -212,6 +223,8 @@ def repeat(layer: Layer, times: int) -> Layer:
         return y, state, stacked.tree()
 
     def bwd(params, residuals, dy, contract=total):
+        check(params)
+
         def body(dy, layers):
             dparams, dx = layer.bwd(*layers, dy, contract)
             return dx, dparams
@@ -252,8 +265,7 @@ def _child(key: Array | None, i: int) -> Any:
 def _by_name(layers: tuple[Layer, ...], named: Mapping[str, Layer]) -> dict[str, Layer]:
     """Positional layers under their kinds, numbered when repeated, then the named ones."""
     for given in (*layers, *named.values()):
-        if not isinstance(given, Layer):
-            raise InputError("layers", describe(given), "call its constructor: relu(), not relu")
+        a_layer(given)
     parts: dict[str, Layer] = {}
     for layer in layers:
         names = (layer.name if n == 0 else f"{layer.name}_{n}" for n in range(len(layers)))

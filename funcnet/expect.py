@@ -120,6 +120,15 @@ def dtype(x: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(x.dtype)
 
 
+def same(x: Tree, y: Tree) -> bool:
+    """Whether x and y have the same structure, shapes and, as JAX arrays, dtypes."""
+    return describe(jax.tree.map(_canonical, x)) == describe(jax.tree.map(_canonical, y))
+
+
+def _canonical(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf)) if is_floating(leaf) else leaf
+
+
 def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype."""
     wanted = "parameters {" + ", ".join(f"{k}: {dtype}[{', '.join(map(str, s))}]" for k, s in shapes.items()) + "}"
@@ -149,8 +158,8 @@ def named(tree: Tree, names: Any, what: str) -> None:
 
 def cotangent(dy: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """`dy` as a JAX array; refuse one that has not its output's shape and dtype."""
-    dy = jnp.asarray(dy)
-    if dy.shape != tuple(shape) or dy.dtype != dtype:
+    dy = jnp.asarray(dy) if is_array(dy) else dy
+    if not is_array(dy) or dy.shape != tuple(shape) or dy.dtype != dtype:
         wanted = f"a cotangent like the output, {dtype}[{', '.join(map(str, shape))}]"
         raise InputError(wanted, describe(dy), "give bwd a dy of the shape and dtype that fwd returned")
     return dy

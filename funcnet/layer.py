@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
+from funcnet.expect import InputError, describe
 from funcnet.factors import Contraction, total
 
 Tree = Any
@@ -59,6 +60,13 @@ class Layer(Generic[Params, State, Residuals]):
     rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None
     combinator: str = ""
     inner: "Layer | None" = None
+
+
+def a_layer(given: Any) -> Layer:
+    """`given` if it is a layer."""
+    if not isinstance(given, Layer):
+        raise InputError("a layer", describe(given), "call its constructor: relu(), not relu")
+    return given
 
 
 def stateless(

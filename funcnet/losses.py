@@ -149,9 +149,11 @@ def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
     if not expect.is_array(target):
         raise InputError("labels as an array", describe(target), "convert them with jnp.asarray")
     if expect.is_floating(target):
-        if target.shape != logits.shape or target.dtype != logits.dtype:
-            wanted = f"integer labels {list(logits.shape[:-1])} or soft labels like the logits, {describe(logits)}"
+        wanted = f"integer labels {list(logits.shape[:-1])} or soft labels like the logits, {describe(logits)}"
+        if target.shape != logits.shape:
             raise InputError(wanted, describe(target), "convert class numbers with labels.astype(jnp.int32)")
+        if expect.dtype(target) != expect.dtype(logits):
+            raise InputError(wanted, describe(target), f"convert them with labels.astype(jnp.{logits.dtype})")
         if expect.is_concrete(target) and np.any(np.asarray(target, np.float64) < 0):
             raise InputError(
                 "soft labels that are not negative", f"a least value of {np.min(target)}", "give probabilities"
@@ -262,7 +264,12 @@ def _regression(name: str, f: Callable[[Array], Array], df: Callable[[Array], Ar
 
 
 def _loss(name, fwd, bwd, counted, metrics, check) -> Loss:
-    return Loss(**_fields(stateless(name, no_params, fwd, bwd)), counted=counted, metrics=metrics, check=check)
+    def paired(params, x):
+        if not isinstance(x, tuple) or len(x) != 2:
+            raise InputError("a pair (prediction, target)", describe(x), "give the loss both")
+        return fwd(params, x)
+
+    return Loss(**_fields(stateless(name, no_params, paired, bwd)), counted=counted, metrics=metrics, check=check)
 
 
 def _fields(layer: Layer) -> dict[str, Any]:
@@ -288,6 +295,6 @@ def _same_shape(prediction: Any, target: Any) -> None:
 
 
 def _same_dtype(prediction: Any, target: Any) -> None:
-    if target.dtype != prediction.dtype:
+    if expect.dtype(target) != expect.dtype(prediction):
         remedy = f"convert it with target.astype(jnp.{prediction.dtype})"
         raise InputError(f"a target of the prediction's dtype, {prediction.dtype}", describe(target), remedy)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from funcnet.expect import describe
-from funcnet.layer import Layer
+from funcnet.layer import Layer, a_layer
 from funcnet.observe import observe, paths
 
 Tree = Any
@@ -84,6 +84,7 @@ def summary(layer: Layer, x: Any) -> Summary:
         layer: any layer.
         x: its input: an array, a `jax.ShapeDtypeStruct`, or a pytree of them.
     """
+    a_layer(layer)
     x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, state = jax.eval_shape(layer.init, key, x)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from funcnet import expect
 from funcnet.expect import InputError, describe, is_floating
 from funcnet.factors import total
-from funcnet.layer import Layer, around
+from funcnet.layer import Layer, a_layer, around
 from funcnet.order import after
 
 Tree = Any
@@ -31,6 +32,8 @@ def remat(layer: Layer) -> Layer:
 
     Names, params and results are the layer's own.
     """
+
+    a_layer(layer)
 
     def fwd(params, state, x, key):
         y, new_state, _ = layer.fwd(params, state, x, key)
@@ -62,17 +65,19 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
     Raises:
         InputError: if a floating input is not of dtype `output`.
     """
+    a_layer(layer)
     param, compute, output = map(jnp.dtype, (param, compute, output))
 
+    @expect.by("mixed")
     def check(x):
-        if any(is_floating(leaf) and leaf.dtype != output for leaf in jax.tree.leaves(x)):
+        if any(is_floating(leaf) and expect.dtype(leaf) != output for leaf in jax.tree.leaves(x)):
             raise InputError(
                 f"an input of dtype {output}", describe(x), "convert it, or give mixed another output dtype"
             )
 
     def enter(x):
         check(x)
-        return cast(x, compute)
+        return cast(jax.tree.map(jnp.asarray, x), compute)
 
     def init(key, x):
         check(x)

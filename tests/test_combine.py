@@ -454,7 +454,7 @@ def test_refusals_name_the_layer_what_was_expected_what_came_and_the_remedy(name
         (jax.jit(call) if jit else call)(params, state, x)
     assert "/".join(error.value.path) == ("" if path == "input" else path)
     where, wanted, received, mend = str(error.value).splitlines()
-    assert where == (f"{path} (dense)" if path == "head" else path)
+    assert where == {"input": "serial", "block": "block (serial)", "head": "head (dense)"}.get(path, path)
     assert wanted.startswith("  expected  ")
     assert received.startswith("  received  ")
     assert mend.startswith("  remedy    ")
@@ -540,7 +540,7 @@ def test_parallel_refuses_another_number_of_entries(call):
         "fwd": lambda: model.fwd(params, state, one, None),
         "bwd": lambda: model.bwd(params, model.fwd(params, state, one * 2, None)[2], one),
     }
-    with pytest.raises(fn.InputError, match="a tuple of 2 inputs"):
+    with pytest.raises(fn.InputError, match="a tuple of 2 " + ("cotangents" if call == "bwd" else "inputs")):
         calls[call]()
 
 
@@ -559,3 +559,55 @@ def test_repeat_refuses_the_params_of_another_number_of_turns():
     ):
         with pytest.raises(fn.InputError, match="a first axis of 3 layers"):
             call()
+
+
+NO_LAYERS = {
+    "skip": fn.skip,
+    "repeat": lambda layer: fn.repeat(layer, 2),
+    "remat": fn.remat,
+    "mixed": fn.mixed,
+    "summary": lambda layer: fn.summary(layer, S((2, 3), jnp.float32)),
+    "check_layer": lambda layer: fn.check_layer(layer, S((2, 3), jnp.float32)),
+}
+
+
+@pytest.mark.parametrize("name", NO_LAYERS)
+def test_a_constructor_instead_of_a_layer_is_refused(name):
+    with pytest.raises(fn.InputError, match=r"call its constructor"):
+        NO_LAYERS[name](fn.relu)
+
+
+LONE = {
+    "skip": lambda x: fn.skip(fn.dense(5)).init(KEY, x),
+    "repeat": lambda x: fn.repeat(fn.dense(5), 2).init(KEY, x),
+    "mixed": lambda x: fn.mixed(fn.dense(5), output="bfloat16").init(KEY, x),
+    "parallel": lambda x: fn.parallel(fn.relu()).init(KEY, x),
+    "serial": lambda x: fn.serial(fn.relu()).apply({}, {}, x),
+    "dense": lambda x: fn.dense(5).init(0, x),
+    "flatten": lambda x: fn.flatten().fwd({}, (), None, None),
+    "layer_norm": lambda x: fn.layer_norm().bwd(
+        {"scale": x[0, :1], "bias": x[0]}, fn.layer_norm().fwd({"scale": x[0], "bias": x[0]}, (), x, None)[2], x
+    ),
+    "mse": lambda x: fn.mse().fwd({}, (), x, None),
+    "relu": lambda x: fn.relu().bwd({}, x, None),
+}
+
+
+@pytest.mark.parametrize("name", LONE)
+def test_a_lone_layer_that_refuses_names_itself(name):
+    with pytest.raises(fn.InputError) as error:
+        LONE[name](jnp.ones((2, 3)))
+    assert str(error.value).splitlines()[0] == name
+
+
+def test_bwd_refuses_params_and_residuals_of_another_model():
+    params, state, x = draw(MODEL, S((3, 5), jnp.float32))
+    y, _, residuals = MODEL.fwd(params, state, x, None)
+    for bad_params, bad_residuals in ((params["block"], residuals), (params, residuals["block"])):
+        with pytest.raises(fn.InputError, match=r"for the layers \['block', 'head'\]"):
+            MODEL.bwd(bad_params, bad_residuals, y)
+    deep = fn.repeat(fn.dense(3), 3)
+    params, state, x = draw(deep, S((2, 3), jnp.float32))
+    y, _, residuals = deep.fwd(params, state, x, None)
+    with pytest.raises(fn.InputError, match="a first axis of 3 layers"):
+        deep.bwd(jax.tree.map(lambda p: p[:2], params), residuals, y)

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import funcnet as fn
@@ -318,11 +319,36 @@ def check_sharded_objective(mesh):
         same_and_alike(got[0][1], params, wanted[0][1])
 
 
+STEPS = {
+    "train_step": fn.train_step,
+    "train_step in micro-batches": lambda *args: fn.train_step(*args, accumulate=2),
+    "layerwise_step": fn.layerwise_step,
+}
+
+
+def check_sharded_step(name, mesh):
+    """A step on a batch that is cut along the mesh gives the params of the same step on the whole batch."""
+    block = fn.skip(fn.serial(fn.layer_norm(), fn.dense(12), fn.gelu(), fn.dropout(0.2)))
+    model = fn.serial(fn.dense(12), fn.repeat(block, 2), fn.remat(block), fn.dense(5))
+    objective, optimizer = fn.objective(model, fn.cross_entropy()), optax.sgd(0.1)
+    batch = draw(fn.dense(5), (8, 12), jnp.float32)[2], jnp.arange(8, dtype=jnp.int32) % 5
+
+    def after(batch):
+        state = fn.init_train_state(objective, optimizer, jax.random.key(0), batch)
+        return STEPS[name](objective, optimizer)(state, batch)[0].params
+
+    with jax.numpy_dtype_promotion("standard"):
+        wanted = jax.tree.map(np.asarray, after(batch))
+        with jax.set_mesh(mesh):
+            assert_trees_close(after(jax.device_put(batch, P("data"))), wanted, rtol=1e-4, atol=1e-5)
+
+
 def check_all_sharded():
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
     report = {name: in_child(lambda name=name: check_sharded(name, mesh)) for name in SHARDED}
     report |= {name: in_child(lambda name=name: check_sharded_factor(name, mesh)) for name in SHARDED_FACTORS}
+    report |= {name: in_child(lambda name=name: check_sharded_step(name, mesh)) for name in STEPS}
     return report | {"value_and_grad": in_child(lambda: check_sharded_objective(mesh))}
 
 
@@ -338,7 +364,7 @@ def sharded_report():
     return json.loads(child.stdout)
 
 
-@pytest.mark.parametrize("name", [*SHARDED, *SHARDED_FACTORS, "value_and_grad"])
+@pytest.mark.parametrize("name", [*SHARDED, *SHARDED_FACTORS, *STEPS, "value_and_grad"])
 def test_under_explicit_axes_gradients_are_right_and_lie_like_their_parameters(name, sharded_report):
     assert sharded_report[name] == ""
 

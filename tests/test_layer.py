@@ -51,7 +51,8 @@ def test_a_layer_has_no_parts_and_no_way_to_rebuild_unless_it_says_so():
     layer = affine()
     assert dict(layer.parts) == {}
     assert layer.rebuild is None
-    assert [field.name for field in fields(layer)] == ["name", "init", "apply", "fwd", "bwd", "parts", "rebuild"]
+    names = ["name", "init", "apply", "fwd", "bwd", "parts", "rebuild", "combinator", "inner"]
+    assert [field.name for field in fields(layer)] == names
 
 
 def test_stateless_threads_state_draws_nothing_and_evaluates_as_it_trains():
@@ -113,8 +114,9 @@ def test_output_says_shapes_without_computing():
 def test_around_rebuilds_the_wrapper_over_other_parts():
     inner = fn.serial(fn.dense(3), fn.relu())
     wrapped = []
-    whole = around(inner, inner, lambda layer: wrapped.append(layer) or layer)
+    whole = around(inner, inner, lambda layer: wrapped.append(layer) or layer, "wrap")
+    assert (whole.combinator, whole.inner) == ("wrap", inner)
     rebuilt = whole.rebuild({"dense": fn.dense(3), "relu": fn.tanh()})
     assert wrapped == [rebuilt]
     assert rebuilt.parts["relu"].name == "tanh"
-    assert around(fn.dense(3), fn.dense(3), fn.skip).rebuild is None
+    assert around(fn.dense(3), fn.dense(3), fn.skip, "skip").rebuild is None

@@ -14,7 +14,7 @@ import numpy as np
 
 from funcnet.check.report import Leaf, Report, compare
 from funcnet.expect import InputError, describe, is_array, is_floating
-from funcnet.layer import Layer
+from funcnet.layer import Layer, a_layer
 from funcnet.transform import cast
 
 Tree = Any
@@ -45,6 +45,7 @@ def check_layer(
         A `Report` whose leaves are named `params[..]` and `x`, worst first. Its tolerance is that of the coarsest dtype
         that the layer computes in.
     """
+    a_layer(layer)
     if draws < 2:
         raise InputError("at least two draws", f"draws={draws}", "linearity needs two cotangents")
     title = f"{layer.name}: hand-written bwd against jax.vjp of fwd, seed {seed}"

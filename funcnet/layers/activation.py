@@ -153,7 +153,10 @@ def hard_tanh() -> Activation:
 
 
 def hard_sigmoid() -> Activation:
-    """y = min(max(x + 3, 0), 6) / 6; y' = [0 < y < 1] / 6, so 0 at the kinks -3 and 3. Saves y."""
+    """y = min(max(x + 3, 0), 6) / 6; y' = [0 < y < 1] / 6, so 0 at the kinks -3 and 3. Saves y.
+
+    Numerics: where y rounds to 1, at the last numbers below 3, y' is 0 already.
+    """
     f = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, 1.0, (x + 3) / 6))
     df = lambda y: _one_where((y > 0) & (y < 1), y) / 6
     return elementwise("hard_sigmoid", f, df, "output")
@@ -161,8 +164,9 @@ def hard_sigmoid() -> Activation:
 
 def hard_silu() -> Activation:
     """y = x hard_sigmoid(x); y' = 0 for x <= -3, 1 for x >= 3, else (2 x + 3) / 6. Saves x."""
+    f = lambda x: jnp.where(x <= -3, 0.0 * x, jnp.where(x >= 3, x, x * ((x + 3) / 6)))
     df = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, 1.0, (2 * x + 3) / 6))
-    return elementwise("hard_silu", lambda x: x * (_clip(x + 3, 0.0, 6.0) / 6), df)
+    return elementwise("hard_silu", f, df)
 
 
 def squareplus(b: float = 4.0) -> Activation:

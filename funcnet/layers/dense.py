@@ -51,6 +51,7 @@ def dense(
 
     def init(key: Array, x: Any) -> dict[str, Array]:
         expect.float_array(x)
+        expect.key(key)
         inits = {"kernel": kernel_init, "bias": bias_init}
         return {name: inits[name](key, shape, expect.dtype(x)) for name, shape in shapes(x.shape[-1]).items()}
 
@@ -63,6 +64,7 @@ def dense(
         return y.reshape(*x.shape[:-1], features), x
 
     def bwd(params, x, dy, contract):
+        expect.fields(params, x.dtype, shapes(x.shape[-1]))
         dy = expect.cotangent(dy, (*x.shape[:-1], features), x.dtype)
         dx = product(flat(dy), params["kernel"], (1, 1), flat(x)).astype(x.dtype)
         dparams = {"kernel": contract(Outer(x, dy), params["kernel"])}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
-from funcnet.factors import total
+from funcnet.factors import placed, total
 from funcnet.layer import Layer
 
 
@@ -30,7 +30,7 @@ def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
         raise expect.InputError("a rate of at least 0 and less than 1", f"rate={rate}", "rate is the share dropped")
 
     def drop(key: Array, x: Array) -> Array:
-        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+        kept = placed(jax.random.bernoulli(key, 1 - rate, x.shape), x)
         return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
     @expect.by("dropout")

@@ -89,6 +89,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
 
     def bwd(params, residuals, dy, contract):
         x_hat, rstd = residuals
+        expect.fields(params, x_hat.dtype, dict.fromkeys(names, x_hat.shape[-1:]))
         dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
         x_high, g = x_hat.astype(rstd.dtype), (dy * _row(params["scale"], dy.ndim)).astype(rstd.dtype)
         dx = g - x_high * _mean(g * x_high)

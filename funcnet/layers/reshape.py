@@ -22,6 +22,8 @@ def reshape(*shape: int) -> Layer[dict, tuple[()], Array]:
     Raises:
         expect.InputError: if an example has not as many entries as `shape`.
     """
+    if not all(isinstance(size, int) for size in shape):
+        raise expect.InputError("sizes as whole numbers", f"{shape}", "write reshape(2, 3)")
     if shape.count(-1) > 1 or any(size < -1 or size == 0 for size in shape):
         raise expect.InputError("positive sizes, at most one of them -1", f"{shape}", "leave at most one size open")
     return _rearrange("reshape", shape)
@@ -36,6 +38,8 @@ def _rearrange(name: str, shape: tuple[int, ...]) -> Layer:
     known = prod(size for size in shape if size != -1)
 
     def target(x: Any) -> tuple[int, ...]:
+        if not expect.is_array(x):
+            raise expect.InputError("an array", expect.describe(x), "convert it first, for instance with jnp.asarray")
         entries = prod(x.shape[1:])
         sizes = tuple(entries // known if size == -1 else size for size in shape)
         if x.ndim == 0 or x.size == 0 or prod(sizes) != entries:
@@ -44,7 +48,8 @@ def _rearrange(name: str, shape: tuple[int, ...]) -> Layer:
         return (x.shape[0], *sizes)
 
     def fwd(params: dict, x: Any):
-        return x.reshape(target(x)), jnp.zeros((*x.shape, 0), x.dtype)
+        shape = target(x)
+        return x.reshape(shape), jnp.zeros((*x.shape, 0), x.dtype)
 
     def bwd(params, empty, dy, contract):
         if not expect.is_floating(empty):

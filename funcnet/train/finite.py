@@ -36,8 +36,10 @@ def not_finite(objective: Objective, train_state: TrainState, batch: Batch, step
         facts.append(f"the first layer with an output that is not finite: {layer}")
     if leaves := _bad_leaves(grads):
         facts.append(f"gradient leaves not finite: {', '.join(leaves)}")
+    elif not np.isfinite(row["grad_norm"]):
+        facts.append(f"the gradients are finite; the largest is {_largest(grads)}, whose square overflows")
     else:
-        facts.append(f"the gradients are finite; the largest is {_largest(grads)}, whose square may overflow")
+        facts.append("loss and gradients are finite, but the update that the optimizer makes of them is not")
     remedy = "a smaller learning rate, gradient clipping, or inputs of a smaller scale are the usual remedies"
     return NotFiniteError("\n  ".join([*facts, remedy]))
 

@@ -23,7 +23,7 @@ from funcnet.layer import Layer
 from funcnet.order import after
 from funcnet.train.elementwise import HOLE, join, require_elementwise, split
 from funcnet.train.objective import Objective, as_weights, averages, check_batch, start
-from funcnet.train.step import TrainState, TrainStep, jitted
+from funcnet.train.step import TrainState, TrainStep, a_pair, jitted
 from funcnet.transform import rerun
 
 Tree = Any
@@ -48,6 +48,7 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
             norm, or a whole array, such as LAMB: applied layer by layer it would be another algorithm. And for a batch
             that does not fit.
     """
+    a_pair(objective, optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(train_state, batch, weights):
@@ -58,13 +59,13 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
         shared, like_params = split(optimizer, train_state.opt_state)
 
         def update(grads, like_params, params):
-            updates, state = optimizer.update(grads, join(shared, like_params), params, value=begun.loss)
+            updates, state = optimizer.update(grads, join(shared, like_params), params, value=begun.sums["loss"])
             return optax.apply_updates(params, updates), split(optimizer, state).like_params
 
-        _, counted = optimizer.update(HOLE, join(shared, [HOLE] * len(like_params)), HOLE, value=begun.loss)
+        _, counted = optimizer.update(HOLE, join(shared, [HOLE] * len(like_params)), HOLE, value=begun.sums["loss"])
         params, like_params, _ = _walk(objective.model, params, like_params, begun.residuals, begun.dprediction, update)
         opt_state = join(split(optimizer, counted).shared, like_params)
-        metrics = averages(begun.loss, begun.metrics, weights)
+        metrics = averages(begun.sums)
         return TrainState(params, begun.state, opt_state, train_state.key, train_state.step + 1), metrics
 
     return jitted(step)

@@ -1,6 +1,9 @@
 """The loop around the step: batches in, metrics out, and a stop that says why when a number is no longer finite."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,10 +18,10 @@ from jax import Array
 from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_floating
 from funcnet.train.finite import WATCHED, Record, is_finite, not_finite
-from funcnet.train.objective import Batch, Objective, check_batch
+from funcnet.train.objective import Batch, Objective, check_batch, weighted_sums
 from funcnet.train.progress import progress
 from funcnet.train.run import append_metrics, start_run
-from funcnet.train.step import TrainState, one_step, scan_steps
+from funcnet.train.step import TrainState, TrainStep, jitted, one_step, scan_steps
 
 Tree = Any
 
@@ -40,8 +43,8 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums:
         raise InputError("at least one batch", "none", "pass a list of (inputs, targets)")
-    count = sums.pop("count")
-    return {name: value / count for name, value in sums.items()}
+    weight = sums.pop("weight")
+    return {name: value / weight for name, value in sums.items()}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -50,10 +53,7 @@ def _sums(objective: Objective, params: Tree, state: Tree, batch: Batch) -> dict
     prediction = objective.model.apply(params, state, inputs)
     with at(objective.loss.name):
         values = objective.loss.apply({}, (), (prediction, targets))
-    counted = objective.loss.counted(targets).astype(values.dtype)
-    metrics = {name: metric(prediction, targets).astype(values.dtype) for name, metric in objective.metrics.items()}
-    columns = {"loss": values, **metrics, "count": jnp.ones_like(values)}
-    return {name: jnp.sum(counted * column) for name, column in columns.items()}
+    return weighted_sums(objective, prediction, targets, values, objective.loss.counted(targets).astype(values.dtype))
 
 
 def fit(
@@ -108,7 +108,8 @@ def fit(
     try:
         with progress(first, first + steps) as report:
             for done, stacked in _stacked(check, batches, steps, steps_per_call):
-                train_state, metrics = call(train_state, stacked)
+                with _uninterrupted():
+                    train_state, metrics = call(train_state, stacked)
                 rows = _rows(jax.device_get(metrics))
                 for i, row in enumerate(rows):
                     if not is_finite(row):
@@ -131,7 +132,9 @@ def fit(
     return train_state, history
 
 
-def _halting_call(objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, steps: int) -> Any:
+def _halting_call(
+    objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, steps: int
+) -> TrainStep:
     """A jitted call of `steps` training steps, which leaves the train state alone from the first non-finite one on."""
     step = one_step(objective, optimizer, accumulate, norms=True)
 
@@ -142,11 +145,28 @@ def _halting_call(objective: Objective, optimizer: optax.GradientTransformation,
             alive &= jnp.isfinite(metrics[name])
         return (jax.tree.map(partial(_select, alive), after, train_state), alive), metrics
 
-    def call(train_state, stacked):
-        (train_state, _), metrics = scan_steps(guarded, steps, (train_state, jnp.array(True)), stacked, None)
+    def call(train_state, stacked, weights):
+        (train_state, _), metrics = scan_steps(guarded, steps, (train_state, jnp.array(True)), stacked, weights)
         return train_state, metrics
 
-    return jax.jit(call, donate_argnums=0)
+    return jitted(call)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait: between the donation of a train state and the arrival of the next one, there is none."""
+    default = signal.getsignal(signal.SIGINT)
+    if not callable(default) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    signal.signal(signal.SIGINT, lambda *signalled: caught.append(signalled))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
+    if caught:
+        default(*caught[0])
 
 
 def _select(alive: Array, after: Array, before: Array) -> Array:

@@ -16,11 +16,12 @@ from jax import Array
 
 from funcnet.expect import InputError, at, describe, is_array, is_floating
 from funcnet.factors import Contraction, total
-from funcnet.layer import Layer
+from funcnet.layer import Layer, a_layer
 from funcnet.losses import Loss, as_loss
 
 Tree = Any
 Batch = tuple[Any, Any]
+OWN_NAMES = frozenset(("loss", "weight", "step", "grad_norm", "update_norm"))  # of the numbers of every step
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,19 +40,21 @@ def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, An
         model: a layer from inputs to predictions.
         loss: a layer over (prediction, target) with one value an example, such as `fn.cross_entropy()`.
         metrics: replaces the loss's own (accuracy for the cross-entropies); {} for none.
+
+    Raises:
+        InputError: for what is no layer, and for a metric whose name a training step needs itself.
     """
-    for given in (model, loss):
-        if not isinstance(given, Layer):
-            raise InputError("a layer", describe(given), "call its constructor: cross_entropy(), not cross_entropy")
-    loss = as_loss(loss)
-    return Objective(model, loss, dict(loss.metrics if metrics is None else metrics))
+    loss = as_loss(a_layer(loss))
+    metrics = dict(loss.metrics if metrics is None else metrics)
+    if taken := OWN_NAMES & metrics.keys():
+        raise InputError(f"metrics not called {sorted(OWN_NAMES)}", f"{sorted(taken)}", "rename them")
+    return Objective(a_layer(model), loss, metrics)
 
 
 class Pass(NamedTuple):
     """What one forward and backward pass gives: weighted sums over the batch, the new state, the gradients."""
 
-    loss: Array
-    metrics: dict[str, Array]
+    sums: dict[str, Array]
     state: Tree
     grads: Tree
 
@@ -84,8 +87,7 @@ def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
 class Start(NamedTuple):
     """Where a backward pass starts: sums over the batch, the new state, the model's residuals and output cotangent."""
 
-    loss: Array
-    metrics: dict[str, Array]
+    sums: dict[str, Array]
     state: Tree
     residuals: Tree
     dprediction: Tree
@@ -94,17 +96,33 @@ class Start(NamedTuple):
 def start(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None, weights: Array) -> Start:
     """The forward pass and the loss's backward pass, the loss and the metrics summed with `weights`."""
     prediction, values, state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
-    if weights.shape != values.shape:
-        remedy = "let the loss's `counted` have the shape of its values"
-        raise InputError(f"values of the loss {list(weights.shape)}", describe(values), remedy)
     weights = weights.astype(values.dtype)
+    sums = weighted_sums(objective, prediction, batch[1], values, weights)
     with at(objective.loss.name):
         _, (dprediction, _) = objective.loss.bwd({}, loss_residuals, weights)
-    metrics = {
-        name: jnp.sum(weights * metric(prediction, batch[1]).astype(values.dtype))
-        for name, metric in objective.metrics.items()
-    }
-    return Start(jnp.sum(weights * values), metrics, state, residuals, dprediction)
+    return Start(sums, state, residuals, dprediction)
+
+
+def weighted_sums(
+    objective: Objective, prediction: Any, target: Any, values: Array, weights: Array
+) -> dict[str, Array]:
+    """Sums of the loss's values and of the metrics, and the `weight` that the metrics are to be divided by.
+
+    A value that does not count (`Loss.counted`) has no weight in a metric.
+    """
+    counted = objective.loss.counted(target)
+    if values.shape != counted.shape:
+        remedy = "let the loss's `counted` have the shape of its values, one an example"
+        raise InputError(f"values of the loss {list(counted.shape)}", describe(values), remedy)
+    counting = jnp.where(counted, weights, jnp.zeros_like(weights))
+    sums = {"loss": jnp.sum(weights * values), "weight": jnp.sum(counting)}
+    for name, metric in objective.metrics.items():
+        value = jnp.asarray(metric(prediction, target))
+        if value.shape != values.shape:
+            remedy = "return one number for each value of the loss; they are averaged as the loss is"
+            raise InputError(f"the metric {name!r} of shape {list(values.shape)}", describe(value), remedy)
+        sums[name] = jnp.sum(counting * value.astype(values.dtype))
+    return sums
 
 
 def run(
@@ -119,14 +137,14 @@ def run(
     """One pass forward and one back, the loss and the metrics summed with `weights`."""
     begun = start(objective, params, state, batch, key, weights)
     grads, _ = objective.model.bwd(params, begun.residuals, begun.dprediction, contract)
-    return Pass(begun.loss, begun.metrics, begun.state, grads)
+    return Pass(begun.sums, begun.state, grads)
 
 
-def averages(loss: Array, metrics: dict[str, Array], weights: Array) -> dict[str, Array]:
-    """What a step reports: the loss as it is minimised, and the means of the other metrics."""
-    weight = jnp.sum(weights)
-    weight = jnp.where(weight == 0, 1.0, weight)
-    return {"loss": loss} | {name: value / weight.astype(value.dtype) for name, value in metrics.items()}
+def averages(sums: dict[str, Array]) -> dict[str, Array]:
+    """What a step reports: the loss as it is minimised, and the means of the metrics."""
+    weight = jnp.where(sums["weight"] == 0, 1.0, sums["weight"])
+    means = {name: value / weight for name, value in sums.items() if name not in ("loss", "weight")}
+    return {"loss": sums["loss"]} | means
 
 
 def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tree], Tree]]:
@@ -140,13 +158,14 @@ def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tre
             count. With ones and `per_example` each example's gradient is that of its own loss.
         contract: what becomes of each parameter's gradient: `fn.total`, `fn.per_example`, `fn.squared_norm`, `fn.keep`.
 
-    It is plain JAX: jit it, vmap it, and differentiate it for Hessian-vector products.
+    It is plain JAX: jit it, vmap it, and differentiate it for Hessian-vector products. The values of the inputs are not
+    looked at: NaN in the data is NaN in the loss. `fn.fit` and `fn.evaluate` refuse it.
     """
 
     def with_grads(params, state, batch, key=None, *, weights=None, contract=total):
         targets = check_batch(batch)[1]
         result = run(objective, params, state, batch, key, as_weights(objective, targets, weights), contract)
-        return (result.loss, result.state), result.grads
+        return (result.sums["loss"], result.state), result.grads
 
     return with_grads
 

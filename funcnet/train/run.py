@@ -1,6 +1,7 @@
 """A run's folder: what was asked for, on what it ran, and what came out, as plain JSON."""
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Mapping
@@ -57,11 +58,15 @@ def _version(package: str) -> str | None:
 
 
 def append_metrics(folder: Path, record: Mapping[str, float]) -> None:
-    """Add one line to metrics.jsonl; it is on disk's way when this returns, whatever happens to the run."""
+    """Add one line to metrics.jsonl; it is on disk's way when this returns, whatever happens to the run.
+
+    JSON has no number that is not finite: such a metric is written as null.
+    """
+    finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with (folder / METRICS).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """The records of a run's metrics.jsonl, in order."""
+def read_metrics(run_dir: str | Path) -> list[dict[str, float | None]]:
+    """The records of a run's metrics.jsonl, in order; None where a metric was not finite."""
     return [json.loads(line) for line in (Path(run_dir) / METRICS).read_text().splitlines()]

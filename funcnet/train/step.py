@@ -59,7 +59,16 @@ class TrainStep:
     def __call__(
         self, train_state: TrainState, batch: Batch, weights: Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        (params, state, opt_state, step), metrics = self.compiled(_moving(train_state), train_state.key, batch, weights)
+        try:
+            moved, metrics = self.compiled(_moving(train_state), train_state.key, batch, weights)
+        except (RuntimeError, ValueError) as error:
+            if any(isinstance(leaf, Array) and leaf.is_deleted() for leaf in jax.tree.leaves(train_state)):
+                remedy = "go on with the train state that the last step returned; a step donates the one it is given"
+                raise InputError(
+                    "a train state that was not used yet", "one whose arrays are deleted", remedy
+                ) from error
+            raise
+        params, state, opt_state, step = moved
         return TrainState(params, state, opt_state, train_state.key, step), metrics
 
     def lower(self, train_state: TrainState, batch: Batch, weights: Array | None = None) -> jax.stages.Lowered:
@@ -85,6 +94,7 @@ def init_train_state(
     Raises:
         InputError: for a key, inputs or targets that do not fit, with the path of the layer that they do not fit.
     """
+    a_pair(objective, optimizer)
     inputs, targets = check_batch(batch)
     init_key, train_key = jax.random.split(expect.key(key))
     # Donated buffers must belong to the train state alone, and no two leaves may share one.
@@ -118,8 +128,8 @@ def train_step(
         optimizer: any optax gradient transformation over the params themselves (`optax.lookahead` wants a pair of
             them). Those that want them get value, grad and value_fn (of the whole batch, not in micro-batches), as
             L-BFGS.
-        accumulate: the number of micro-batches to walk the batch in; it must divide the batch size. State passes from
-            each to the next, and each draws from its own key.
+        accumulate: the number n of micro-batches to walk the batch in; it must divide the batch size. The i-th holds
+            every n-th example from the i-th on. State passes from each to the next, and each draws from its own key.
         steps: None for one step a call. A number k for k steps a call under one `lax.scan`: then every array of the
             batch, and weights, have an axis of k in front, and so have the metrics.
         norms: whether to compute the two norms, which read every gradient and update once more.
@@ -127,10 +137,19 @@ def train_step(
     Raises:
         InputError: when first called, for a batch that does not fit the model, the loss or these options.
     """
+    a_pair(objective, optimizer)
     step = one_step(objective, optimizer, accumulate, norms)
     if steps is None:
         return jitted(step)
     return jitted(partial(scan_steps, step, expect.count(steps, "steps")))
+
+
+def a_pair(objective: Any, optimizer: Any) -> None:
+    """Refuse what is not an objective and an optimizer."""
+    if not isinstance(objective, Objective):
+        raise InputError("an objective", describe(objective), "make one: fn.objective(model, loss)")
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise InputError("an optax optimizer", describe(optimizer), "call its constructor: optax.adam(1e-3)")
 
 
 def jitted(step: Callable[[TrainState, Batch, Array | None], tuple[TrainState, Metrics]]) -> TrainStep:
@@ -171,9 +190,9 @@ def one_step(
             return jnp.sum(weights.astype(values.dtype) * values)
 
         updates, opt_state = optimizer.update(
-            passed.grads, train_state.opt_state, params, value=passed.loss, grad=passed.grads, value_fn=value_fn
+            passed.grads, train_state.opt_state, params, value=passed.sums["loss"], grad=passed.grads, value_fn=value_fn
         )
-        metrics = averages(passed.loss, passed.metrics, weights)
+        metrics = averages(passed.sums)
         if norms:
             metrics |= {"grad_norm": _norm(passed.grads), "update_norm": _norm(updates)}
         params = optax.apply_updates(params, updates)
@@ -191,21 +210,21 @@ def _accumulated(objective, accumulate, params, state, batch, key, weights):
         remedy = "choose a divisor of the batch size"
         raise InputError(f"a batch size that {accumulate} micro-batches divide", f"{examples} examples", remedy)
 
-    def split(leaf):
-        return leaf.reshape(accumulate, examples // accumulate, *leaf.shape[1:])
+    def split(leaf):  # every accumulate-th example, so that a batch that is cut along a mesh stays so
+        return jnp.moveaxis(leaf.reshape(examples // accumulate, accumulate, *leaf.shape[1:]), 1, 0)
 
     def body(carry, micro):
         state, so_far = carry
         i, batch, weights = micro
         passed = run(objective, params, state, batch, jax.random.fold_in(key, i), weights, total)
         added = jax.tree.map(lambda a, g: a + g.astype(a.dtype), so_far, passed.grads)
-        return (passed.state, added), (passed.loss, passed.metrics)
+        return (passed.state, added), passed.sums
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p.dtype)), params)
     micros = (jnp.arange(accumulate), *jax.tree.map(split, (batch, weights)))
     (state, grads), parts = lax.scan(body, (state, zeros), micros)
-    loss, metrics = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
-    return Pass(loss, metrics, state, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params))
+    sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
+    return Pass(sums, state, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params))
 
 
 def _norm(tree: Tree) -> Array:

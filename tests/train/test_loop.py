@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import signal
+import threading
+from dataclasses import replace
 
 import chex
 import jax
@@ -180,3 +184,62 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
     fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 1, run_dir=tmp_path, overwrite=True)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("delay", [0.0005 * i for i in range(12)])
+def test_ctrl_c_at_any_moment_leaves_a_state_to_go_on_with(delay):
+    def interrupting():
+        for i, batch in enumerate(batches()):
+            if i == 3:
+                threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            yield batch
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), interrupting(), 100_000)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(caught.value.train_state))
+    _, (record,) = fn.fit(OBJECTIVE, OPTIMIZER, caught.value.train_state, batches(), 1)
+    assert record["step"] >= 4
+
+
+def test_the_key_is_not_donated():
+    state = fresh()
+    fn.fit(OBJECTIVE, OPTIMIZER, state, batches(), 1)
+    assert not state.key.is_deleted()
+
+
+@pytest.mark.parametrize("rate", [float("nan"), 1e30])
+def test_an_update_that_is_not_finite_is_not_blamed_on_the_gradients(rate):
+    state = fn.init_train_state(OBJECTIVE, optax.sgd(rate), jax.random.key(0), next(batches()))
+    with pytest.raises(fn.NotFiniteError, match="the update that the optimizer makes"):
+        fn.fit(OBJECTIVE, optax.sgd(rate), state, batches(), 3)
+
+
+def test_evaluate_and_steps_refuse_metrics_and_losses_of_another_shape():
+    wrong_metric = fn.objective(MODEL, fn.cross_entropy(), {"right": lambda p, t: (p.argmax(-1) == t)[:, None]})
+    params, state = MODEL.init(jax.random.key(0), INPUTS)
+    with pytest.raises(fn.InputError, match=r"metric 'right' of shape \[40\]"):
+        fn.evaluate(wrong_metric, params, state, [(INPUTS, LABELS)])
+    with pytest.raises(fn.InputError, match=r"metric 'right' of shape \[8\]"):
+        fn.fit(wrong_metric, OPTIMIZER, fresh(), batches(), 1)
+    loss = fn.cross_entropy()
+    column = replace(loss, fwd=lambda *args: (loss.fwd(*args)[0][:, None], *loss.fwd(*args)[1:]),
+                     apply=lambda *args: loss.apply(*args)[:, None])  # fmt: skip
+    with pytest.raises(fn.InputError, match=r"values of the loss \[40\]"):
+        fn.evaluate(fn.objective(MODEL, column, {}), params, state, [(INPUTS, LABELS)])
+
+
+def test_a_metric_that_is_not_finite_is_null_in_the_file(tmp_path):
+    objective = fn.objective(MODEL, fn.cross_entropy(), {"odd": lambda p, t: t / 0.0 * 0.0})
+    fn.fit(objective, OPTIMIZER, fresh(), batches(), 1, run_dir=tmp_path / "run")
+    line = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["odd"] is None
+
+
+@pytest.mark.parametrize("loss", [fn.mse(), fn.cross_entropy()], ids=["mse", "soft labels"])
+def test_numpy_s_float64_is_float32_everywhere(loss):
+    inputs, targets = INPUTS.astype(np.float64), np.eye(3)[LABELS]
+    objective = fn.objective(fn.serial(fn.repeat(fn.dense(6), 2), fn.mixed(fn.dense(3))), loss)
+    state = fn.init_train_state(objective, OPTIMIZER, jax.random.key(0), (inputs, targets))
+    fn.fit(objective, OPTIMIZER, state, [(inputs, targets)], 1, validation=[(inputs, targets)])

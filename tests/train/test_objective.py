@@ -138,3 +138,20 @@ def test_params_of_another_model_are_refused():
     with pytest.raises(fn.InputError, match="bias") as caught:
         fn.value_and_grad(OBJECTIVE)(wrong, state, batch)
     assert caught.value.path == ("dense",)
+
+
+@pytest.mark.parametrize("name", ["loss", "weight", "step", "grad_norm", "update_norm"])
+def test_a_metric_may_not_take_the_name_of_a_steps_own_number(name):
+    with pytest.raises(fn.InputError, match=f"received  \\['{name}'\\]"):
+        fn.objective(MODEL, fn.cross_entropy(), {name: lambda prediction, target: target})
+
+
+@pytest.mark.parametrize("weights", [None, np.ones(6, np.float32), np.full(6, 0.25, np.float32)])
+def test_what_does_not_count_has_no_weight_in_a_metric(weights, standard_promotion):
+    params, state, (inputs, labels) = setup()
+    labels = np.where(np.arange(6) < 4, labels, -1).astype(np.int32)
+    right = np.mean(np.asarray(MODEL.apply(params, state, inputs)).argmax(1)[:4] == labels[:4])
+    optimizer = optax.sgd(0.1)
+    train_state = fn.TrainState(params, state, optimizer.init(params), jax.random.key(0), jnp.zeros((), jnp.int32))
+    _, metrics = fn.train_step(OBJECTIVE, optimizer)(train_state, (inputs, labels), weights)
+    np.testing.assert_allclose(metrics["accuracy"], right, rtol=1e-6)

@@ -263,3 +263,20 @@ def test_labels_out_of_range_are_refused_before_training_and_nan_within_it():
         fresh(optax.sgd(0.1), batch=bad)
     _, metrics = fn.train_step(OBJECTIVE, optax.sgd(0.1))(fresh(optax.sgd(0.1)), bad)
     assert np.isnan(metrics["loss"])
+
+
+@pytest.mark.parametrize("make", [fn.train_step, fn.layerwise_step])
+def test_what_is_no_objective_and_no_optimizer_is_refused(make):
+    with pytest.raises(fn.InputError, match=r"fn.objective\(model, loss\)"):
+        make(MODEL, optax.sgd(0.1))
+    with pytest.raises(fn.InputError, match=r"optax.adam\(1e-3\)"):
+        make(OBJECTIVE, optax.adam)
+    with pytest.raises(fn.InputError, match="an objective"):
+        fn.init_train_state(MODEL, optax.sgd(0.1), jax.random.key(0), BATCH)
+
+
+def test_a_state_that_was_donated_is_refused():
+    state, step = fresh(optax.sgd(0.1)), fn.train_step(OBJECTIVE, optax.sgd(0.1))
+    step(state, BATCH)
+    with pytest.raises(fn.InputError, match="the train state that the last step returned"):
+        step(state, BATCH)
