@@ -5,6 +5,7 @@ from funcnet.check.layer import check_layer
 from funcnet.check.report import Leaf, Report, compare_grads
 from funcnet.combine import parallel, repeat, serial, skip
 from funcnet.expect import InputError
+from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
 from funcnet.factors import (
     Contraction,
     Outer,
@@ -57,8 +58,10 @@ __all__ = [
     "WORKED",
     "ChainRule",
     "Contraction",
+    "Explanation",
     "InputError",
     "Layer",
+    "LayerJacobians",
     "Leaf",
     "Loss",
     "NotFiniteError",
@@ -85,6 +88,7 @@ __all__ = [
     "elementwise",
     "elu",
     "evaluate",
+    "explain",
     "fit",
     "flatten",
     "gelu",
@@ -98,6 +102,7 @@ __all__ = [
     "is_factor",
     "jacobian",
     "keep",
+    "layer_jacobians",
     "layer_norm",
     "layerwise_step",
     "leaky_relu",

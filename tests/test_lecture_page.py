@@ -45,6 +45,6 @@ def test_every_block_prints_what_stands_below_it(as_a_reader, tmp_path):
 def test_no_output_stands_alone_and_the_pictures_are_there():
     assert TEXT.count("```text") == sum(bool(output) for _, output in CODE.findall(TEXT))
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", TEXT)
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for name in pictures:
         assert (PAGE.parent / name).read_bytes().startswith(b"\x89PNG")

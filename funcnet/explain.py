@@ -1,0 +1,329 @@
+"""Backpropagation that can be watched: the lecture's algorithm, layer by layer, with the numbers it meets.
+
+    1. compute the output and the loss
+    2. compute dLoss/d(last activation)
+    3. for each layer, from the last to the first:
+         3.1  d(activation)/d(parameters) and d(activation)/d(input): the two Jacobians
+         3.2  multiply them by dLoss/d(activation); the VJP gives the products without forming the Jacobians
+
+`layer_jacobians` forms step 3.1's for a small layer; `explain` runs all of it and prints what happened.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.expect import InputError, describe, is_floating
+from funcnet.factors import total
+from funcnet.layer import Layer, a_layer
+from funcnet.train.objective import Batch, Objective, as_weights, check_batch, start
+
+Tree = Any
+LARGEST = 2**28  # bytes of a Jacobian that `layer_jacobians` forms
+FAINT, FIERCE = 1e-3, 1e3  # of the cotangent at the model's output
+
+
+class LayerJacobians(NamedTuple):
+    """d(output)/d(params): a tree like params, each leaf [*y.shape, *leaf.shape]; d(output)/d(x): [*y.shape, *x.shape].
+
+    Where x is a pytree so is `x`, with None for what is not floating. An output that is a pytree is the outer one.
+    """
+
+    params: Tree
+    x: Tree
+
+
+def layer_jacobians(layer: Layer, params: Tree, state: Tree, x: Any, key: jax.Array | None = None) -> LayerJacobians:
+    """The two full Jacobians of a layer's `fwd` at a point, by automatic differentiation: step 3.1 as it is written.
+
+    A cotangent dy multiplied by them, over the axes of y, gives what `bwd` gives.
+
+    Raises:
+        InputError: if they would take more than 256 MiB: a Jacobian has the entries of output and input multiplied.
+    """
+    a_layer(layer)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, x))
+    floating = {i: leaf for i, leaf in enumerate(leaves) if is_floating(leaf)}
+
+    def output(params, floating):
+        whole = jax.tree.unflatten(structure, [floating.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return layer.fwd(params, state, whole, key)[0]
+
+    y = jax.eval_shape(output, params, floating)
+    size = sum(jacobian_bytes(y, leaf) for leaf in jax.tree.leaves((params, floating)))
+    if size > LARGEST:
+        wanted = f"a layer whose Jacobians take at most {readable(LARGEST)}"
+        raise InputError(wanted, f"{readable(size)} for an output {describe(y)}", "give a smaller batch or layer")
+    found = jax.jacrev(lambda both: output(*both))((params, floating))
+
+    def like_x(of_floating):
+        return jax.tree.unflatten(structure, [of_floating.get(i) for i in range(len(leaves))])
+
+    of_params = jax.tree.map(lambda _, both: both[0], y, found)
+    of_x = jax.tree.map(lambda _, both: like_x(both[1]), y, found)
+    return LayerJacobians(of_params, of_x)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of the walk.
+
+    Attributes:
+        path: names from the outermost layer inwards; a turn of a `repeat` is a number.
+        kind: the layer's own name.
+        input, output: dtype and shape of x and y.
+        residual_bytes: of what `fwd` saved.
+        activation: RMS of y, of all its entries.
+        cotangent: RMS of dLoss/dy.
+        gradient: norm of the gradient of its parameters; None without parameters.
+        jacobians: the shapes of dy/dw, for each parameter, and of dy/dx.
+        jacobian_bytes: what the Jacobians would take if they were formed.
+        vjp_bytes: what the VJP took instead: residuals, the incoming cotangent, and its results.
+        marks: what is conspicuous: "vanishing", "exploding", "dead", "not finite".
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    input: str
+    output: str
+    residual_bytes: int
+    activation: float
+    cotangent: float
+    gradient: float | None
+    jacobians: dict[str, str]
+    jacobian_bytes: int
+    vjp_bytes: int
+    marks: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path) or self.kind
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One backward pass, explained: `print` it, or draw it with `plot`.
+
+    Attributes:
+        steps: the layers in the order they run.
+        loss: the value that is minimised.
+        loss_name: the kind of the loss.
+        input: dtype and shape of the model's input.
+    """
+
+    steps: tuple[Step, ...]
+    loss: float
+    loss_name: str
+    input: str
+
+    def __str__(self) -> str:
+        forward = [(s.name, s.output, readable(s.residual_bytes), f"{s.activation:.3g}", _alarm(s)) for s in self.steps]
+        back = [
+            (
+                s.name,
+                s.output[s.output.index("[") :] if s.output[0] != "(" else s.output,
+                f"{s.cotangent:.3g}",
+                "" if s.gradient is None else f"{s.gradient:.3g}",
+                "  ".join(f"d{name}: {shape}" for name, shape in s.jacobians.items()),
+                readable(s.jacobian_bytes),
+                readable(s.vjp_bytes),
+                ", ".join(s.marks),
+            )
+            for s in reversed(self.steps)
+        ]
+        heads = (
+            ("layer", "output y", "residuals", "RMS of y", ""),
+            ("layer", "dLoss/dy", "its RMS", "|dLoss/dw|", "Jacobians dy/..", "if formed", "VJP took", ""),
+        )
+        return "\n".join(
+            [
+                f"1. forward, from the input {self.input}",
+                _table(heads[0], forward, right=(2, 3)),
+                f"{self.loss_name}: {self.loss:.6g}",
+                "",
+                "2. and 3. back, from dLoss/d(last activation); w are a layer's parameters, x its input",
+                _table(heads[1], back, right=(2, 3, 5, 6)),
+                f"vanishing, exploding: an RMS below {FAINT:g} or above {FIERCE:g} times that at the model's output",
+            ]
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the chain as a PNG: values above, cotangents below. Needs the extra `plots`."""
+        from funcnet.explain_plot import plot_explanation
+
+        plot_explanation(self, path)
+
+
+def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: jax.Array | None = None) -> Explanation:
+    """Run one forward and one backward pass and tell what every layer did in them.
+
+    The turns of a `repeat` are shown one by one. The pass is not compiled, so that every number can be looked at; it
+    takes the time and the memory of such a pass. A layer inside `remat` shows the residuals of its second run.
+
+    Args:
+        objective: from `fn.objective`.
+        params, state: of its model.
+        batch: (inputs, targets).
+        key: a `jax.random.key`, or None for a model that draws nothing.
+
+    Raises:
+        InputError: for params or a batch that do not fit.
+    """
+    inputs, targets = check_batch(batch)
+    records: dict[tuple[str, ...], dict[str, Any]] = {}
+    watched = replace(objective, model=_watched(objective.model, (), records))
+    begun = start(watched, params, state, batch, key, as_weights(objective, targets, None))
+    watched.model.bwd(params, begun.residuals, begun.dprediction)
+    last = _rms(begun.dprediction)
+    steps = tuple(_step(path, record, last) for path, record in records.items())
+    return Explanation(steps, float(begun.sums["loss"]), objective.loss.name, describe(inputs))
+
+
+def _watched(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
+    """The same layer, whose single layers note what passes through them; the turns of a `repeat` one by one."""
+    if layer.combinator == "repeat":
+        return _unrolled(layer, path, records)
+    if layer.rebuild is not None:
+        return layer.rebuild({name: _watched(part, (*path, name), records) for name, part in layer.parts.items()})
+    return _noting(layer, path, records)
+
+
+def _noting(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
+    def fwd(params, state, x, key):
+        y, new_state, residuals = layer.fwd(params, state, x, key)
+        records[path] = {"layer": layer, "x": x, "y": y, "residuals": residuals}
+        return y, new_state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        dparams, dx = layer.bwd(params, residuals, dy, contract)
+        records[path] |= {"dy": dy, "dparams": dparams, "dx": dx}
+        return dparams, dx
+
+    return replace(layer, fwd=fwd, bwd=bwd)
+
+
+def _unrolled(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
+    """A `repeat` turn by turn; as one layer where it has no parameters, which would show how many turns it has."""
+    inner, whole = layer.inner, _noting(layer, path, records)
+    assert inner is not None
+
+    def turns(params) -> list[tuple[Layer, Callable]]:
+        times = jax.tree.leaves(params)[0].shape[0]
+        return [(_watched(inner, (*path, str(i)), records), lambda tree, i=i: _entry(tree, i)) for i in range(times)]
+
+    def fwd(params, state, x, key):
+        if not jax.tree.leaves(params):
+            return whole.fwd(params, state, x, key)
+        states, residuals = [], []
+        for i, (turn, of) in enumerate(turns(params)):
+            own = None if key is None else jax.random.fold_in(key, i)
+            x, new_state, saved = turn.fwd(of(params), of(state), x, own)
+            states.append(new_state)
+            residuals.append(saved)
+        return x, _stack(states), residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        if not jax.tree.leaves(params):
+            return whole.bwd(params, residuals, dy, contract)
+        grads = []
+        for (turn, of), saved in zip(reversed(turns(params)), reversed(residuals), strict=True):
+            dparams, dy = turn.bwd(of(params), saved, dy, contract)
+            grads.append(dparams)
+        return _stack(grads[::-1]), dy
+
+    return replace(layer, fwd=fwd, bwd=bwd)
+
+
+def _entry(tree: Tree, i: int) -> Tree:
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def _stack(trees: list[Tree]) -> Tree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _step(path: tuple[str, ...], record: dict[str, Any], last: float) -> Step:
+    x, y, dy, dparams = (record[name] for name in ("x", "y", "dy", "dparams"))
+    named = {"/".join(str(k.key) for k in p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(dparams)}
+    inputs = {"x": x} if is_floating(x) else {}
+    activation, cotangent = _rms(y), _rms(dy)
+    gradient = float(np.sqrt(sum(np.sum(np.square(_wide(leaf))) for leaf in named.values()))) if named else None
+    return Step(
+        path=path,
+        kind=record["layer"].name,
+        input=describe(x),
+        output=describe(y),
+        residual_bytes=_bytes(record["residuals"]),
+        activation=activation,
+        cotangent=cotangent,
+        gradient=gradient,
+        jacobians={name: _shape(y, leaf) for name, leaf in {**named, **inputs}.items()},
+        jacobian_bytes=sum(jacobian_bytes(y, leaf) for leaf in jax.tree.leaves((named, inputs))),
+        vjp_bytes=_bytes((record["residuals"], dy, dparams, record["dx"])),
+        marks=_marks(activation, cotangent, gradient, last),
+    )
+
+
+def _marks(activation: float, cotangent: float, gradient: float | None, last: float) -> tuple[str, ...]:
+    if not np.isfinite([activation, cotangent, gradient or 0.0]).all():
+        return ("not finite",)
+    dead = ["dead"] if activation == 0 or cotangent == 0 else []
+    if cotangent and cotangent < FAINT * last:
+        return (*dead, "vanishing")
+    return (*dead, "exploding") if cotangent > FIERCE * last else tuple(dead)
+
+
+def _alarm(step: Step) -> str:
+    """What the forward pass alone shows."""
+    if not np.isfinite(step.activation):
+        return "not finite"
+    return "dead" if step.activation == 0 else ""
+
+
+def _wide(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf, np.float64)
+
+
+def _rms(tree: Tree) -> float:
+    """The root of the mean square of all entries of the floating leaves."""
+    leaves = [_wide(leaf) for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
+    count = sum(leaf.size for leaf in leaves)
+    return float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves) / count)) if count else 0.0
+
+
+def jacobian_bytes(y: Any, leaf: Any) -> int:
+    """Bytes of d y / d leaf: an entry of y's dtype for each pair of their entries."""
+    return sum(out.size * leaf.size * out.dtype.itemsize for out in jax.tree.leaves(y))
+
+
+def _shape(y: Any, leaf: Any) -> str:
+    shapes = [(*out.shape, *leaf.shape) for out in jax.tree.leaves(y)]
+    return " ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+
+
+def _bytes(tree: Tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
+
+
+def readable(size: float) -> str:
+    """A number of bytes with three digits and a unit."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = tuple("-" * width for width in widths)
+
+    def line(cells):
+        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(map(line, (head, rule, *rows)))
