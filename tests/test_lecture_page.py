@@ -11,7 +11,7 @@ import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "lecture.md"
 TEXT = PAGE.read_text()
-CODE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)  # a block and, if any, its output
+CODE = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```\n)?", re.DOTALL)  # a block and, if any, its output
 
 
 def run(blocks):

@@ -1,4 +1,4 @@
-"""The README's code runs, in order, and its table is what the code prints."""
+"""The README's code runs, in order, and its tables are what the code prints."""
 
 import re
 from pathlib import Path
@@ -8,14 +8,16 @@ import pytest
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_code_runs_and_prints_the_table(capsys, standard_promotion):
+def test_the_code_runs_and_prints_the_tables(capsys, standard_promotion):
     namespace: dict = {}
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
-    (table,) = re.findall(r"```\n(layer_norm: .*?)```", TEXT, re.DOTALL)
+    tables = re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)
+    assert len(tables) == 2
     words = re.compile(r"[^\d\s.e+-][^\s]*")  # numbers may differ in their last digits
-    assert words.findall(table) == words.findall(printed[printed.index("layer_norm: ") :])
+    shown = words.findall("".join(tables))
+    assert words.findall(printed[printed.index("1. forward") :]) == shown
     assert "'loss': 0.0" in printed
 
 
