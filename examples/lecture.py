@@ -328,7 +328,7 @@ def main() -> None:
 
     print(f"\npictures: {args.out}")
     if results.failed:
-        sys.exit(f"{len(results.failed)} comparisons failed: {', '.join(results.failed)}")
+        sys.exit(f"{len(results.failed)} failed: {', '.join(results.failed)}")
     print(f"every comparison holds to {TOLERANCE:g}")
 
 

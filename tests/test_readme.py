@@ -13,7 +13,7 @@ def test_the_code_runs_and_prints_the_tables(capsys, standard_promotion):
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
-    tables = re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)
+    tables = [text for language, text in re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL) if not language]
     assert len(tables) == 2
     words = re.compile(r"[^\d\s.e+-][^\s]*")  # numbers may differ in their last digits
     shown = words.findall("".join(tables))
