@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from funcnet import expect
 from funcnet.expect import InputError, describe, is_floating
 from funcnet.kinks import refuse_kinks
 
@@ -33,15 +34,15 @@ Function = Callable[[Any], Any]
 
 _OBJECTS = ("number", "vector", "matrix")
 _RIGHT = {
-    (0, 0): "derivative(f)",
-    (0, 1): "jacobian(lambda x: f(x[0])), at a vector of one entry,",
-    (0, 2): "matrix_derivative(lambda X: f(X[0, 0])), at a 1 x 1 matrix,",
-    (1, 0): "gradient(f)",
-    (1, 1): "jacobian(f)",
-    (1, 2): "matrix_derivative(lambda X: f(X[:, 0])), at a matrix of one column,",
-    (2, 0): "matrix_derivative(lambda X: f(X).reshape(1, 1))",
-    (2, 1): "matrix_derivative(lambda X: f(X)[:, None])",
-    (2, 2): "matrix_derivative(f)",
+    (0, 0): "fn.derivative(f)",
+    (0, 1): "fn.jacobian(lambda x: f(x[0])), at a vector of one entry,",
+    (0, 2): "fn.matrix_derivative(lambda X: f(X[0, 0])), at a 1 x 1 matrix,",
+    (1, 0): "fn.gradient(f)",
+    (1, 1): "fn.jacobian(f)",
+    (1, 2): "fn.matrix_derivative(lambda X: f(X[:, 0])), at a matrix of one column,",
+    (2, 0): "fn.matrix_derivative(lambda X: f(X).reshape(1, 1))",
+    (2, 1): "fn.matrix_derivative(lambda X: f(X)[:, None])",
+    (2, 2): "fn.matrix_derivative(f)",
 }
 
 
@@ -102,6 +103,7 @@ def matrix_derivative(F: Function, layout: str = "input_first") -> Callable[[Any
 def _object(name: str, f: Function, ranks: tuple[int, int], rule: Callable[[Array, Any], Array]) -> Callable:
     """x -> rule(x, y), y the shape and dtype of f(x), for a point and a value of these ranks."""
 
+    @expect.by(name)
     def at(x: Any) -> Array:
         x = _point(x)
         return rule(x, _value(f, x, ranks, name))
@@ -164,8 +166,8 @@ class ChainRule:
         winner = "Reverse is cheaper" if reverse < forward else "Forward is cheaper"
         return (
             f"{winner if reverse != forward else 'Both orders cost the same'}: "
-            f"value entries x all Jacobians but the last, {m} x {reverse // m} = {reverse}, "
-            f"against point entries x all but the first, {n} x {forward // n} = {forward}."
+            f"{m} (entries of the value) x {reverse // m} (of all Jacobians but the last) = {reverse}, "
+            f"against\n{n} (entries of the point) x {forward // n} (of all but the first) = {forward}."
         )
 
 
@@ -182,6 +184,7 @@ def chain(*functions: Function) -> Callable[[Any], ChainRule]:
         raise InputError("at least one function", "none", "give them in the order of application: chain(f1, f2)")
     names = tuple(_name(f, f"f{i}") for i, f in enumerate(functions, 1))
 
+    @expect.by("chain")
     def rule_at(x: Any) -> ChainRule:
         values, jacobians = [_link(_point(x), "the point")], []
         for i, (f, name) in enumerate(zip(functions, names, strict=True), 1):

@@ -25,7 +25,7 @@ from funcnet.train.objective import Batch, Objective, as_weights, check_batch, s
 
 Tree = Any
 LARGEST = 2**28  # bytes of a Jacobian that `layer_jacobians` forms
-FAINT, FIERCE = 1e-3, 1e3  # of the cotangent at the model's output
+FAINT, FIERCE = 1e-3, 1e3  # of the model's input, for activations; of the cotangent at its output, for cotangents
 
 
 class LayerJacobians(NamedTuple):
@@ -84,7 +84,8 @@ class Step:
         jacobians: the shapes of dy/dw, for each parameter, and of dy/dx.
         jacobian_bytes: what the Jacobians would take if they were formed.
         vjp_bytes: what the VJP took instead: residuals, the incoming cotangent, and its results.
-        marks: what is conspicuous: "vanishing", "exploding", "dead", "not finite".
+        marks: what is conspicuous about y, and about dLoss/dy: "vanishing", "exploding", "dead" (all zero), "not
+            finite", or "" for nothing.
     """
 
     path: tuple[str, ...]
@@ -98,7 +99,7 @@ class Step:
     jacobians: dict[str, str]
     jacobian_bytes: int
     vjp_bytes: int
-    marks: tuple[str, ...]
+    marks: tuple[str, str]
 
     @property
     def name(self) -> str:
@@ -122,7 +123,9 @@ class Explanation:
     input: str
 
     def __str__(self) -> str:
-        forward = [(s.name, s.output, readable(s.residual_bytes), f"{s.activation:.3g}", _alarm(s)) for s in self.steps]
+        forward = [
+            (s.name, s.output, readable(s.residual_bytes), f"{s.activation:.3g}", s.marks[0]) for s in self.steps
+        ]
         back = [
             (
                 s.name,
@@ -132,13 +135,13 @@ class Explanation:
                 "  ".join(f"d{name}: {shape}" for name, shape in s.jacobians.items()),
                 readable(s.jacobian_bytes),
                 readable(s.vjp_bytes),
-                ", ".join(s.marks),
+                s.marks[1],
             )
             for s in reversed(self.steps)
         ]
         heads = (
             ("layer", "output y", "residuals", "RMS of y", ""),
-            ("layer", "dLoss/dy", "its RMS", "|dLoss/dw|", "Jacobians dy/..", "if formed", "VJP took", ""),
+            ("layer", "shape of dLoss/dy", "its RMS", "|dLoss/dw|", "Jacobians dy/..", "if formed", "VJP took", ""),
         )
         return "\n".join(
             [
@@ -148,7 +151,8 @@ class Explanation:
                 "",
                 "2. and 3. back, from dLoss/d(last activation); w are a layer's parameters, x its input",
                 _table(heads[1], back, right=(2, 3, 5, 6)),
-                f"vanishing, exploding: an RMS below {FAINT:g} or above {FIERCE:g} times that at the model's output",
+                f"vanishing, exploding: below {FAINT:g} or above {FIERCE:g} times the RMS of the model's input (y), or of "
+                "dLoss/dy at its output",
             ]
         )
 
@@ -179,8 +183,8 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
     watched = replace(objective, model=_watched(objective.model, (), records))
     begun = start(watched, params, state, batch, key, as_weights(objective, targets, None))
     watched.model.bwd(params, begun.residuals, begun.dprediction)
-    last = _rms(begun.dprediction)
-    steps = tuple(_step(path, record, last) for path, record in records.items())
+    ends = _rms(inputs), _rms(begun.dprediction)
+    steps = tuple(_step(path, record, ends) for path, record in records.items())
     return Explanation(steps, float(begun.sums["loss"]), objective.loss.name, describe(inputs))
 
 
@@ -247,12 +251,13 @@ def _stack(trees: list[Tree]) -> Tree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _step(path: tuple[str, ...], record: dict[str, Any], last: float) -> Step:
+def _step(path: tuple[str, ...], record: dict[str, Any], ends: tuple[float, float]) -> Step:
     x, y, dy, dparams = (record[name] for name in ("x", "y", "dy", "dparams"))
     named = {"/".join(str(k.key) for k in p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(dparams)}
     inputs = {"x": x} if is_floating(x) else {}
     activation, cotangent = _rms(y), _rms(dy)
     gradient = float(np.sqrt(sum(np.sum(np.square(_wide(leaf))) for leaf in named.values()))) if named else None
+    lost = gradient is not None and not np.isfinite(gradient)
     return Step(
         path=path,
         kind=record["layer"].name,
@@ -265,24 +270,19 @@ def _step(path: tuple[str, ...], record: dict[str, Any], last: float) -> Step:
         jacobians={name: _shape(y, leaf) for name, leaf in {**named, **inputs}.items()},
         jacobian_bytes=sum(jacobian_bytes(y, leaf) for leaf in jax.tree.leaves((named, inputs))),
         vjp_bytes=_bytes((record["residuals"], dy, dparams, record["dx"])),
-        marks=_marks(activation, cotangent, gradient, last),
+        marks=(_mark(activation, ends[0]), "not finite" if lost else _mark(cotangent, ends[1])),
     )
 
 
-def _marks(activation: float, cotangent: float, gradient: float | None, last: float) -> tuple[str, ...]:
-    if not np.isfinite([activation, cotangent, gradient or 0.0]).all():
-        return ("not finite",)
-    dead = ["dead"] if activation == 0 or cotangent == 0 else []
-    if cotangent and cotangent < FAINT * last:
-        return (*dead, "vanishing")
-    return (*dead, "exploding") if cotangent > FIERCE * last else tuple(dead)
-
-
-def _alarm(step: Step) -> str:
-    """What the forward pass alone shows."""
-    if not np.isfinite(step.activation):
+def _mark(size: float, usual: float) -> str:
+    """What is conspicuous about an RMS, beside one elsewhere in the model; "" for nothing."""
+    if not np.isfinite(size):
         return "not finite"
-    return "dead" if step.activation == 0 else ""
+    if size == 0:
+        return "dead"
+    if usual and size < FAINT * usual:
+        return "vanishing"
+    return "exploding" if usual and size > FIERCE * usual else ""
 
 
 def _wide(leaf: Any) -> np.ndarray:

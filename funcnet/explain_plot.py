@@ -26,7 +26,7 @@ def plot_explanation(explanation: "Explanation", path: str | Path) -> None:
     _loss(axis, len(steps), columns, explanation)
     axis.set(xlim=(-0.55, columns - 0.35), ylim=(-rows + 0.45, 0.62))
     axis.axis("off")
-    legend = "above: the output y and its RMS; below: the RMS of dLoss/dy, and |dLoss/dw|"
+    legend = f"x: {explanation.input}; above: the output y and its RMS; below: the RMS of dLoss/dy, and |dLoss/dw|"
     axis.set_title(f"{_formula(len(steps))}\n{legend}", size=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -46,11 +46,10 @@ def _place(i: int, columns: int) -> tuple[int, int]:
 
 def _draw(axis: Any, i: int, columns: int, function: str, step: "Step") -> None:
     x, y = _place(i, columns)
-    lines = [f"{function} {', '.join(step.marks)}" if step.marks else function, _shortened(step.name)]
-    _box(axis, x, y, "\n".join(lines), "mistyrose" if step.marks else "aliceblue")
-    above = f"{step.output}\nRMS {step.activation:.3g}"
+    _box(axis, x, y, f"{function}\n{_shortened(step.name)}", "mistyrose" if any(step.marks) else "aliceblue")
+    above = f"{step.output}\nRMS {step.activation:.3g} {step.marks[0]}"
     axis.text(x, y + 0.24, above, ha="center", va="bottom", size=8)
-    below = f"RMS {step.cotangent:.3g}"
+    below = f"RMS {step.cotangent:.3g} {step.marks[1]}"
     if step.gradient is not None:
         below += f"\n|dL/dw| {step.gradient:.3g}"
     axis.text(x, y - 0.24, below, ha="center", va="top", size=8, color="firebrick")
@@ -61,7 +60,7 @@ def _loss(axis: Any, i: int, columns: int, explanation: "Explanation") -> None:
     x, y = _place(i, columns)
     _box(axis, x, y, explanation.loss_name, "honeydew")
     axis.text(x, y + 0.24, f"loss {explanation.loss:.4g}", ha="center", va="bottom", size=8)
-    axis.text(x, y - 0.24, "1", ha="center", va="top", size=8, color="firebrick")
+    axis.text(x, y - 0.24, "dLoss/dLoss 1", ha="center", va="top", size=8, color="firebrick")
 
 
 def _box(axis: Any, x: int, y: int, text: str, colour: str) -> None:

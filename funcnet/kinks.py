@@ -3,7 +3,7 @@
 One-sided difference quotients are compared, in float64 and coordinate by coordinate, at four steps: slopes that stay
 apart while the step shrinks are no curvature.
 
-Numerics: a kink nearer than 7e-8 |x| counts as met; one whose slopes differ by less than 1e-8 |f / x| may be missed,
+Numerics: a kink nearer than 7e-8 |x| counts as met; one whose slopes differ by less than 3e-7 |f / x| may be missed,
 and one that shows off the axes only, as that of sqrt|x y| at 0, is missed.
 """
 
@@ -69,7 +69,10 @@ def _one_sided_slopes(f: Function, x: Array, jacobian: np.ndarray) -> tuple[np.n
         noise = eps * (2**19 * size + 64 * scale.max()) / h[0]
 
         moved = np.abs(np.diff(left, axis=0)) + np.abs(np.diff(right, axis=0))
-        kink = (moved < np.abs(right - left)[1:] / 2)[1:].all(0)
+        apart = np.abs(right - left)
+        nearby = np.abs(values[1:]).reshape(2, 4, n, -1).max(0)
+        rounding = 64 * eps * np.maximum(nearby, np.abs(values[0])) / h
+        kink = (np.maximum(moved, rounding[1:]) < apart[1:] / 2)[1:].all(0)
         finite = 2 * np.abs(np.nan_to_num(jacobian, posinf=0, neginf=0)).T
         left, right = (_limit(slope, kink, noise, finite) for slope in (left, right))
         return left.T, right.T, (kink | ~np.isfinite(left) | ~np.isfinite(right)).T

@@ -138,7 +138,7 @@ def test_each_refuses_another_rank_and_names_the_right_object(ranks, n, m):
         with pytest.raises(InputError) as error:
             transform(make(f))(x)
         assert error.value.expected.endswith(f"a {OBJECTS[ranks[0]]} with a {OBJECTS[ranks[1]]} as its value")
-        assert error.value.remedy.startswith(f"use {RIGHT[n][m]}")
+        assert error.value.remedy.startswith(f"use fn.{RIGHT[n][m]}")
         assert error.value.remedy.endswith(f"for a function of a {OBJECTS[n]} with a {OBJECTS[m]} as its value")
 
 
@@ -380,8 +380,8 @@ def test_it_prints_a_table():
         "sum       []     [1, 5]          0       15\n"
         "--------  -----  --------  -------  -------\n"
         "total                           40       90\n"
-        "Reverse is cheaper: value entries x all Jacobians but the last, 1 x 40 = 40, "
-        "against point entries x all but the first, 3 x 30 = 90."
+        "Reverse is cheaper: 1 (entries of the value) x 40 (of all Jacobians but the last) = 40, against\n"
+        "3 (entries of the point) x 30 (of all but the first) = 90."
     )
     assert "Forward is cheaper: " in str(chain(lambda x: x * jnp.ones(4), jnp.tanh, jnp.sin)(0.5))
     assert "Both orders cost the same: " in str(chain(jnp.sin, jnp.sin)(0.5))
@@ -630,3 +630,10 @@ def test_half_precision(standard_promotion):
         assert result.reverse.dtype == dtype
         with pytest.raises(InputError, match="slope -1 from the left, 1 from the right"):
             derivative(jnp.abs)(jnp.asarray(0, dtype))
+
+
+@pytest.mark.parametrize("seed", [0, 6, 26])
+def test_a_wide_smooth_function_has_no_kink_by_chance(seed):
+    with jax.enable_x64(True):
+        weights = np.random.default_rng(seed).normal(size=(100, 200)) / 200**0.5
+        assert chain(lambda x: jnp.tanh(weights @ x))(jnp.ones(200)).reverse.shape == (100, 200)

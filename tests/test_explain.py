@@ -162,16 +162,19 @@ def test_vanishing_exploding_dead_and_not_finite_are_marked():
     flat = fn.serial(fn.dense(5), fn.sigmoid(), head=fn.dense(5))
     saturated = lambda params: params | {"dense": {"kernel": params["dense"]["kernel"], "bias": jnp.full(5, 12.0)}}
     found, text = marks(flat, x, saturated)
-    assert (found["dense"], found["sigmoid"], found["head"]) == (("vanishing",), (), ())
+    assert (found["dense"], found["sigmoid"], found["head"]) == (("", "vanishing"), ("", ""), ("", ""))
     assert "vanishing" in text.split("2. and 3.")[1].splitlines()[-2]
     steep = lambda params: params | {"head": {"kernel": params["head"]["kernel"] * 1e6, "bias": jnp.zeros(5)}}
-    assert marks(flat, x, steep)[0]["sigmoid"] == ("exploding",)
+    assert marks(flat, x, steep)[0]["sigmoid"] == ("", "exploding")
     drowned = lambda params: params | {"dense": {"kernel": params["dense"]["kernel"], "bias": jnp.full(5, -90.0)}}
     found, text = marks(fn.serial(fn.dense(5), fn.relu(), head=fn.dense(5)), x, drowned)
-    assert (found["dense"], found["relu"]) == (("dead",), ("dead",))
+    assert (found["dense"], found["relu"]) == (("", "dead"), ("dead", ""))
     assert text.splitlines()[4].endswith("dead")
+    small = lambda params: jax.tree.map(lambda p: p * 1e-4, params)
+    found, _ = marks(flat, x, small)
+    assert (found["dense"], found["sigmoid"], found["head"][0]) == (("vanishing",) * 2, ("", "vanishing"), "vanishing")
     broken = lambda params: params | {"head": {"kernel": params["head"]["kernel"] * jnp.nan, "bias": jnp.zeros(5)}}
-    assert marks(flat, x, broken)[0]["head"] == ("not finite",)
+    assert marks(flat, x, broken)[0]["head"] == ("not finite", "not finite")
 
 
 def test_it_works_for_a_lone_layer_integers_and_layers_that_draw():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from funcnet import expect
 from funcnet.combine import distinct
 from funcnet.expect import at
 from funcnet.layer import Layer
@@ -54,7 +55,8 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
     def step(train_state, batch, weights):
         weights = as_weights(objective, check_batch(batch)[1], weights)
         params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
-        require_elementwise(optimizer, params, train_state.opt_state, list(_places(objective.model)))
+        with expect.by("layerwise_step"):
+            require_elementwise(optimizer, params, train_state.opt_state, list(_places(objective.model)))
         begun = start(objective, params, train_state.state, batch, key, weights)
         shared, like_params = split(optimizer, train_state.opt_state)
 
