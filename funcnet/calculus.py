@@ -108,6 +108,9 @@ def _object(name: str, f: Function, ranks: tuple[int, int], rule: Callable[[Arra
         x = _point(x)
         return rule(x, _value(f, x, ranks, name))
 
+    if not callable(f):
+        raise InputError(f"a function for {name}", describe(f), "give a function of one array")
+    at.__name__ = f"{name} of {_name(f, 'f')}"
     return at
 
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from funcnet import expect
 from funcnet.expect import InputError, at, describe
 from funcnet.factors import total
-from funcnet.layer import Layer, a_layer, around, output
+from funcnet.layer import Layer, Made, a_layer, around, output
 
 Tree = Any
 
@@ -70,7 +70,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
                 dparams[name], dy = layer.bwd(params[name], residuals[name], dy, contract)
         return dparams, dy
 
-    return Layer("serial", init, apply, fwd, bwd, parts, lambda parts: serial(**parts), "serial")
+    return Layer("serial", init, apply, fwd, bwd, parts, lambda parts: serial(**parts), Made("serial", fwd, bwd))
 
 
 def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
@@ -125,7 +125,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
                 dxs.append(dx)
         return dparams, tuple(dxs)
 
-    return Layer("parallel", init, apply, fwd, bwd, parts, lambda parts: parallel(**parts), "parallel")
+    return Layer("parallel", init, apply, fwd, bwd, parts, lambda parts: parallel(**parts), Made("parallel", fwd, bwd))
 
 
 def skip(layer: Layer) -> Layer:

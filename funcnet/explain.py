@@ -55,6 +55,8 @@ def layer_jacobians(layer: Layer, params: Tree, state: Tree, x: Any, key: jax.Ar
         return layer.fwd(params, state, whole, key)[0]
 
     y = jax.eval_shape(output, params, floating)
+    if not jax.tree.leaves((params, floating)):
+        return LayerJacobians(params, None)
     size = sum(jacobian_bytes(y, leaf) for leaf in jax.tree.leaves((params, floating)))
     if size > LARGEST:
         wanted = f"a layer whose Jacobians take at most {readable(LARGEST)}"
@@ -151,8 +153,8 @@ class Explanation:
                 "",
                 "2. and 3. back, from dLoss/d(last activation); w are a layer's parameters, x its input",
                 _table(heads[1], back, right=(2, 3, 5, 6)),
-                f"vanishing, exploding: below {FAINT:g} or above {FIERCE:g} times the RMS of the model's input (y), or of "
-                "dLoss/dy at its output",
+                f"vanishing, exploding: below {FAINT:g} or above {FIERCE:g} times the RMS of the input, for y, or of "
+                "dLoss/dy at the output",
             ]
         )
 
@@ -178,6 +180,8 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
     Raises:
         InputError: for params or a batch that do not fit.
     """
+    if not isinstance(objective, Objective):
+        raise InputError("an objective", describe(objective), "make one: fn.objective(model, loss)")
     inputs, targets = check_batch(batch)
     records: dict[tuple[str, ...], dict[str, Any]] = {}
     watched = replace(objective, model=_watched(objective.model, (), records))
@@ -192,7 +196,9 @@ def _watched(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
     """The same layer, whose single layers note what passes through them; the turns of a `repeat` one by one."""
     if layer.combinator == "repeat":
         return _unrolled(layer, path, records)
-    if layer.rebuild is not None:
+    if layer.combinator and layer.made and layer.made.wrap:
+        return layer.made.wrap(_watched(layer.made.inner, path, records))
+    if layer.combinator and layer.rebuild:
         return layer.rebuild({name: _watched(part, (*path, name), records) for name, part in layer.parts.items()})
     return _noting(layer, path, records)
 
@@ -213,8 +219,8 @@ def _noting(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
 
 def _unrolled(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
     """A `repeat` turn by turn; as one layer where it has no parameters, which would show how many turns it has."""
-    inner, whole = layer.inner, _noting(layer, path, records)
-    assert inner is not None
+    assert layer.made
+    inner, whole = layer.made.inner, _noting(layer, path, records)
 
     def turns(params) -> list[tuple[Layer, Callable]]:
         times = jax.tree.leaves(params)[0].shape[0]
@@ -223,6 +229,7 @@ def _unrolled(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
     def fwd(params, state, x, key):
         if not jax.tree.leaves(params):
             return whole.fwd(params, state, x, key)
+        jax.eval_shape(lambda *args: layer.fwd(*args)[0], params, state, x, key)  # refuses what does not fit
         states, residuals = [], []
         for i, (turn, of) in enumerate(turns(params)):
             own = None if key is None else jax.random.fold_in(key, i)

@@ -4,7 +4,8 @@ One-sided difference quotients are compared, in float64 and coordinate by coordi
 apart while the step shrinks are no curvature.
 
 Numerics: a kink nearer than 7e-8 |x| counts as met; one whose slopes differ by less than 3e-7 |f / x| may be missed,
-and one that shows off the axes only, as that of sqrt|x y| at 0, is missed.
+and one that shows off the axes only, as that of sqrt|x y| at 0, is missed. That the slope is the one that automatic
+differentiation gives is not checked, and neither are points of more than 1,000 entries.
 """
 
 from collections.abc import Callable
@@ -18,11 +19,12 @@ from jax import Array
 from funcnet.expect import InputError, is_concrete
 
 Function = Callable[[Any], Any]
+LARGEST = 1000  # entries of a point: the check takes memory in their square
 
 
 def refuse_kinks(f: Function, x: Array, y: Any, jacobian: Array, who: str) -> None:
     """Refuse a concrete x where an entry of f has no finite slope, or another one from the left than from the right."""
-    if not all(map(is_concrete, (x, y, jacobian))):
+    if not all(map(is_concrete, (x, y, jacobian))) or x.size > LARGEST:
         return
     slopes = np.asarray(jacobian, np.float64).reshape(-1, x.size)
     left, right, bad = _one_sided_slopes(f, x, slopes)

@@ -47,8 +47,7 @@ class Layer(Generic[Params, State, Residuals]):
         name: the layer's kind; `serial` names it so among its parameters.
         parts: sub-layers by name, for tables and traces; params and state of a layer with parts are dicts over them.
         rebuild: the same combinator over other parts of the same names; None for a layer without parts.
-        combinator: which one made this layer ("serial", "skip", "repeat", ..); "" for a layer not made of others.
-        inner: the one layer that a transparent combinator, such as "skip", is made of; None for all others.
+        made: by which combinator, and of what; None for a layer not made of others.
     """
 
     name: str
@@ -58,8 +57,31 @@ class Layer(Generic[Params, State, Residuals]):
     bwd: Callable[..., tuple[Any, Any]]
     parts: Mapping[str, "Layer"] = field(default_factory=dict)
     rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None
-    combinator: str = ""
-    inner: "Layer | None" = None
+    made: "Made | None" = None
+
+    @property
+    def combinator(self) -> str:
+        """The combinator that made this layer, such as "serial"; "" for none, and after `replace` of fwd or bwd."""
+        made = self.made
+        return made.combinator if made and made.fwd is self.fwd and made.bwd is self.bwd else ""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """How a layer was made of others, for what walks through a model on a way of its own, such as `layerwise_step`.
+
+    Attributes:
+        combinator: its name.
+        fwd, bwd: those that it gave the layer.
+        inner: the one layer that a transparent combinator, such as "skip", is made of.
+        wrap: the same transparent combinator around another layer.
+    """
+
+    combinator: str
+    fwd: Callable
+    bwd: Callable
+    inner: Any = None
+    wrap: Any = None
 
 
 def a_layer(given: Any) -> Layer:
@@ -134,4 +156,4 @@ def around(inner: Layer, whole: Layer, wrap: Callable[[Layer], Layer], combinato
     """`whole`, a combinator of the one layer `inner`, transparent to its parts; `wrap` makes it of another layer."""
     rebuild = inner.rebuild
     again = None if rebuild is None else lambda parts: wrap(rebuild(parts))
-    return replace(whole, rebuild=again, combinator=combinator, inner=inner)
+    return replace(whole, rebuild=again, made=Made(combinator, whole.fwd, whole.bwd, inner, wrap))

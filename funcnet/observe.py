@@ -16,7 +16,7 @@ def observe(layer: Layer, see: See, path: Path = ()) -> Layer:
 
     Under `jax.eval_shape` or `jax.jit` what `see` receives are tracers: shapes and dtypes without values.
     """
-    if layer.rebuild is None:
+    if layer.rebuild is None or not layer.combinator:
         whole = layer
     else:
         whole = layer.rebuild({name: observe(part, see, (*path, name)) for name, part in layer.parts.items()})

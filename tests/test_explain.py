@@ -208,3 +208,28 @@ def test_the_picture_is_written(layers, tmp_path):
     header = (tmp_path / "chain.png").read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
     assert int.from_bytes(header[16:20], "big") < 2000
+
+
+@pytest.mark.parametrize("wrap", [fn.skip, fn.remat, lambda layer: fn.mixed(layer, compute="float32")])
+def test_a_repeat_inside_a_transparent_combinator_is_shown_turn_by_turn(wrap):
+    model = fn.serial(wrap(fn.repeat(fn.serial(fn.dense(7), fn.tanh()), 2)), fn.dense(5))
+    objective = fn.objective(model, fn.cross_entropy())
+    params, state = model.init(jax.random.key(0), BATCH[0])
+    explanation = fn.explain(objective, params, state, BATCH)
+    names = [step.name.split("/")[1:] for step in explanation.steps]
+    assert names == [["0", "dense"], ["0", "tanh"], ["1", "dense"], ["1", "tanh"], []]
+    (loss, _), _ = fn.value_and_grad(objective)(params, state, BATCH)
+    np.testing.assert_allclose(explanation.loss, loss, rtol=1e-6)
+    deep = list(params)[0]
+    params[deep] = jax.tree.map(lambda p: p[:1], params[deep])
+    with pytest.raises(fn.InputError, match="a first axis of 2 layers"):
+        fn.explain(objective, params, state, BATCH)
+    with pytest.raises(fn.InputError, match=r"fn.objective\(model, loss\)"):
+        fn.explain(model, params, state, BATCH)
+
+
+def test_names_may_hold_dollars(tmp_path):
+    model = fn.serial(**{"cost$_per_$": fn.dense(3)})
+    objective = fn.objective(model, fn.mse())
+    x = np.ones((2, 3), np.float32)
+    fn.explain(objective, *model.init(jax.random.key(0), x), (x, x)).plot(tmp_path / "chain.png")

@@ -51,7 +51,7 @@ def test_a_layer_has_no_parts_and_no_way_to_rebuild_unless_it_says_so():
     layer = affine()
     assert dict(layer.parts) == {}
     assert layer.rebuild is None
-    names = ["name", "init", "apply", "fwd", "bwd", "parts", "rebuild", "combinator", "inner"]
+    names = ["name", "init", "apply", "fwd", "bwd", "parts", "rebuild", "made"]
     assert [field.name for field in fields(layer)] == names
 
 
@@ -115,7 +115,8 @@ def test_around_rebuilds_the_wrapper_over_other_parts():
     inner = fn.serial(fn.dense(3), fn.relu())
     wrapped = []
     whole = around(inner, inner, lambda layer: wrapped.append(layer) or layer, "wrap")
-    assert (whole.combinator, whole.inner) == ("wrap", inner)
+    assert (whole.combinator, whole.made.inner) == ("wrap", inner)
+    assert replace(whole, bwd=lambda *args: None).combinator == ""
     rebuilt = whole.rebuild({"dense": fn.dense(3), "relu": fn.tanh()})
     assert wrapped == [rebuilt]
     assert rebuilt.parts["relu"].name == "tanh"

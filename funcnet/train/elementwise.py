@@ -24,6 +24,9 @@ ELEMENTWISE = """
 """.split()  # noqa: SIM905
 
 
+CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hole:
@@ -111,11 +114,15 @@ class Formulas:
     def _apply(self, equation: Any, inputs: list[Value]) -> list[Value]:
         name, params = equation.primitive.name, equation.params
         inner = params.get("jaxpr", params.get("call_jaxpr"))
-        if isinstance(inner, ClosedJaxpr) and name not in ("scan", "while"):
+        if isinstance(inner, ClosedJaxpr) and name in CALLS:
             return self._outputs(inner, inputs)
         own = any(value.own for value in inputs)
         shapes = [var.aval.shape for var in (*equation.invars, *equation.outvars)]
-        if name in ("broadcast_in_dim", "reshape") and (shapes[0] == shapes[-1] or (shapes[0] == () and not own)):
+        if (
+            name in ("broadcast_in_dim", "reshape")
+            and not params.get("dimensions")
+            and (shapes[0] == shapes[-1] or (shapes[0] == () and not own))
+        ):
             return inputs[:1]
         if own and name not in ELEMENTWISE:
             raise _mixing(f"one that applies {name} to a whole gradient, parameter or update")
@@ -150,7 +157,7 @@ def require_elementwise(
     formulas = Formulas()
 
     def update(grads, like_params, params, shared, value):
-        updates, state = optimizer.update(grads, join(shared, like_params), params, value=value)
+        updates, state = optimizer.update(grads, join(shared, like_params), params, value=value, grad=grads)
         shared, like_params = split(optimizer, state)
         return (updates, like_params), shared
 
@@ -171,6 +178,9 @@ def require_elementwise(
             sliced = jax.tree.map(_one_layer, picked) if by_layer else picked
             got, _ = formulas_of(sliced, _each(part, names))
             alone.append(got == _each(part, whole))
+            if by_layer:
+                depths = {leaf.shape[:1] for leaf in jax.tree.leaves(picked)}
+                alone.append(len(depths) <= 1 and () not in depths)
     except InputError:
         raise
     except Exception as error:  # an optimizer may do anything with a tree that it was not made for

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from funcnet import expect
 from funcnet.combine import distinct
-from funcnet.expect import at
+from funcnet.expect import InputError, at
 from funcnet.layer import Layer
 from funcnet.order import after
 from funcnet.train.elementwise import HOLE, join, require_elementwise, split
@@ -61,10 +61,12 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
         shared, like_params = split(optimizer, train_state.opt_state)
 
         def update(grads, like_params, params):
-            updates, state = optimizer.update(grads, join(shared, like_params), params, value=begun.sums["loss"])
+            state = join(shared, like_params)
+            updates, state = optimizer.update(grads, state, params, value=begun.sums["loss"], grad=grads)
             return optax.apply_updates(params, updates), split(optimizer, state).like_params
 
-        _, counted = optimizer.update(HOLE, join(shared, [HOLE] * len(like_params)), HOLE, value=begun.sums["loss"])
+        nothing = join(shared, [HOLE] * len(like_params))
+        _, counted = optimizer.update(HOLE, nothing, HOLE, value=begun.sums["loss"], grad=HOLE)
         params, like_params, _ = _walk(objective.model, params, like_params, begun.residuals, begun.dprediction, update)
         opt_state = join(split(optimizer, counted).shared, like_params)
         metrics = averages(begun.sums)
@@ -111,7 +113,10 @@ def _repeat(inner: Layer, params: Tree, like_params: list[Tree], residuals: Tree
     every turn (jaxlib 0.10.2 and 0.12).
     """
     residuals = distinct(residuals)
-    times = jax.tree.leaves((params, residuals))[0].shape[0]
+    leaves = jax.tree.leaves((params, residuals))
+    if not leaves:
+        raise InputError("a repeat of a layer with parameters or residuals", "neither", "use train_step for this model")
+    times = leaves[0].shape[0]
 
     def turn(k, carry):
         params, like_params, dy = carry
@@ -161,5 +166,5 @@ def _at(name: str, tree: Tree) -> Tree:
 
 
 def _inner(layer: Layer) -> Layer:
-    assert layer.inner is not None
-    return layer.inner
+    assert layer.made is not None
+    return layer.made.inner

@@ -165,8 +165,8 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, default)
-    if caught:
-        default(*caught[0])
+        if caught:
+            default(*caught[0])
 
 
 def _select(alive: Array, after: Array, before: Array) -> Array:

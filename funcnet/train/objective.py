@@ -121,7 +121,7 @@ def weighted_sums(
         if value.shape != values.shape:
             remedy = "return one number for each value of the loss; they are averaged as the loss is"
             raise InputError(f"the metric {name!r} of shape {list(values.shape)}", describe(value), remedy)
-        sums[name] = jnp.sum(counting * value.astype(values.dtype))
+        sums[name] = jnp.sum(jnp.where(counted, counting * value.astype(values.dtype), 0.0))
     return sums
 
 
