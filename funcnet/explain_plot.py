@@ -46,13 +46,8 @@ def _place(i: int, columns: int) -> tuple[int, int]:
 
 def _draw(axis: Any, i: int, columns: int, function: str, step: "Step") -> None:
     x, y = _place(i, columns)
-    _box(
-        axis,
-        x,
-        y,
-        f"{function}\n{_shortened(step.name).replace('$', chr(92) + '$')}",
-        "mistyrose" if any(step.marks) else "aliceblue",
-    )
+    name = _shortened(step.name).replace("$", r"\$")  # a dollar sign would begin a formula
+    _box(axis, x, y, f"{function}\n{name}", "mistyrose" if any(step.marks) else "aliceblue")
     above = f"{step.output}\nRMS {step.activation:.3g} {step.marks[0]}"
     axis.text(x, y + 0.24, above, ha="center", va="bottom", size=8)
     below = f"RMS {step.cotangent:.3g} {step.marks[1]}"

@@ -220,7 +220,7 @@ def test_a_repeat_inside_a_transparent_combinator_is_shown_turn_by_turn(wrap):
     assert names == [["0", "dense"], ["0", "tanh"], ["1", "dense"], ["1", "tanh"], []]
     (loss, _), _ = fn.value_and_grad(objective)(params, state, BATCH)
     np.testing.assert_allclose(explanation.loss, loss, rtol=1e-6)
-    deep = list(params)[0]
+    deep = next(iter(params))
     params[deep] = jax.tree.map(lambda p: p[:1], params[deep])
     with pytest.raises(fn.InputError, match="a first axis of 2 layers"):
         fn.explain(objective, params, state, BATCH)

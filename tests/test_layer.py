@@ -1,6 +1,6 @@
 """The record of four functions, and the two ways to write one without repeating oneself."""
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import jax
 import jax.numpy as jnp

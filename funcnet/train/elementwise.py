@@ -118,11 +118,8 @@ class Formulas:
             return self._outputs(inner, inputs)
         own = any(value.own for value in inputs)
         shapes = [var.aval.shape for var in (*equation.invars, *equation.outvars)]
-        if (
-            name in ("broadcast_in_dim", "reshape")
-            and not params.get("dimensions")
-            and (shapes[0] == shapes[-1] or (shapes[0] == () and not own))
-        ):
+        unmoved = shapes[0] == shapes[-1] or (shapes[0] == () and not own)
+        if name in ("broadcast_in_dim", "reshape") and unmoved and not params.get("dimensions"):
             return inputs[:1]
         if own and name not in ELEMENTWISE:
             raise _mixing(f"one that applies {name} to a whole gradient, parameter or update")
