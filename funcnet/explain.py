@@ -168,8 +168,10 @@ class Explanation:
 def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: jax.Array | None = None) -> Explanation:
     """Run one forward and one backward pass and tell what every layer did in them.
 
-    The turns of a `repeat` are shown one by one. The pass is not compiled, so that every number can be looked at; it
-    takes the time and the memory of such a pass. A layer inside `remat` shows the residuals of its second run.
+    The turns of a `repeat` are shown one by one, the layers inside `skip` and `parallel` in the order they run, without
+    a row for the sum. An array that two layers keep counts in both of their rows. The pass is not compiled, so that
+    every number can be looked at; it takes the time and the memory of such a pass. A layer inside `remat` shows the
+    residuals of its second run.
 
     Args:
         objective: from `fn.objective`.
@@ -261,7 +263,8 @@ def _stack(trees: list[Tree]) -> Tree:
 def _step(path: tuple[str, ...], record: dict[str, Any], ends: tuple[float, float]) -> Step:
     x, y, dy, dparams = (record[name] for name in ("x", "y", "dy", "dparams"))
     named = {"/".join(str(k.key) for k in p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(dparams)}
-    inputs = {"x": x} if is_floating(x) else {}
+    leaves = [leaf for leaf in jax.tree.leaves(x) if is_floating(leaf)]
+    inputs = {"x": leaves[0]} if len(leaves) == 1 else {f"x{i}": leaf for i, leaf in enumerate(leaves)}
     activation, cotangent = _rms(y), _rms(dy)
     gradient = float(np.sqrt(sum(np.sum(np.square(_wide(leaf))) for leaf in named.values()))) if named else None
     lost = gradient is not None and not np.isfinite(gradient)

@@ -233,3 +233,15 @@ def test_names_may_hold_dollars(tmp_path):
     objective = fn.objective(model, fn.mse())
     x = np.ones((2, 3), np.float32)
     fn.explain(objective, *model.init(jax.random.key(0), x), (x, x)).plot(tmp_path / "chain.png")
+
+
+def test_a_layer_of_several_inputs_has_a_jacobian_for_each():
+    add = fn.stateless(
+        "add", lambda key, x: {}, lambda params, x: (x[0] + x[1], x[0][:0]), lambda p, r, dy, contract: ({}, (dy, dy))
+    )
+    model = fn.serial(fn.parallel(fn.dense(5), fn.dense(5)), add)
+    x = (BATCH[0], BATCH[0])
+    params, state = model.init(jax.random.key(0), x)
+    last = fn.explain(fn.objective(model, fn.cross_entropy()), params, state, (x, BATCH[1])).steps[-1]
+    assert last.jacobians == {"x0": "[4, 5, 4, 5]", "x1": "[4, 5, 4, 5]"}
+    assert last.jacobian_bytes == 2 * 4 * 20 * 20
