@@ -122,11 +122,17 @@ def dtype(x: Any) -> Any:
 
 def same(x: Tree, y: Tree) -> bool:
     """Whether x and y have the same structure, shapes and, as JAX arrays, dtypes."""
-    return describe(jax.tree.map(_canonical, x)) == describe(jax.tree.map(_canonical, y))
+    return describe(shapes(x)) == describe(shapes(y))
 
 
-def _canonical(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf)) if is_floating(leaf) else leaf
+def shapes(tree: Tree) -> Tree:
+    """Shapes and dtypes of the arrays of a tree, as JAX will have them."""
+    return jax.tree.map(_shape, tree)
+
+
+def _shape(leaf: Any) -> Any:
+    numeric = jnp.issubdtype(leaf.dtype, jnp.number)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf) if numeric else leaf.dtype)
 
 
 def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

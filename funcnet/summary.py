@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from funcnet import expect
 from funcnet.expect import describe
 from funcnet.layer import Layer, a_layer
 from funcnet.observe import observe, paths
@@ -85,7 +86,7 @@ def summary(layer: Layer, x: Any) -> Summary:
         x: its input: an array, a `jax.ShapeDtypeStruct`, or a pytree of them.
     """
     a_layer(layer)
-    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+    x = expect.shapes(x)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, state = jax.eval_shape(layer.init, key, x)
     rows: dict[tuple[str, ...], Row] = {}

@@ -214,7 +214,7 @@ def _stack(*leaves: Any) -> Any:
 
 def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[Batch], None]:
     """A function that refuses a batch with NaN or infinity in it, or with targets that do not fit the predictions."""
-    params, state = _shapes((params, state))
+    params, state = expect.shapes((params, state))
     predictions: dict[str, Any] = {}
 
     def check(batch: Batch) -> None:
@@ -225,7 +225,7 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
                     _check_finite(jax.tree_util.keystr(path), leaf)
         shape = describe(inputs)
         if shape not in predictions:
-            predictions[shape] = jax.eval_shape(objective.model.apply, params, state, _shapes(inputs))
+            predictions[shape] = jax.eval_shape(objective.model.apply, params, state, expect.shapes(inputs))
         with at(objective.loss.name):
             objective.loss.check(predictions[shape], targets)
             if not np.any(objective.loss.counted(targets)):
@@ -245,10 +245,6 @@ def _check_finite(path: str, leaf: Any) -> None:
             f"{values[index]} at index {index}{path and f' of {path}'}; {int((~finite).sum())} such of {values.size}"
         )
         raise InputError("finite numbers", received, "clean the data: leave these examples out or mend them")
-
-
-def _shapes(tree: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def _rows(metrics: dict[str, Any]) -> list[Record]:
