@@ -1,8 +1,10 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
 from funcnet.calculus import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
-from funcnet.check.layer import check_layer
-from funcnet.check.report import Leaf, Report, compare_grads
+from funcnet.check.checker import check_layer, check_vjp
+from funcnet.check.compare import compare_grads
+from funcnet.check.judge import Leaf
+from funcnet.check.report import Failure, Report
 from funcnet.combine import parallel, repeat, serial, skip
 from funcnet.expect import InputError
 from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
@@ -62,6 +64,7 @@ __all__ = [
     "InputError",
     "Layer",
     "LayerJacobians",
+    "Failure",
     "Leaf",
     "Loss",
     "NotFiniteError",
@@ -79,6 +82,7 @@ __all__ = [
     "celu",
     "chain",
     "check_layer",
+    "check_vjp",
     "compare_grads",
     "contraction",
     "cross_entropy",

@@ -1,176 +1,181 @@
-"""Gradients side by side, leaf by leaf, and a report that says which leaf is wrong and where.
+"""What a check found: every leaf with a verdict by each oracle, what is wrong, and how to see it again."""
 
-A leaf is right if the largest error among its elements is within a tolerance relative to the leaf's own scale, the
-largest magnitude of its reference:
-
-    max_i |a_i - b_i|  <=  tolerance(dtype) * max_i |b_i|
-
-One number over a whole tree would let a small leaf, such as a bias, be wrong unseen.
-"""
-
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from funcnet.expect import describe, is_array
-
-Tree = Any
-
-
-def tolerance(dtype: Any) -> float:
-    """The error allowed relative to a leaf's scale: 1024 units of rounding; 8 in half precision."""
-    info = jnp.finfo(dtype)
-    return float(info.eps) * (1024 if info.bits >= 32 else 8)
+from funcnet.check.judge import Leaf
+from funcnet.expect import InputError
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """One leaf compared: its path, and its worst element in both.
+class Failure:
+    """One thing that is wrong.
 
     Attributes:
-        leaf: path, as `jax.tree_util.keystr` writes it.
-        shape, dtype: of the gradient under test.
-        scale: the largest magnitude in the reference.
-        error: the largest absolute error, over the scale (over 1 where the scale is 0).
-        index: where that is; `got` and `wanted` are the two values there.
-        allowed: the tolerance `error` was held to.
-        problem: what is wrong other than values, such as a missing leaf; or empty.
+        leaf: the leaf's path, or what else is wrong, such as "residuals.x_hat"; empty for the function as a whole.
+        oracle: who says so: "autodiff", "numerical", "algebra", "residuals", "laws", or "reference".
+        kind: what is wrong: "value", "not finite", "structure", "dtype", "linearity", "vmap", ..
+        message: a sentence.
+        index, got, wanted: the element and its two values, where it is about values.
     """
 
     leaf: str
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    scale: float = 0.0
-    error: float = 0.0
+    oracle: str
+    kind: str
+    message: str
     index: tuple[int, ...] = ()
-    got: float = 0.0
-    wanted: float = 0.0
-    allowed: float = 0.0
-    problem: str = ""
+    got: complex | None = None
+    wanted: complex | None = None
 
-    @property
-    def ok(self) -> bool:
-        return not self.problem and self.error <= self.allowed
-
-    def badness(self) -> tuple[bool, float, str]:
-        """Sorts the worst leaf first: wrong before right, then by error over what is allowed."""
-        return self.ok, -self.error / (self.allowed or 1.0), self.leaf
+    def __str__(self) -> str:
+        where = f"{self.leaf}: " if self.leaf else ""
+        return f"{where}{self.message} ({self.oracle}, {self.kind})"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found: leaves compared, worst first, and laws that were broken.
+    """What a check found.
 
     Attributes:
         title: what was checked against what.
-        leaves: every gradient leaf.
-        broken: sentences about laws that do not hold.
+        leaves: every gradient leaf, worst first.
+        failures: all that is wrong; empty if the rule holds.
+        notes: what else there is to know: which custom rules were replaced, what an oracle could not tell and why.
+        repeat: the line that shows the failure again, on the smallest shape found; empty if nothing failed.
+        arrays: by leaf, the gradient and its reference, for pictures.
     """
 
     title: str
-    leaves: tuple[Leaf, ...]
-    broken: tuple[str, ...] = ()
+    leaves: tuple[Leaf, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    notes: tuple[str, ...] = ()
+    repeat: str = ""
+    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds."""
+        """Whether nothing failed."""
         return not self.failures
-
-    @property
-    def failures(self) -> tuple[Leaf | str, ...]:
-        """The leaves that are wrong, then the laws that are broken."""
-        return (*(leaf for leaf in self.leaves if not leaf.ok), *self.broken)
 
     def raise_for_failure(self) -> None:
         """Raise AssertionError with the report as its message unless everything holds."""
         if not self.ok:
             raise AssertionError(str(self))
 
-    def __str__(self) -> str:
-        head = ("leaf", "shape", "dtype", "scale", "error/scale", "allowed", "worst at", "got", "reference", "")
-        rows = [head, *map(_row, self.leaves)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        left = (0, 1, 2, 6, 9)
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i in left else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        wrong = sum(not leaf.ok for leaf in self.leaves)
-        verdict = f"{wrong} of {len(self.leaves)} leaves wrong, {len(self.broken)} laws broken"
+    @property
+    def summary(self) -> str:
+        """One line: how many leaves are wrong, and which."""
         if self.ok:
-            verdict = f"all {len(self.leaves)} leaves hold"
-        return "\n".join(
-            [self.title, *(line.rstrip() for line in lines), *(f"BROKEN  {s}" for s in self.broken), verdict]
+            return f"all {len(self.leaves)} leaves hold"
+        wrong = [leaf.leaf for leaf in self.leaves if not leaf.ok]
+        others = [f.leaf or f.kind for f in self.failures if f.leaf not in wrong]
+        counted = f"{len(wrong)} of {len(self.leaves)} leaves wrong: {', '.join(wrong)}" if wrong else ""
+        return "; ".join(filter(None, [counted, "also wrong: " + ", ".join(dict.fromkeys(others)) if others else ""]))
+
+    def __str__(self) -> str:
+        table = _aligned(self._rows()) if self.leaves else []
+        return "\n".join([self.title, *table, *self._sentences("  "), self.summary])
+
+    def to_markdown(self) -> str:
+        """The report as Markdown: a table and a list."""
+        head, *rows = self._rows()
+        cells = [head, ["---"] * len(head), *rows]
+        table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+        sentences = ["- " + line.strip() for line in self._sentences("")]
+        parts = [f"**{self.title}**", "\n".join(table) if self.leaves else "", "\n".join(sentences), self.summary]
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    def to_json(self) -> str:
+        """The report as JSON; numbers that JSON has not (inf, nan) and complex ones are texts."""
+        leaves = [{**_plain(leaf), "ok": leaf.ok} for leaf in self.leaves]
+        whole = {
+            "title": self.title,
+            "ok": self.ok,
+            "leaves": leaves,
+            "failures": [_plain(failure) for failure in self.failures],
+            "notes": self.notes,
+            "repeat": self.repeat,
+        }
+        return json.dumps(whole, indent=2)
+
+    def plot(self, path: str | Path, leaf: str | None = None) -> None:
+        """Draw the worst leaf, or the one named, as a PNG: where its errors are, and its values against the reference.
+
+        Raises:
+            InputError: if there is no such leaf, or it has no values to draw.
+            ImportError: if matplotlib is missing: the extra `plots` brings it.
+        """
+        from funcnet.check.picture import draw
+
+        names = [each.leaf for each in self.leaves if each.leaf in self.arrays]
+        if (leaf or (names or [""])[0]) not in names:
+            raise InputError(
+                f"one of the leaves {names}", repr(leaf), "name a leaf that has a gradient and a reference"
+            )
+        draw(
+            next(each for each in self.leaves if each.leaf == (leaf or names[0])), *self.arrays[leaf or names[0]], path
         )
 
+    def _rows(self) -> list[list[str]]:
+        oracles = list(dict.fromkeys(oracle for leaf in self.leaves for oracle in leaf.verdicts))
+        head = ["leaf", "type", "scale", "error", "error/scale", "allowed", "ulps", *oracles]
+        return [[*head, "worst at", "got", "reference"], *(_row(leaf, oracles) for leaf in self.leaves)]
 
-def _row(leaf: Leaf) -> tuple[str, ...]:
-    if leaf.problem:
-        return (leaf.leaf, str(list(leaf.shape)), leaf.dtype, "", "", "", "", "", "", f"WRONG: {leaf.problem}")
-    numbers = f"{leaf.scale:.3g}", f"{leaf.error:.2e}", f"{leaf.allowed:.1e}"
+    def _sentences(self, indent: str) -> list[str]:
+        lines = [f"{indent}WRONG  {failure}" for failure in self.failures]
+        lines += [f"{indent}LIKELY {leaf.leaf}: {leaf.diagnosis}" for leaf in self.leaves if leaf.diagnosis]
+        lines += [f"{indent}note   {note}" for note in self.notes]
+        return lines + ([f"{indent}again  {self.repeat}"] if self.repeat else [])
+
+
+def _row(leaf: Leaf, oracles: list[str]) -> list[str]:
+    kind = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    verdicts = [leaf.verdicts.get(oracle, "-") for oracle in oracles]
+    if not leaf.allowed:  # nothing was compared
+        return [leaf.leaf, kind, "", "", "", "", "", *verdicts, "", "", ""]
+    numbers = (
+        f"{leaf.scale:.3g}",
+        f"{leaf.error:.1e}",
+        f"{leaf.relative:.1e}",
+        f"{leaf.allowed:.1e}",
+        f"{leaf.ulps:.2g}",
+    )
     worst = str(list(leaf.index)), f"{leaf.got:.9g}", f"{leaf.wanted:.9g}"
-    return (leaf.leaf, str(list(leaf.shape)), leaf.dtype, *numbers, *worst, "ok" if leaf.ok else "WRONG")
+    return [leaf.leaf, kind, *numbers, *verdicts, *worst]
 
 
-def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None) -> Report:
-    """Compare two gradient pytrees leaf by leaf; the second is the reference.
-
-    Args:
-        got, wanted: pytrees of one structure. An integer leaf's gradient may be None or float0.
-        name: put in front of every path.
-        dtype: the dtype whose rounding is allowed; by default the coarser of each pair of leaves.
-    """
-    return Report("gradients compared with the reference", tuple(compare(got, wanted, name, dtype)))
-
-
-def compare(
-    got: Tree, wanted: Tree, name: str, dtype: Any = None, noise: Mapping[str, float] | None = None
-) -> list[Leaf]:
-    """The leaves of both, compared; the worst first. `noise`: a leaf's own rounding error, absolute, by path."""
-    noise = noise or {}
-    ours, theirs = _leaves(got, name), _leaves(wanted, name)
-    leaves = [Leaf(path, problem="no gradient for this leaf") for path in theirs.keys() - ours.keys()]
-    leaves += [Leaf(path, problem="a gradient for a leaf that has none") for path in ours.keys() - theirs.keys()]
-    leaves += [
-        _compare_leaf(path, ours[path], theirs[path], dtype, noise.get(path, 0.0)) for path in ours if path in theirs
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    texts = {0, 1, *(i for i, name in enumerate(rows[0]) if i > 6 and name not in ("got", "reference"))}
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i in texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     ]
-    return sorted(leaves, key=Leaf.badness)
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
 
 
-def _leaves(tree: Tree, name: str) -> dict[str, Any]:
-    """Leaves by path; those without a gradient (None, float0) left out."""
-    with_path = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        name + jax.tree_util.keystr(path): leaf
-        for path, leaf in with_path
-        if getattr(leaf, "dtype", None) != jax.dtypes.float0
-    }
+def _plain(record: Any) -> dict:
+    """A dataclass as JSON takes it."""
+    return {name: _number(value) for name, value in vars(record).items()}
 
 
-def _compare_leaf(path: str, got: Any, wanted: Any, dtype: Any, noise: float) -> Leaf:
-    if not is_array(got) or got.shape != wanted.shape or got.dtype != wanted.dtype:
-        return Leaf(path, problem=f"{describe(got)} for {describe(wanted)}")
-    allowed = tolerance(got.dtype if dtype is None else dtype)
-    a, b = (np.asarray(v, np.float64) for v in (got, wanted))
-    if a.size == 0:
-        return Leaf(path, got.shape, str(got.dtype), allowed=allowed)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    with np.errstate(invalid="ignore"):
-        error = np.where(same, 0.0, np.abs(a - b))
-    error = np.where(np.isnan(error), np.inf, error)
-    worst = tuple(int(i) for i in np.unravel_index(np.argmax(error), error.shape))
-    finite = np.abs(b[np.isfinite(b)])
-    scale = float(finite.max()) if finite.size else 0.0
-    relative = float(error[worst]) / (scale or 1.0)
-    if allowed < 1e-3:  # in half precision the tolerance is wide enough
-        # The noise counts eight times over, and never for more than half of the digits.
-        allowed += min(8 * noise / (scale or 1.0), allowed**0.5)
-    return Leaf(path, got.shape, str(got.dtype), scale, relative, worst, float(a[worst]), float(b[worst]), allowed)
+def _number(value: Any) -> Any:
+    if isinstance(value, complex) or (isinstance(value, float) and not np.isfinite(value)):
+        return str(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def values_failure(leaf: Leaf, oracle: str, kind: str = "value", what: str = "the gradient") -> Failure:
+    """The failure of a leaf whose worst element is off by more than is allowed."""
+    if np.isfinite(leaf.wanted) and not np.isfinite(leaf.got):
+        kind = "not finite"
+    where = f" at {list(leaf.index)}" if leaf.index else ""
+    message = f"{what}{where} is {leaf.got:.9g}, and {leaf.wanted:.9g} in the reference"
+    return Failure(leaf.leaf, oracle, kind, message, leaf.index, leaf.got, leaf.wanted)

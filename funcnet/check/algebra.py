@@ -1,0 +1,230 @@
+"""What every VJP is, whatever its function: linear in the cotangent, adjoint to forward mode, the same wherever it runs
+and however often; its gradients are like the leaves that they belong to.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.check.judge import leaves_of, measure, mismatch, tolerance, wide
+from funcnet.check.report import Failure, values_failure
+from funcnet.check.subject import Point, Values, host, quickly
+
+ORACLE = "algebra"
+
+
+def structure(point: Point) -> list[Failure]:
+    """Whether every gradient has the kind, shape, dtype, weak type and sharding of its leaf, and integers have none.
+
+    Leaves whose gradient cannot be compared become the point's `broken` ones.
+    """
+    probe = lambda pull: _attempt(lambda: jax.eval_shape(lambda v, dy: pull(v, dy), point.values, point.dys[0]))
+    with point.subject.mode():
+        raised = probe(point.pull)
+        raw = probe(point.raw) if point.subject.raw else None
+        if isinstance(raised, Exception) and raw is not None:  # JAX refuses what the rule returned: look at it here
+            point.bare, raised = True, raw
+    if isinstance(raised, Exception):
+        point.raises = True
+        point.broken |= set(point.values)
+        return [Failure("", ORACLE, "structure", f"the rule raises {type(raised).__name__}: {_first_line(raised)}")]
+    y, got = raised
+    failures = []
+    if jax.tree.structure(y) != jax.tree.structure(point.y_shape):
+        failures.append(Failure("", ORACLE, "structure", "the rule returns another output than the function"))
+    extra = raw[1] if isinstance(raw, tuple) else {}
+    for path in [*point.values, *(p for p in {**got, **extra} if p not in point.values)]:
+        leaf = point.values.get(path)
+        failures += _unlike(path, got.get(path, extra.get(path)), leaf)
+        if path in got and leaf is not None and tuple(got[path].shape) == tuple(leaf.shape):
+            continue
+        point.broken.add(path)
+    return failures
+
+
+def _attempt(f: Callable[[], Any]) -> Any:
+    try:
+        return f()
+    except Exception as error:
+        return error
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())
+
+
+def _unlike(path: str, got: Any, leaf: Any) -> list[Failure]:
+    if problem := mismatch(got, leaf):
+        same_shape = got is not None and leaf is not None and tuple(got.shape) == tuple(leaf.shape)
+        return [Failure(path, ORACLE, "dtype" if same_shape else "structure", problem)]
+    if getattr(got, "weak_type", False) and not getattr(leaf, "weak_type", False):
+        return [Failure(path, ORACLE, "weak type", "the gradient is weakly typed, its leaf is not")]
+    placed, wanted = getattr(got, "sharding", None), getattr(jax.typeof(leaf), "sharding", None)
+    explicit = wanted is not None and any(axis is not None for axis in wanted.spec)
+    if explicit and (placed is None or placed.spec != wanted.spec):
+        return [
+            Failure(
+                path, ORACLE, "sharding", f"the gradient lies as {placed and placed.spec}, its leaf as {wanted.spec}"
+            )
+        ]
+    return []
+
+
+def algebra(point: Point) -> list[Failure]:
+    """All of it that takes values."""
+    return [f for oracle in (output, linearity, repeatable, adjoint, modes) for f in oracle(point)]
+
+
+def linearity(point: Point) -> list[Failure]:
+    """pull(2 a - 3 b) = 2 pull(a) - 3 pull(b), and pull(0) = 0."""
+    a, b = point.dys
+    mixed = {k: (2 * wide(a[k]) - 3 * wide(b[k])).astype(a[k].dtype) for k in a}
+    got, zero = point.gradients(mixed), point.gradients({k: np.zeros_like(v) for k, v in a.items()})
+    failures = []
+    for path in point.sound:
+        with np.errstate(all="ignore"):
+            wanted = 2 * wide(point.rule[0][path]) - 3 * wide(point.rule[1][path])
+            parts = [np.abs(wide(r[path])).max(initial=0.0) for r in point.rule]
+        leaf = point.measured(path, got[path], wanted)
+        room = 6 * point.allowed(path) + 8 * leaf.allowed * sum(part for part in parts if np.isfinite(part))
+        if not leaf.within and not leaf.error <= room:
+            failures.append(values_failure(leaf, ORACLE, "linearity", "of 2 a - 3 b, the gradient"))
+        if np.any(wide(zero[path]) != 0):
+            failures.append(Failure(path, ORACLE, "zero cotangent", "the gradient of a zero cotangent is not zero"))
+    return failures
+
+
+def repeatable(point: Point) -> list[Failure]:
+    """Two calls agree bit for bit, compiled and eagerly: nothing stale, drawn anew or uninitialised is used. And the
+    eager gradients are the compiled ones."""
+    with point.subject.mode():
+        eagerly = [
+            _attempt(lambda: host(point.pull(_arrays(point.values), _arrays(point.dys[0]))[1])) for _ in range(2)
+        ]
+    if raised := [e for e in eagerly if isinstance(e, Exception)]:
+        message = f"without jit the rule raises {type(raised[0]).__name__}: {_first_line(raised[0])}"
+        return [Failure("", ORACLE, "eager", message)]
+    failures = [
+        Failure(path, ORACLE, "repeatable", f"two {how} calls with the same arguments give different gradients")
+        for how, a, b in (("compiled", point.gradients(point.dys[0]), point.rule[0]), ("eager", *eagerly))
+        for path in point.sound
+        if not _identical(a[path], b[path])
+    ]
+    return failures or _differences(point, "eager", [(k, eagerly[0][k], point.rule[0][k]) for k in point.sound])
+
+
+def _identical(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a, b, equal_nan=True)
+
+
+def adjoint(point: Point) -> list[Failure]:
+    """<u, J v> = <pull(u), v> by forward mode through the plain program in float64, v in one leaf at a time."""
+
+    def push(values, tangents):
+        return jax.jvp(lambda v: point.outputs_of(v, True), (values,), (tangents,))
+
+    values, failures = {k: wide(v) for k, v in point.values.items()}, []
+    forward = quickly(push)
+    for path in point.sound:
+        v = {k: point.draw({k: x})[k] if k == path else np.zeros_like(x) for k, x in values.items()}
+        try:
+            with jax.enable_x64(True):
+                y, out = forward(values, v)
+        except Exception as error:
+            point.notes.append(f"forward mode is not to be had: {_first_line(error)[:200]}")
+            return []
+        theirs = [_pairing(point.dys[0][k], out[k]) for k in out]
+        gradient = wide(point.rule[0][path])
+        if not np.isfinite(gradient).all() or not np.isfinite(sum(t for t, _ in theirs)):
+            continue
+        ours, by_forward = _pairing(gradient, v[path])[0], sum(t for t, _ in theirs)
+        room = 2 * point.allowed(path) * float(np.linalg.norm(np.abs(v[path]).ravel())) + 2.0**-40 * sum(
+            s for _, s in theirs
+        )
+        if abs(ours - by_forward) > room and not _at_a_kink(point, path):
+            message = f"<pull(u), v> is {ours:.9g} by the rule, <u, J v> is {by_forward:.9g} by forward mode"
+            failures.append(Failure(path, ORACLE, "adjoint", message, (), ours, by_forward))
+    return failures
+
+
+def _pairing(a: Any, b: Any) -> tuple[float, float]:
+    """<a, b> as JAX pairs cotangents with tangents, and the size of its terms."""
+    a, b = wide(a), wide(b)
+    with np.errstate(all="ignore"):
+        terms = np.where((a == 0) | (b == 0), 0, a * b)
+    return float(np.real(terms.sum())), float(np.abs(terms).sum())
+
+
+def _at_a_kink(point: Point, path: str) -> bool:
+    return bool(point.kinked.get(path, np.zeros(1, bool)).any())
+
+
+def modes(point: Point) -> list[Failure]:
+    """The same gradients without jit, under vmap over a new axis of examples, and in the body of a scan."""
+    values = [point.values, _elsewhere(point)]
+    failures = []
+    with point.subject.mode():
+        wanted = [point.rule[0], host(point.compiled(values[1], point.dys[1])[1])]
+        stacked = [{k: jnp.stack([a[k], b[k]]) for k in a} for a, b in (values, point.dys)]
+        pull = lambda v, dy: {k: g for k, g in point.pull(v, dy)[1].items() if k in point.sound}
+        ways = {
+            "vmap": lambda v, dy: jax.vmap(pull)(v, dy),
+            "scan": lambda v, dy: jax.lax.scan(lambda carry, pair: (carry, pull(*pair)), None, (v, dy))[1],
+        }
+        for way, mapped in list(ways.items()):
+            if isinstance(error := _attempt(lambda mapped=mapped: jax.eval_shape(mapped, *stacked)), Exception):
+                failures += _unmappable(point, way, error, stacked)
+                del ways[way]
+        found = quickly(lambda *pair: {way: mapped(*pair) for way, mapped in ways.items()})(*stacked)
+    for way, got in found.items():
+        pairs = [(k, np.asarray(got[k][i]), wanted[i][k]) for k in got for i in range(2)]
+        failures += _differences(point, way, pairs)
+    return failures
+
+
+def _unmappable(point: Point, way: str, error: Exception, stacked: list[Values]) -> list[Failure]:
+    """It counts against the rule only if the plain program can be mapped."""
+    plain = lambda v, dy: point.vjp(v, dy, False)[1]
+    try:
+        jax.eval_shape(jax.vmap(plain), *stacked)
+    except Exception:
+        point.notes.append(f"neither the rule nor the plain program runs under {way}: {_first_line(error)[:200]}")
+        return []
+    return [Failure("", ORACLE, way, f"under {way} the rule raises {type(error).__name__}: {_first_line(error)}")]
+
+
+def _differences(point: Point, way: str, pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Failure]:
+    failures = {}
+    for path, got, wanted in pairs:
+        if mismatch(got, wanted):
+            failures[path] = Failure(path, ORACLE, way, mismatch(got, wanted) + f" under jit, by {way}")
+            continue
+        leaf = point.measured(path, got, wanted, 2.0)
+        if not leaf.within:
+            failures.setdefault(path, values_failure(leaf, ORACLE, way, f"by {way} the gradient"))
+    return list(failures.values())
+
+
+def _elsewhere(point: Point) -> Values:
+    """Other values nearby."""
+    noise = point.draw(point.values)
+    return {k: (wide(v) * (1 + 0.01 * wide(noise[k]))).astype(v.dtype) for k, v in point.values.items()}
+
+
+def _arrays(values: Values) -> dict[str, Any]:
+    return {k: jnp.asarray(v) for k, v in values.items()}
+
+
+def output(point: Point) -> list[Failure]:
+    """The rule's forward pass gives the function's own output."""
+    with point.subject.mode():
+        y = leaves_of(point.compiled(point.values, point.dys[0])[0], "y")
+    failures = []
+    for path, wanted in point.plain_output.items():
+        leaf = measure(path, np.asarray(y[path]), wanted, 4 * tolerance(y[path].dtype, point.terms))
+        if not leaf.within:
+            failures.append(values_failure(leaf, ORACLE, "output", "with its rule, the function's output"))
+    return failures

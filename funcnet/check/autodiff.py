@@ -1,0 +1,52 @@
+"""Reverse mode through the plain program in float64: the oracle that tells every element."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from funcnet.check.judge import Leaf, wide
+from funcnet.check.numerical import Numerical
+from funcnet.check.report import Failure, values_failure
+from funcnet.check.subject import Point
+
+
+def autodiff(point: Point, finder: Numerical, judge: bool) -> tuple[list[Leaf], dict[str, str], list[Failure]]:
+    """Every leaf measured for its worst cotangent; where it is to `judge`, a verdict each, and the failures."""
+    leaves, verdicts, failures = [], {}, []
+    for path in point.sound:
+        pairs = zip(point.rule, point.references, strict=True)
+        leaf = min((point.measured(path, got[path], wanted[path]) for got, wanted in pairs), key=_fit)
+        word = "ok" if leaf.within else "WRONG"
+        if not point.reverses:
+            word = "-"
+        elif judge and not leaf.within:
+            leaf, word = _excused(point, finder, path, leaf)
+        leaves.append(leaf)
+        verdicts[path] = word
+        failures += [values_failure(leaf, "autodiff")] if word == "WRONG" else []
+    return leaves, verdicts, failures
+
+
+def _fit(leaf: Leaf) -> float:
+    return -leaf.relative / leaf.allowed
+
+
+def _excused(point: Point, finder: Numerical, path: str, leaf: Leaf) -> tuple[Leaf, str]:
+    """What is left of an error where elements at kinks, and those that autodiff leaves undefined, are set aside."""
+    apart, undefined = np.zeros(leaf.shape, bool), np.zeros(leaf.shape, bool)
+    for got, wanted in zip(point.rule, point.references, strict=True):
+        with np.errstate(all="ignore"):
+            apart |= ~(np.abs(wide(got[path]) - wanted[path]) <= leaf.allowed * (leaf.scale or 1.0))
+        undefined |= ~np.isfinite(wanted[path]) & np.isfinite(wide(got[path]))
+    kinked = finder.kinks(path, apart & ~undefined) if (apart & ~undefined).any() else np.zeros(leaf.shape, bool)
+    if undefined.any():
+        where = list(map(int, np.argwhere(undefined)[0]))
+        point.notes.append(f"{path}: autodiff of the plain program is not finite at {where}, so it is no judge there")
+    skip = kinked | undefined
+    if not skip.any():
+        return leaf, "WRONG"
+    pairs = zip(point.rule, point.references, strict=True)
+    rest = min((point.measured(path, got[path], wanted[path], skip=skip) for got, wanted in pairs), key=_fit)
+    if not rest.within:
+        return rest, "WRONG"
+    return replace(leaf, relative=rest.relative, error=rest.error), "kink" if kinked.any() else "-"

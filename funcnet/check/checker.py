@@ -1,0 +1,250 @@
+"""`check_layer` and `check_vjp`: a rule at a random point, before every oracle."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.check import algebra, laws
+from funcnet.check.autodiff import autodiff
+from funcnet.check.diagnose import Context, diagnose
+from funcnet.check.function import function
+from funcnet.check.judge import Leaf, blank, leaves_of, wide
+from funcnet.check.numerical import Numerical, numerical
+from funcnet.check.plain import trace
+from funcnet.check.report import Failure, Report
+from funcnet.check.shrink import as_code, smallest
+from funcnet.check.spec import drawn, settled, specs
+from funcnet.check.subject import Point, Subject
+from funcnet.expect import InputError, is_floating
+from funcnet.layer import Layer, a_layer
+from funcnet.transform import cast
+
+Tree = Any
+ORACLES = ("autodiff", "numerical", "algebra", "residuals", "laws")
+
+
+def check_layer(
+    layer: Layer,
+    x: Any,
+    *,
+    params: Tree = None,
+    state: Tree = None,
+    dtype: Any = "float64",
+    oracles: Sequence[str] = ORACLES,
+    seed: int = 0,
+    directions: int = 3,
+    shrink: bool = True,
+) -> Report:
+    """Is `layer.bwd` the VJP of `layer.fwd`, and is the layer true to its laws?
+
+    The oracles, each by itself:
+
+    autodiff    reverse mode through the output of `fwd`, without custom rules, in float64, element by element
+    numerical   extrapolated differences in float64 along random directions, with kinks told apart
+    algebra     adjoint to forward mode, linear in dy, alike eagerly and under jit, vmap and scan, repeatable;
+                structure, shape, dtype, weak type and sharding of every gradient
+    residuals   law 6: arrays only, dependent on the input, untouched by bwd; their bytes are noted
+    laws        laws 2 and 3, and that the contractions agree with each other
+
+    Args:
+        layer: any `Layer`; a loss is a layer over (prediction, target).
+        x: its input: arrays, `jax.ShapeDtypeStruct`s or texts such as "f32[8,16]" and "i32[8]<10" to be drawn
+            (`funcnet.check.spec`), or a pytree of them.
+        params, state: by default from `init`, the parameters then moved at random, so that no zero bias or unit scale
+            hides a mistake.
+        dtype: floating arrays are cast to it; float64 runs in JAX's 64-bit mode. Half precision is judged against
+            float64, and by what autodiff reaches in that dtype. Give "float32" for a layer that takes nothing else.
+        oracles: which of the five to ask.
+        seed: of everything that is drawn: sizes, input, parameters, cotangents, and the key given to `fwd`.
+        directions: how many random directions to try in each leaf.
+        shrink: whether to look for a smaller shape that fails as well.
+
+    Returns:
+        A `Report` with leaves `params[..]` and `x..`, worst first.
+
+    Raises:
+        InputError: for a point that the layer cannot be checked at.
+    """
+    a_layer(layer)
+    dtype = jnp.dtype(dtype)
+
+    def build(tree):
+        return _layer(layer, tree["x"], tree.get("params"), state, dtype, seed)
+
+    def line(tree):
+        given = ", params=" + as_code(tree["params"], "params") if "params" in tree else ""
+        given += "" if dtype == jnp.float64 else f', dtype="{dtype}"'
+        return f"fn.check_layer(layer, {as_code(tree['x'], 'x')}{given}, seed={seed})"
+
+    tree = settled(specs({"x": x} if params is None else {"x": x, "params": params}), seed)
+    title = f"{layer.name}: its bwd against its fwd, {dtype}, seed {seed}"
+    return checked(build, tree, line, title, oracles, seed, directions, shrink)
+
+
+def check_vjp(
+    f: Callable,
+    *args: Any,
+    reference: Callable | None = None,
+    oracles: Sequence[str] = ORACLES[:3],
+    seed: int = 0,
+    directions: int = 3,
+    x64: bool = False,
+    shrink: bool = True,
+) -> Report:
+    """Is the VJP that JAX gives for f, custom rules inside it included, the derivative of f?
+
+    The oracles are those of `check_layer`, less the last two. What autodiff is asked about is `reference`, or f with
+    every `jax.custom_vjp` and `jax.custom_jvp` in it replaced by the function that carries it, under jit, scan, cond,
+    remat and each other; which ones were is noted.
+
+    Args:
+        f: any JAX function of pytrees.
+        *args: its arguments: arrays, `jax.ShapeDtypeStruct`s or texts such as "f32[8,16]" to be drawn, or pytrees of
+            them. Numbers are to be arrays.
+        reference: another function with the same values, differentiable by JAX: for a rule that cannot be looked into,
+            such as that of a Pallas kernel.
+        oracles, seed, directions, shrink: as for `check_layer`.
+        x64: run f in JAX's 64-bit mode, its floating arguments cast to float64.
+
+    Returns:
+        A `Report` whose leaves are named as `jax.tree_util.keystr` names them in the tuple of arguments: `[1]`,
+        `[0]['bias']`.
+
+    Raises:
+        InputError: if f cannot be called with these arguments, has no floating output or argument, has side effects, or
+            cannot be differentiated.
+    """
+    name = getattr(f, "__name__", type(f).__name__)
+
+    def build(tree):
+        return function(f, tree, reference, x64, seed)
+
+    def line(tree):
+        options = ", x64=True" * x64 + ", reference=reference" * (reference is not None)
+        shown = "".join(f", {as_code(arg, f'args[{i}]')}" for i, arg in enumerate(tree))
+        return f"fn.check_vjp({name}{shown}, seed={seed}{options})"
+
+    return checked(
+        build, settled(specs(args), seed), line, f"{name}: its VJP, seed {seed}", oracles, seed, directions, shrink
+    )
+
+
+def checked(
+    build: Callable[[Tree], Subject],
+    tree: Tree,
+    line: Callable[[Tree], str],
+    title: str,
+    oracles: Sequence[str],
+    seed: int,
+    directions: int,
+    shrink: bool,
+) -> Report:
+    """The report on what `build` makes of a tree of specs and arrays; a failure is shrunk and given its `line`."""
+    unknown = [oracle for oracle in oracles if oracle not in ORACLES]
+    if unknown or not oracles or isinstance(oracles, str):
+        raise InputError(f"oracles among {', '.join(ORACLES)}", repr(oracles), "name them in a tuple")
+    if directions < 1:
+        raise InputError("at least one direction", f"directions={directions}", "leave it out for three")
+    report = replace(examine(build(tree), oracles, seed, directions), title=title)
+    if report.ok:
+        return report
+    if shrink:
+        wrong = {failure.oracle for failure in report.failures}
+        fails = lambda smaller: not examine(build(smaller), [o for o in oracles if o in wrong], seed, 1, False).ok
+        tree = smallest(tree, fails)
+    return replace(report, repeat=line(tree))
+
+
+def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int, explain: bool = True) -> Report:
+    """Ask the oracles about a subject at its point."""
+    point = Point(subject, seed, directions)
+    point.notes += subject.notes
+    failures = algebra.structure(point)
+    verdicts: dict[str, dict[str, str]] = {}
+    leaves = [blank(path, leaf, {}) for path, leaf in point.values.items() if path in point.broken]
+    if point.sound:
+        finder = Numerical(point)
+        rows, words, found = autodiff(point, finder, "autodiff" in oracles)
+        leaves += rows
+        if "autodiff" in oracles:
+            verdicts["autodiff"], failures = words, failures + found
+        if "numerical" in oracles:
+            verdicts["numerical"], found = numerical(point, finder)
+            failures += found
+        if "algebra" in oracles:
+            failures += algebra.algebra(point)
+    if "residuals" in oracles and subject.layer:
+        failures += laws.residuals(point)
+    if "laws" in oracles and subject.layer:
+        failures += laws.laws(point)
+    if "algebra" in oracles:
+        verdicts["algebra"] = dict.fromkeys(point.values, "ok")
+    for failure in failures:  # a structural failure counts whatever was asked for
+        verdicts.setdefault(failure.oracle, {})[failure.leaf] = "WRONG"
+    shown = [oracle for oracle in ("autodiff", "numerical", "algebra", "laws") if oracle in verdicts]
+    leaves = [replace(leaf, verdicts={o: verdicts[o].get(leaf.leaf, "-") for o in shown}) for leaf in leaves]
+    arrays = {path: (point.rule[0][path], point.references[0][path]) for path in point.sound}
+    if explain and failures:
+        leaves = _explained(point, leaves)
+    return Report(
+        subject.title,
+        tuple(sorted(leaves, key=Leaf.badness)),
+        tuple(failures),
+        tuple(dict.fromkeys(point.notes)),
+        arrays=arrays,
+    )
+
+
+def _explained(point: Point, leaves: list[Leaf]) -> list[Leaf]:
+    """The wrong leaves with their diagnoses."""
+    arrays = {path: wide(leaf) for path, leaf in point.values.items()}
+    with point.subject.mode():
+        y = leaves_of(point.subject.plain(*point.args(point.values), wide=False), "y")
+    arrays |= {path: np.asarray(y[path]) for path in point.outputs}
+    arrays |= {"d" + path: dy for path, dy in point.dys[0].items()}
+    known = point.references[0] if point.reverses else {}
+    context = Context(known, arrays, point.dys[0], point.reference, point.gradients)
+    explained = []
+    for leaf in leaves:
+        if leaf.ok or leaf.leaf not in known or leaf.leaf not in point.gotten:
+            explained.append(leaf)
+            continue
+        word = diagnose(leaf, point.gotten[leaf.leaf], known[leaf.leaf], context)
+        explained.append(replace(leaf, diagnosis=word))
+    return explained
+
+
+def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: int) -> Subject:
+    """The layer at a point: what is not given is drawn or initialised."""
+    x64 = dtype == jnp.float64 or bool(jax.config.jax_enable_x64)
+    key, rng = jax.random.key(seed), np.random.default_rng([seed, 3])
+    with jax.enable_x64(x64):
+        x = cast(jax.tree.map(np.asarray, drawn(x, seed)), dtype)
+        if params is None or state is None:
+            fresh, fresh_state = jax.jit(layer.init)(key, x)
+            params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else drawn(params, seed)
+            state = fresh_state if state is None else state
+        params, state = (cast(jax.tree.map(_array, tree), dtype) for tree in (params, state))
+        plain = trace(lambda params, x: layer.fwd(params, state, x, key)[0], params, x)
+
+    def pull(args, dy):
+        params, x = args
+        y, _, residuals = layer.fwd(params, state, x, key)
+        return y, layer.bwd(params, residuals, dy)
+
+    return Subject(layer.name, (params, x), ("params", "x"), pull, plain, x64, layer, state, key)
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _moved(leaf: Any, rng: np.random.Generator) -> Any:
+    return leaf + (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype) if is_floating(leaf) else leaf
+
+
+__all__ = ["Failure", "check_layer", "check_vjp"]

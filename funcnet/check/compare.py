@@ -1,0 +1,45 @@
+"""Two gradients that somebody already has, side by side."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from funcnet.check.diagnose import Context, diagnose
+from funcnet.check.judge import Leaf, blank, leaves_of, measure, mismatch, tolerance
+from funcnet.check.report import Failure, Report, values_failure
+
+Tree = Any
+
+
+def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None) -> Report:
+    """Compare two gradient pytrees leaf by leaf; the second is the reference.
+
+    They may come from two frameworks, two versions or two devices. Every element of a leaf may be off by the tolerance
+    of the leaf's dtype (`funcnet.check.judge`), relative to the leaf's largest magnitude in the reference.
+
+    Args:
+        got, wanted: pytrees of one structure. An integer leaf's gradient may be None or float0.
+        name: put in front of every path.
+        dtype: the dtype whose rounding is allowed; by default that of each leaf.
+    """
+    ours, theirs = leaves_of(got, name), leaves_of(wanted, name)
+    leaves, failures, arrays = [], [], {}
+    for path in [*ours, *(path for path in theirs if path not in ours)]:
+        if problem := mismatch(ours.get(path), theirs.get(path)):
+            failures.append(Failure(path, "reference", "structure", problem))
+            leaves.append(blank(path, ours.get(path, theirs.get(path)), {"reference": "WRONG"}))
+            continue
+        leaf = measure(path, ours[path], theirs[path], tolerance(dtype or ours[path].dtype))
+        leaves.append(replace(leaf, verdicts={"reference": "ok" if leaf.within else "WRONG"}))
+        arrays[path] = (np.asarray(ours[path]), np.asarray(theirs[path]))
+        failures += [] if leaf.within else [values_failure(leaf, "reference")]
+    context = Context({path: wanted for path, (_, wanted) in arrays.items()})
+    leaves = [
+        leaf
+        if leaf.ok or leaf.leaf not in arrays
+        else replace(leaf, diagnosis=diagnose(leaf, *arrays[leaf.leaf], context))
+        for leaf in leaves
+    ]
+    leaves = tuple(sorted(leaves, key=Leaf.badness))
+    return Report("gradients compared with the reference", leaves, tuple(failures), arrays=arrays)

@@ -1,0 +1,158 @@
+"""A JAX function as a subject of the checker, refused in words where it cannot be one."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.check.judge import wide
+from funcnet.check.plain import Plain, is_inexact, trace
+from funcnet.check.spec import drawn
+from funcnet.check.subject import Subject
+from funcnet.expect import InputError, describe
+
+Tree = Any
+
+
+def function(f: Callable, args: tuple, reference: Callable | None, x64: bool, seed: int) -> Subject:
+    """f at the arguments `args`, those that are specs drawn.
+
+    Raises:
+        InputError: if f cannot be checked there.
+    """
+    if not callable(f):
+        raise InputError("a function", describe(f), "pass the function itself, not its result")
+    x64 = x64 or bool(jax.config.jax_enable_x64)
+    args = jax.tree.map(lambda leaf: _placed(leaf, x64), drawn(args, seed))
+    with jax.enable_x64(x64):
+        program = _program(f, args)
+        plain = program if reference is None else _reference(reference, args, program)
+        _differentiable(f, args, program)
+
+    def pull(args, dy):
+        y, pullback = jax.vjp(f, *args)
+        return y, pullback(dy)
+
+    name = getattr(f, "__name__", type(f).__name__)
+    roots = tuple(f"[{i}]" for i in range(len(args)))
+    return Subject(name, args, roots, pull, plain, x64, raw=_raw(f), notes=_notes(program, plain, reference))
+
+
+def _placed(leaf: Any, x64: bool) -> Any:
+    if not is_inexact(leaf) or (jnp.finfo(leaf.dtype).bits < 64 and not x64):
+        return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if not x64:
+        remedy = "pass x64=True, or cast them to float32: JAX would do so silently"
+        raise InputError("arguments of at most 32 bits outside JAX's 64-bit mode", describe(leaf), remedy)
+    return wide(leaf)
+
+
+def _program(f: Callable, args: tuple) -> Plain:
+    """The program of f; refused if there is none, or nothing in it to differentiate."""
+    name = getattr(f, "__name__", type(f).__name__)
+    try:
+        inspect.signature(f).bind(*args)
+    except TypeError as error:
+        raise InputError(f"arguments that {name} takes", f"{len(args)} arguments: {error}", "give it its own") from None
+    except ValueError:  # it has no signature to be read
+        pass
+    if not any(is_inexact(leaf) for leaf in jax.tree.leaves(args)):
+        remedy = "pass floating arguments, such as 'f32[8]': integers have no gradient"
+        raise InputError("at least one floating argument", describe(args), remedy)
+    try:
+        first, second = (trace(lambda *a: f(*a), *args) for _ in range(2))
+    except InputError:
+        raise
+    except Exception as error:
+        remedy = "call it once with these arguments under jax.jit; use jax.numpy, jax.lax.cond and jax.lax.scan inside"
+        raise InputError(
+            f"a function that JAX can trace, {name}", f"{type(error).__name__}: {_first(error)}", remedy
+        ) from error
+    effects = getattr(first.jaxpr, "effects", ())
+    if effects:
+        received = ", ".join(sorted(map(str, effects)))
+        raise InputError(f"{name} without side effects", received, "take prints, callbacks and writes to refs out")
+    if not _alike(first, second):
+        received = f"{name} gives another program each time it is traced"
+        raise InputError(
+            "a pure function of its arguments", received, "pass what it draws, counts or reads as an argument"
+        )
+    outputs = first.jaxpr.out_avals
+    if not any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in outputs):
+        shown = ", ".join(str(aval) for aval in outputs) or "nothing"
+        raise InputError(f"at least one floating output of {name}", shown, "return floats; integers have no gradient")
+    return first
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())[:300]
+
+
+def _alike(a: Plain, b: Plain) -> bool:
+    if str(a.jaxpr) != str(b.jaxpr):
+        return False
+    pairs = zip(a.jaxpr.consts, b.jaxpr.consts, strict=True)
+    return all(
+        x is y or (is_inexact(x) and np.array_equal(x, y, equal_nan=True)) or not is_inexact(x) for x, y in pairs
+    )
+
+
+def _reference(reference: Callable, args: tuple, program: Plain) -> Plain:
+    plain = _program(reference, args)
+    ours, theirs = ([(a.shape, a.dtype) for a in p.jaxpr.out_avals] for p in (program, plain))
+    if plain.structure != program.structure or ours != theirs:
+        received = f"{theirs} in {plain.structure} for {ours} in {program.structure}"
+        raise InputError("a reference with the outputs of the function", received, "return the same tree of arrays")
+    return plain
+
+
+def _differentiable(f: Callable, args: tuple, program: Plain) -> None:
+    """Refuse a function without custom rules that reverse mode cannot go through."""
+    if program.rules:
+        return
+    try:
+        jax.eval_shape(lambda *a: jax.vjp(f, *a)[0], *args)
+    except Exception as error:
+        remedy = "give it a jax.custom_vjp, or use jax.lax.scan for a while loop; then check it again"
+        raise InputError(
+            "a function that JAX can differentiate", f"{type(error).__name__}: {_first(error)}", remedy
+        ) from error
+
+
+def _raw(f: Callable) -> Callable | None:
+    """The rule of a bare `jax.custom_vjp`, to see what it returns before JAX drops, casts or refuses it."""
+    if not isinstance(f, jax.custom_vjp) or getattr(f, "nondiff_argnums", None) or getattr(f, "bwd", None) is None:
+        return None
+
+    def raw(args, dy):
+        y, residuals = f.fwd(*args)
+        grads = f.bwd(residuals, dy)
+        if not isinstance(grads, tuple) or len(grads) != len(args):
+            received = f"{type(grads).__name__} of {len(grads)}" if hasattr(grads, "__len__") else describe(grads)
+            raise TypeError(
+                f"bwd is to return a tuple of {len(args)} cotangents, one an argument, and returned a {received}"
+            )
+        return y, tuple(_zeros(arg) if grad is None else grad for arg, grad in zip(args, grads, strict=True))
+
+    return raw
+
+
+def _zeros(arg: Tree) -> Tree:
+    """What None stands for."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if is_inexact(leaf) else None, arg)
+
+
+def _notes(program: Plain, plain: Plain, reference: Callable | None) -> tuple[str, ...]:
+    rules = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in program.rules.items())
+    notes = [f"custom rules: {rules}" if rules else "no custom rule inside: autodiff is compared with itself"]
+    if reference is not None:
+        notes = [*notes[: bool(rules)], "autodiff is that of the reference given"]
+    elif program.stuck:
+        stuck = ", ".join(sorted(program.stuck))
+        notes.append(f"a rule inside {stuck} cannot be replaced: autodiff uses it there; give a reference")
+    if program.stops:
+        notes.append("stop_gradient inside: the numerical oracle sees through it, autodiff does not")
+    return tuple(notes)

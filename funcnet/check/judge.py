@@ -1,0 +1,166 @@
+"""How far a gradient may be from its reference: the one place that says so.
+
+A leaf g is held to its reference r, in float64, element by element and by the leaf's own scale, max |r| (1 where r is
+zero everywhere):
+
+    |g_i - r_i|  <=  (A eps + B eps_acc sqrt(n)) max |r|  +  C honest
+
+- eps is the unit of rounding of the leaf's dtype and A = 4 in half precision, 64 in float32, 1024 in float64, where no
+  real mistake is as small.
+- n is the length of the longest sum in the program, eps_acc the unit of rounding of the dtype that sums run in (float32
+  for half precision), B = 16: rounding errors of a sum grow like the square root of its length.
+- honest is the error of the plain program itself: of its automatic derivative in the program's own dtypes, the largest
+  of several points that are a unit of rounding apart. In a program that is float64 throughout it is what the reference
+  moves when its inputs are moved by one unit of rounding. C = 4. So a rule need not be better than autodiff in its
+  dtype, and where a gradient is a small difference of large terms no rule can be.
+
+Never is there one number for a whole tree, and no tolerance grows with the size of an array.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.expect import describe, is_array
+
+Tree = Any
+ROUNDING = {16: 4, 32: 64, 64: 1024}  # A, by the bits of the dtype
+SUMS, HONEST = 16, 4  # B, C
+
+
+def tolerance(dtype: Any, terms: int = 1) -> float:
+    """(A eps + B eps_acc sqrt(n)), what a leaf of this dtype may be off relative to its scale; n is `terms`."""
+    info = jnp.finfo(dtype)
+    half = info.bits < 32
+    sums = float(jnp.finfo(jnp.float32 if half else dtype).eps) * SUMS * terms**0.5
+    return float(info.eps) * ROUNDING.get(info.bits, 4) + sums
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of a gradient beside its reference, at its worst element.
+
+    Attributes:
+        leaf: path, as `jax.tree_util.keystr` writes it.
+        shape, dtype: of the gradient under test.
+        scale: the largest magnitude in the reference.
+        error: the largest absolute error.
+        relative: that, over the scale (over 1 where the scale is 0).
+        allowed: what `relative` may be.
+        ulps: the error in units in the last place of the reference value there, in the gradient's dtype.
+        index: where that is; `got` and `wanted` are the two values there.
+        verdicts: what each oracle said of the leaf: "ok", "WRONG", "kink", or "-" where it could not tell.
+        diagnosis: what the error looks like, or empty.
+    """
+
+    leaf: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    scale: float = 0.0
+    error: float = 0.0
+    relative: float = 0.0
+    allowed: float = 0.0
+    ulps: float = 0.0
+    index: tuple[int, ...] = ()
+    got: complex = 0.0
+    wanted: complex = 0.0
+    verdicts: Mapping[str, str] = field(default_factory=dict)
+    diagnosis: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no oracle finds it wrong."""
+        return "WRONG" not in self.verdicts.values()
+
+    @property
+    def within(self) -> bool:
+        """Whether its error is allowed."""
+        return self.relative <= self.allowed
+
+    def badness(self) -> tuple[bool, float, str]:
+        """Sorts the worst leaf first: wrong before right, then by error over what is allowed."""
+        return self.ok, -self.relative / (self.allowed or 1.0), self.leaf
+
+
+def measure(path: str, got: Any, wanted: Any, allowed: float, honest: float = 0.0, skip: Any = None) -> Leaf:
+    """`got` against `wanted`, arrays of one shape; elements in the mask `skip` are left out.
+
+    Args:
+        allowed: relative to the leaf's scale.
+        honest: absolute, added to that.
+    """
+    a, b = wide(got), wide(wanted)
+    shape, dtype = tuple(np.shape(got)), str(got.dtype)
+    if a.size == 0:
+        return Leaf(path, shape, dtype, allowed=allowed)
+    with np.errstate(all="ignore"):
+        rounded = wide(b.astype(got.dtype))  # the reference itself may be beyond the dtype
+        same = (a == b) | (a == rounded) | (np.isnan(a) & np.isnan(b))
+        error = np.where(same, 0.0, np.abs(a - b))
+    error = np.where(np.isnan(error), np.inf, error)
+    if skip is not None:
+        error = np.where(skip, 0.0, error)
+    worst = tuple(int(i) for i in np.unravel_index(np.argmax(error), error.shape))
+    finite = np.abs(b[np.isfinite(b)])
+    scale = float(finite.max()) if finite.size else 0.0
+    unit = scale or 1.0
+    ulp = spacing(abs(b[worst]), got.dtype)
+    value = complex if np.iscomplexobj(a) or np.iscomplexobj(b) else float
+    return Leaf(
+        path,
+        shape,
+        dtype,
+        scale,
+        float(error[worst]),
+        float(error[worst]) / unit,
+        allowed + honest / unit,
+        float(error[worst]) / ulp,
+        worst,
+        value(a[worst]),
+        value(b[worst]),
+    )
+
+
+def wide(array: Any) -> np.ndarray:
+    """In float64 or complex128, as NumPy."""
+    array = np.asarray(array)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+
+def spacing(value: float, dtype: Any) -> float:
+    """The unit in the last place of `value` in `dtype`."""
+    info = jnp.finfo(dtype)
+    if not np.isfinite(value) or value < float(info.tiny):
+        value = float(info.tiny)
+    return float(2.0 ** (np.frexp(value)[1] - 1) * float(info.eps))
+
+
+def leaves_of(tree: Tree, name: str = "") -> dict[str, Any]:
+    """Leaves by path; those without a gradient (None, float0) left out."""
+    with_path = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        name + jax.tree_util.keystr(path): leaf
+        for path, leaf in with_path
+        if getattr(leaf, "dtype", None) != jax.dtypes.float0
+    }
+
+
+def mismatch(got: Any, wanted: Any) -> str:
+    """What is wrong with the kind, shape or dtype of a gradient, each None where there is none; empty if nothing is."""
+    if got is None:
+        return f"no gradient for {describe(wanted)}"
+    if wanted is None:
+        return f"the gradient {describe(got)} for a leaf that has none"
+    if not is_array(got) or tuple(got.shape) != tuple(wanted.shape) or got.dtype != wanted.dtype:
+        return f"the gradient {describe(got)} for {describe(wanted)}"
+    return ""
+
+
+def blank(path: str, given: Any, verdicts: Mapping[str, str]) -> Leaf:
+    """A leaf of which no values were compared."""
+    shape, dtype = (tuple(given.shape), str(given.dtype)) if is_array(given) else ((), type(given).__name__)
+    return Leaf(path, shape, dtype, verdicts=verdicts)

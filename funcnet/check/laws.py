@@ -1,0 +1,182 @@
+"""What makes a layer a layer, beside the truth of its `bwd`: its residuals, its `apply`, its state, its contractions."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.check.judge import leaves_of, measure, tolerance, wide
+from funcnet.check.plain import jaxpr_of
+from funcnet.check.report import Failure, values_failure
+from funcnet.check.subject import Point, host, quickly
+from funcnet.expect import InputError, describe
+from funcnet.factors import is_factor, keep, per_example, squared_norm, total
+
+Tree = Any
+
+
+def residuals(point: Point) -> list[Failure]:
+    """Law 6: residuals are arrays, depend on the input, and on no dy. Their bytes are noted."""
+    layer, state, key = point.subject.layer, point.subject.state, point.subject.key
+    with point.subject.mode():
+        params, x = jax.tree.map(jnp.asarray, point.subject.args)
+        if strange := _strange(point):
+            return strange
+        before = layer.fwd(params, state, x, key)
+        if not point.raises:
+            layer.bwd(params, before[2], point.cotangent(point.dys[1]))
+        after = layer.fwd(params, state, x, key)
+        of_params = _of_params(point, before[2])
+    failures = [
+        Failure(
+            f"residuals{path}", "residuals", "parameters", "depends on parameters alone, which bwd is handed anyway"
+        )
+        for path in of_params
+    ]
+    if changed := _changed(before[2], after[2]):
+        message = "two calls of fwd with the same key, before and after calls of bwd, give different residuals"
+        failures.append(Failure(f"residuals{changed}", "residuals", "repeatable", message))
+    elif _changed(before[:2], after[:2]):
+        message = "two calls of fwd with the same key give different outputs or states"
+        failures.append(Failure("", "residuals", "repeatable", message))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(before[2]))
+    point.notes.append(f"residuals: {size:,} bytes in {len(jax.tree.leaves(before[2]))} arrays")
+    return failures
+
+
+def _strange(point: Point) -> list[Failure]:
+    """Residuals that are no arrays: such could not even pass through jit."""
+    found: list[Any] = []
+
+    def outputs(params, state, x, key):
+        y, new_state, residuals = point.subject.layer.fwd(params, state, x, key)
+        found.extend(jax.tree_util.tree_leaves_with_path(residuals))
+        return y, new_state
+
+    params, x = point.subject.args
+    jax.eval_shape(outputs, params, point.subject.state, x, point.subject.key)
+    return [
+        Failure(
+            f"residuals{jax.tree_util.keystr(path)}", "residuals", "not an array", f"is {describe(leaf)}, not an array"
+        )
+        for path, leaf in found
+        if not isinstance(leaf, jax.Array)
+    ]
+
+
+def _of_params(point: Point, residuals: Tree) -> list[str]:
+    """Paths of the residuals that depend on params and not on x, by following both through the program."""
+    subject = point.subject
+    program = jaxpr_of(lambda params, x: subject.layer.fwd(params, subject.state, x, subject.key)[2], *subject.args)
+    split = len(jax.tree.leaves(subject.args[0]))
+    of_params, of_x = (program.reached(part) for part in (range(split), range(split, len(point.leaves))))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(residuals)]
+    return [path for i, path in enumerate(paths) if i in of_params and i not in of_x]
+
+
+def _changed(a: Tree, b: Tree) -> str | None:
+    """The path of the first leaf that is not bit for bit the same."""
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if not np.array_equal(_bits(x), _bits(y), equal_nan=jnp.issubdtype(x.dtype, jnp.inexact)):
+            return jax.tree_util.keystr(path)
+    return None
+
+
+def _bits(v: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v)
+
+
+def laws(point: Point) -> list[Failure]:
+    """Laws 2 and 3 (apply, state), and the contractions."""
+    with point.subject.mode():
+        return [*_state(point), *_apply(point), *_contractions(point)]
+
+
+def _state(point: Point) -> list[Failure]:
+    subject = point.subject
+    (params, x), state = subject.args, subject.state
+    new = jax.eval_shape(subject.layer.fwd, params, state, x, subject.key)[1]
+    like = [
+        (jax.tree.structure(s), [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(s)])
+        for s in (state, new)
+    ]
+    if like[0] == like[1]:
+        return []
+    return [Failure("", "laws", "state", f"fwd returned the state {like[1][1]} for {like[0][1]}")]
+
+
+def _apply(point: Point) -> list[Failure]:
+    """apply equals fwd's output where there is no state and nothing is drawn; else it is like it."""
+    subject = point.subject
+    (params, x), state, layer = subject.args, subject.state, subject.layer
+    shapes = jax.eval_shape(layer.apply, params, state, x)
+    if describe(shapes) != describe(point.y_shape):
+        return [Failure("", "laws", "apply", f"apply returns {describe(shapes)}, fwd {describe(point.y_shape)}")]
+    if jax.tree.leaves(state) or _draws(point):
+        return []
+    params, state, x = jax.tree.map(jnp.asarray, (params, state, x))
+    applied = leaves_of(layer.apply(params, state, x), "y")
+    run = leaves_of(layer.fwd(params, state, x, subject.key)[0], "y")
+    failures = []
+    for path in point.outputs:
+        leaf = measure(path, applied[path], run[path], 4 * tolerance(run[path].dtype, point.terms))
+        if not leaf.within:
+            failures.append(values_failure(leaf, "laws", "apply", "by apply, the output"))
+    return failures
+
+
+def _draws(point: Point) -> bool:
+    """Whether fwd's output depends on its key."""
+    subject = point.subject
+    (params, x), state = subject.args, subject.state
+    program = jaxpr_of(lambda key: subject.layer.fwd(params, state, x, key)[0], subject.key)
+    return bool(program.reached([0]))
+
+
+def _contractions(point: Point) -> list[Failure]:
+    """keep, per_example and squared_norm say the same as total, and an example's gradient is that of its own dy."""
+    layer, (params, x) = point.subject.layer, point.subject.args
+    if not jax.tree.leaves(params) or any(path in point.broken for path in point.values if path.startswith("params")):
+        return []
+    dy = {k: jnp.asarray(v) for k, v in point.dys[0].items()}
+    examples = {v.shape[0] for v in dy.values() if v.ndim}
+    count = examples.pop() if len(examples) == 1 else 0
+    alone = {
+        k: jnp.where((jnp.arange(count) == count - 1).reshape(-1, *(1,) * (v.ndim - 1)), v, 0) for k, v in dy.items()
+    }
+
+    def all_of_them(params, x):
+        residuals = layer.fwd(params, point.subject.state, x, point.subject.key)[2]
+        by = lambda contract, dy: layer.bwd(params, residuals, point.cotangent(dy), contract)[0]
+        kept = jax.tree.map(lambda factor, p: total(factor, p), by(keep, dy), params, is_leaf=is_factor)
+        return kept, by(per_example, dy), by(squared_norm, dy), by(total, alone)
+
+    try:
+        kept, each, norms, last = (host(leaves_of(t, "params")) for t in quickly(all_of_them)(params, x))
+    except InputError as error:
+        point.notes.append(f"per-example contractions are refused: {error.expected}")
+        return []
+    except Exception as error:
+        message = f"bwd raises {type(error).__name__} for other contractions than total: {error}"
+        return [Failure("", "laws", "contractions", message)]
+    failures = []
+    for path, wanted in {k: v for k, v in point.rule[0].items() if k.startswith("params")}.items():
+        failures += _contraction(point, path, "keep, then total", kept[path], wanted)
+        if not count:
+            continue
+        if each[path].shape != (count, *wanted.shape):
+            message = f"per_example gives {describe(each[path])} for a leaf {describe(wanted)} and {count} examples"
+            failures.append(Failure(path, "laws", "contractions", message))
+            continue
+        failures += _contraction(point, path, "the sum of per_example", wide(each[path]).sum(0), wanted)
+        failures += _contraction(point, path, "the last of per_example", each[path][-1], last[path])
+        squares = np.sum(np.abs(wide(each[path])) ** 2, axis=tuple(range(1, each[path].ndim)))
+        leaf = measure(path, norms[path], squares, 8 * tolerance(wanted.dtype, point.terms), 4 * point.honest[path])
+        failures += [] if leaf.within else [values_failure(leaf, "laws", "contractions", "squared_norm")]
+    return failures
+
+
+def _contraction(point: Point, path: str, what: str, got: np.ndarray, wanted: np.ndarray) -> list[Failure]:
+    leaf = point.measured(path, np.asarray(got).astype(wanted.dtype), wanted, 2.0)
+    return [] if leaf.within else [values_failure(leaf, "laws", "contractions", what)]

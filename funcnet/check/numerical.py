@@ -1,0 +1,263 @@
+"""Numerical derivatives in float64, and the points where there is none.
+
+Along a direction v of one leaf, F the plain program in float64 and u the cotangent, the central differences
+
+    D(h) = <u, F(x + h v) - F(x - h v)> / 2h  =  <u, J v> + c2 h^2 + c4 h^4 + ..
+
+at h = 2^-4, 2^-6, .. 2^-26 are extrapolated to h = 0 (Richardson); among all extrapolations the one that differs least
+from its neighbours is taken, and that difference is its error (Ridders 1982, Advances in Engineering Software 4:75). An
+entry of v is a normal number times the entry of x, or times the leaf's root mean square where x is smaller than a
+thousandth of that, so a step is small beside every value.
+
+Where the slopes from the left and from the right stay apart while h shrinks there is a kink. Its elements are looked
+for by halving the leaf; they are reported, and only what lies outside the one-sided slopes there is wrong. Where the
+slopes grow like 1/h there is a jump, and no verdict.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.check.judge import wide
+from funcnet.check.report import Failure
+from funcnet.check.subject import Point, quickly
+
+STEPS = 2.0 ** -np.arange(4, 28, 2)
+ENOUGH = 1e-3  # an estimate that is less sure than this says nothing
+KINKS = 64  # elements with a kink to be found before the whole leaf counts as one
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The derivative along a direction.
+
+    Attributes:
+        value, error: the best extrapolation, and how sure it is.
+        left, right: the one-sided slopes at a small step.
+        kind: "smooth", "kink", or "jump".
+    """
+
+    value: float
+    error: float
+    left: float
+    right: float
+    kind: str
+
+
+class Numerical:
+    """Numerical derivatives of a point's plain program along directions in one leaf."""
+
+    def __init__(self, point: Point):
+        self.point = point
+        self.center = {path: wide(value) for path, value in point.values.items()}
+        self.dy = {path: wide(dy) for path, dy in point.dys[0].items()}
+        self._kinked: dict[str, tuple[np.ndarray, set[int]]] = {}
+
+    @cached_property
+    def _along(self) -> Any:
+        """(values, tangents, dy) -> <dy, F(x + hv) - F(x)> and <dy, F(x) - F(x - hv)> for every h, and their size."""
+        point = self.point
+
+        def along(values, tangents, dy):
+            at = lambda h: point.outputs_of(jax.tree.map(lambda x, v: x + h * v, values, tangents), True)
+            base = at(0.0)
+            dy = {k: jnp.where(jnp.isfinite(base[k]), dy[k], 0.0) for k in dy}
+
+            def pair(a, b):
+                terms = [jnp.where(dy[k] == 0, 0.0, dy[k] * (a[k] - b[k])) for k in dy]
+                return sum(jnp.real(t).sum() for t in terms)
+
+            def size(a):
+                return sum(jnp.where(dy[k] == 0, 0.0, jnp.abs(dy[k] * a[k])).sum() for k in dy)
+
+            def one(h):
+                above, below = at(h), at(-h)
+                return pair(above, base), pair(base, below), size(above) + size(below)
+
+            return jax.lax.map(one, jnp.asarray(STEPS))
+
+        return quickly(along)
+
+    def slope(self, path: str, direction: np.ndarray) -> Slope:
+        """The derivative of <dy, F> along `direction` in one leaf."""
+        tangents = {k: direction if k == path else np.zeros_like(v) for k, v in self.center.items()}
+        with jax.enable_x64(True):
+            right, left, size = (np.asarray(a) for a in self._along(self.center, tangents, self.dy))
+        value, error = extrapolated((right + left) / (2 * STEPS))
+        right, left = right / STEPS, left / STEPS
+        rounding = 2.0**-50 * size / STEPS
+        return Slope(value, error + 4 * rounding[0], *_sides(left, right, rounding))
+
+    def scale(self, path: str) -> np.ndarray:
+        """How far a value may be moved: its own size, or the leaf's where it is next to nothing."""
+        size = np.abs(self.center[path])
+        finite = np.isfinite(size)
+        typical = float(np.sqrt(np.mean(size[finite] ** 2))) if finite.any() else 0.0
+        size = np.where(finite, size, 0.0)
+        return np.where(size > 1e-3 * typical, size, typical or 1.0)
+
+    def direction(self, path: str) -> np.ndarray:
+        """A random direction in a leaf."""
+        like = {path: self.center[path]}
+        return self.point.draw(like, {path: self.scale(path)})[path]
+
+    def kinks(self, path: str, candidates: np.ndarray) -> np.ndarray:
+        """Which of the `candidates`, a mask over a leaf, have a kink or a jump; all of them where there are many."""
+        found = np.zeros(candidates.shape, bool)
+        flat, direction = np.flatnonzero(candidates), self.direction(path).ravel()
+        waiting, tried = [flat], 0
+        while waiting:
+            part = waiting.pop()
+            probe = np.zeros(direction.size, direction.dtype)
+            probe[part] = direction[part]
+            tried += 1
+            if tried > 4 * KINKS or found.sum() > KINKS:
+                return candidates.copy()
+            if self.slope(path, probe.reshape(candidates.shape)).kind == "smooth":
+                continue
+            if len(part) == 1:
+                found.ravel()[part] = True
+            else:
+                waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
+        return found
+
+
+def extrapolated(quotients: np.ndarray) -> tuple[float, float]:
+    """The limit of D(h) for h -> 0, each h a quarter of the last, and an estimate of its error."""
+    best, error, row = float("nan"), float("inf"), [float(quotients[0])]
+    with np.errstate(all="ignore"):
+        for q in quotients[1:]:
+            new, factor = [float(q)], 1.0
+            for j, old in enumerate(row):
+                factor *= 16.0
+                new.append(new[j] + (new[j] - old) / (factor - 1))
+                off = max(abs(new[j + 1] - new[j]), abs(new[j + 1] - old))
+                if off < error:
+                    best, error = new[j + 1], off
+            row = new
+    return best, error
+
+
+def _sides(left: np.ndarray, right: np.ndarray, rounding: np.ndarray) -> tuple[float, float, str]:
+    """Slopes from the left and the right, and whether they show a kink or a jump.
+
+    With a quarter of the step, the gap between them is a quarter where F is smooth, and stays at a kink. At a jump the
+    slopes themselves grow fourfold, at an infinite slope such as that of a root at 0 twofold.
+    """
+    steps = slice(-6, -1)
+    gap, size = np.abs(right - left)[steps], np.maximum(np.abs(left), np.abs(right))[steps]
+    noise = 64 * rounding[steps]
+    sides = float(left[-4]), float(right[-4])
+    if not np.isfinite(size).all() or ((size[1:] > 1.8 * size[:-1]).all() and (size > noise).all()):
+        return *sides, "jump"
+    stays = (gap > noise).all() and gap[-1] > gap[0] / 2
+    return *sides, "kink" if stays else "smooth"
+
+
+def numerical(point: Point, finder: Numerical) -> tuple[dict[str, str], list[Failure]]:
+    """A verdict by leaf, and the failures: the rule's slope along random directions against the numerical one."""
+    verdicts, failures = {}, []
+    for path in point.sound:
+        word, failure = _leaf(point, finder, path)
+        verdicts[path] = word
+        failures += [failure] if failure else []
+    return verdicts, failures
+
+
+def _leaf(point: Point, finder: Numerical, path: str) -> tuple[str, Failure | None]:
+    gradient = wide(point.rule[0][path])
+    if gradient.size == 0:
+        return "ok", None
+    if not np.isfinite(gradient).all():
+        return _not_finite(finder, path, gradient)
+    kinked, unsure = np.zeros(gradient.shape, bool), False
+    for _ in range(point.directions):
+        direction = np.where(kinked, 0, finder.direction(path))
+        slope = finder.slope(path, direction)
+        if slope.kind != "smooth":
+            kinked |= finder.kinks(path, ~kinked)
+            direction = np.where(kinked, 0, direction)
+            slope = finder.slope(path, direction)
+        if kinked.all():
+            break
+        ours = _slope_of(gradient, direction)
+        allowed = 2 * point.allowed(path) * _norm(direction) + 8 * slope.error
+        reach = max(_norm(gradient * direction), abs(slope.value))
+        if slope.kind != "smooth" or not np.isfinite(slope.value) or 8 * slope.error > max(ENOUGH * reach, allowed / 2):
+            unsure = True
+        elif abs(ours - slope.value) > allowed + 1e-9 * reach:
+            message = f"along a random direction the slope is {ours:.9g} by the rule, {slope.value:.9g} numerically"
+            return "WRONG", Failure(path, "numerical", "slope", message, (), ours, slope.value)
+    if kinked.any():
+        if failure := _beyond_the_sides(point, finder, path, gradient, kinked):
+            return "WRONG", failure
+        point.notes.append(f"{path}: a kink or jump at {_listed(kinked)}; the rule gives a slope between the two sides")
+        return "kink", None
+    if unsure:
+        point.notes.append(f"{path}: numerical differences are too noisy here to tell")
+    return "-" if unsure else "ok", None
+
+
+def _beyond_the_sides(
+    point: Point, finder: Numerical, path: str, gradient: np.ndarray, kinked: np.ndarray
+) -> Failure | None:
+    """At a kink any slope between the one-sided ones will do; one that is not is wrong."""
+    each = [kinked] if kinked.sum() > KINKS else [_only(kinked.shape, i) for i in np.flatnonzero(kinked)]
+    for mask in each:
+        direction = np.where(mask, finder.scale(path) if mask.sum() == 1 else finder.direction(path), 0)
+        slope, ours = finder.slope(path, direction), _slope_of(gradient, direction)
+        low, high = sorted((slope.left, slope.right))
+        room = (
+            2 * point.allowed(path) * _norm(direction) + 1e-5 * (high - low) + 8 * min(slope.error, ENOUGH * abs(ours))
+        )
+        if slope.kind == "kink" and not low - room <= ours <= high + room:
+            size = _norm(direction)
+            message = (
+                f"at a kink, {_listed(mask)}, the slope is {ours / size:.9g} by the rule, {slope.left / size:.9g} "
+            )
+            message += f"from the left and {slope.right / size:.9g} from the right"
+            return Failure(path, "numerical", "beyond both sides", message)
+    return None
+
+
+def _not_finite(finder: Numerical, path: str, gradient: np.ndarray) -> tuple[str, Failure | None]:
+    """A gradient with an inf or NaN is wrong wherever the function has a slope, or two."""
+    index = tuple(int(i) for i in np.argwhere(~np.isfinite(gradient))[0])
+    slope = finder.slope(
+        path, np.where(_only(gradient.shape, np.ravel_multi_index(index, gradient.shape)), finder.scale(path), 0)
+    )
+    if slope.kind == "jump" or not np.isfinite([slope.left, slope.right]).all():
+        return "-", None
+    unit = float(finder.scale(path)[index])
+    value = slope.value / unit
+    message = f"the gradient at {list(index)} is {gradient[index]}, where the function has the slope {value:.6g}"
+    if slope.kind == "kink":
+        sides = f"{slope.left / unit:.6g} from the left and {slope.right / unit:.6g} from the right"
+        message = f"the gradient at {list(index)} is {gradient[index]}, at a kink with the slopes {sides}"
+    return "WRONG", Failure(path, "numerical", "not finite", message, index, gradient[index], value)
+
+
+def _only(shape: tuple[int, ...], i: Any) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    mask.ravel()[i] = True
+    return mask
+
+
+def _slope_of(gradient: np.ndarray, direction: np.ndarray) -> float:
+    """<g, v> for real numbers; its real part for complex ones, as JAX pairs them."""
+    return float(np.real(np.sum(gradient * direction)))
+
+
+def _norm(v: np.ndarray) -> float:
+    return float(np.sqrt(np.sum(np.abs(v) ** 2)))
+
+
+def _listed(mask: np.ndarray) -> str:
+    where = [list(map(int, index)) for index in np.argwhere(mask)]
+    return (
+        "every element" if mask.all() and mask.size > 1 else ", ".join(map(str, where[:4])) + ", .." * (len(where) > 4)
+    )

@@ -1,0 +1,49 @@
+"""A failure made small: the same failure on smaller arrays, and the code that says which."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from funcnet.check.spec import Spec, resized, sizes_of
+
+Tree = Any
+TRIES = 16
+
+
+def smallest(tree: Tree, fails: Callable[[Tree], bool]) -> Tree:
+    """A tree of smaller specs and arrays on which the check still fails.
+
+    Axes of one size shrink together, the largest first, each to the smallest of 1, 2, 3 and its half that fails. A size
+    that the function does not take is passed over.
+    """
+    left = TRIES
+    for size in sizes_of(tree):
+        for new in sorted({1, 2, 3, size // 2}):
+            if not 0 < new < size or left == 0:
+                continue
+            left -= 1
+            candidate = resized(tree, {size: new})
+            if _fails(fails, candidate):
+                tree = candidate
+                break
+    return tree
+
+
+def _fails(fails: Callable[[Tree], bool], tree: Tree) -> bool:
+    try:
+        return fails(tree)
+    except Exception:  # the function does not take such sizes
+        return False
+
+
+def as_code(tree: Tree, name: str) -> str:
+    """A tree of specs and arrays as Python: texts, and slices of what the caller has by `name`."""
+    if isinstance(tree, Spec):
+        return f'"{tree}"'
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{key!r}: {as_code(value, f'{name}[{key!r}]')}" for key, value in tree.items()) + "}"
+    if isinstance(tree, (tuple, list)):
+        inner = ", ".join(as_code(value, f"{name}[{i}]") for i, value in enumerate(tree))
+        return f"({inner}{',' * (len(tree) == 1)})"
+    if tree is None or not hasattr(tree, "ndim") or not tree.ndim:
+        return name
+    return f"{name}[{', '.join(f':{size}' for size in tree.shape)}]"

@@ -1,0 +1,149 @@
+"""Arrays described in a few letters, such as "f32[8,16]" or "i32[8]<100", and drawn from a seed.
+
+dtype[sizes]    f64 f32 f16 bf16, c64 c128, i8 .. i64, u8 .. u64, bool: normal numbers, or True and False
+[n,m]           a letter stands for a size from 1 to 7, drawn from the seed; the same letter for the same size
+<high  >low     integers need `<high`, and start at 0; floating numbers are drawn between both, or beyond one
+key             a random key
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.expect import InputError, describe, is_array, is_floating
+
+Tree = Any
+DTYPES = {
+    "bf16": "bfloat16",
+    "bool": "bool",
+    **{f"f{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"c{bits}": f"complex{bits}" for bits in (64, 128)},
+    **{
+        f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("i", "int"), ("u", "uint")) for bits in (8, 16, 32, 64)
+    },
+}
+SHORT = {long: short for short, long in DTYPES.items()}
+FORM = re.compile(r"(?P<dtype>\w+?)\s*\[(?P<sizes>[\w\s,]*)\](?P<bounds>(\s*[<>]\s*[-+.\deE]+)*)")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An array to be drawn: dtype, sizes (a letter is drawn too), and bounds of its values, or None."""
+
+    dtype: str
+    sizes: tuple[int | str, ...]
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.dtype == "key":
+            return "key"
+        text = f"{SHORT.get(self.dtype, self.dtype)}[{','.join(map(str, self.sizes))}]"
+        low = "" if self.low is None else f">{self.low:g}"
+        return text + low + ("" if self.high is None else f"<{self.high:g}")
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """Values for it."""
+        shape = tuple(int(size) for size in self.sizes)
+        if self.dtype == "key":
+            return jax.random.key(int(rng.integers(2**31)))
+        if self.dtype == "bool":
+            return rng.random(shape) < 0.5
+        if jnp.issubdtype(self.dtype, jnp.integer):
+            return rng.integers(int(self.low or 0), int(self.high or 0), shape).astype(self.dtype)
+        values = rng.standard_normal(shape)
+        if jnp.issubdtype(self.dtype, jnp.complexfloating):
+            values = values + 1j * rng.standard_normal(shape)
+        elif self.low is not None and self.high is not None:
+            values = rng.uniform(self.low, self.high, shape)
+        elif self.low is not None:
+            values = self.low + np.abs(values)
+        elif self.high is not None:
+            values = self.high - np.abs(values)
+        return np.asarray(values).astype(jnp.dtype(self.dtype))
+
+
+def parse(text: str) -> Spec:
+    """The array that a text describes.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    if text.strip() == "key":
+        return Spec("key", ())
+    wanted = 'an array like "f32[8,16]", "i32[8]<100", "f32[n]>0" or "key"'
+    found = FORM.fullmatch(text.strip())
+    dtype = found and DTYPES.get(found["dtype"], found["dtype"] if found["dtype"] in SHORT else None)
+    if not found or not dtype:
+        raise InputError(wanted, repr(text), "write the dtype as one of " + ", ".join(DTYPES))
+    sizes = [size.strip() for size in found["sizes"].split(",") if size.strip()]
+    if any(not size.isdigit() and not size.isalpha() for size in sizes):
+        raise InputError(wanted, repr(text), "write each size as a number or a letter")
+    bounds = {sign: float(number) for sign, number in re.findall(r"([<>])\s*([-+.\deE]+)", found["bounds"])}
+    spec = Spec(dtype, tuple(int(size) if size.isdigit() else size for size in sizes), bounds.get(">"), bounds.get("<"))
+    if jnp.issubdtype(jnp.dtype(dtype), jnp.integer) and (spec.high is None or spec.high <= (spec.low or 0)):
+        raise InputError('an upper bound for integers, as in "i32[8]<100"', repr(text), "say which integers are valid")
+    if spec.low is not None and spec.high is not None and spec.low >= spec.high:
+        raise InputError("a lower bound below the upper one", repr(text), "turn them round")
+    return spec
+
+
+def specs(tree: Tree) -> Tree:
+    """A tree with a `Spec` for every text and `jax.ShapeDtypeStruct` in it; arrays stay as they are."""
+    return jax.tree.map(_spec, tree)
+
+
+def _spec(leaf: Any) -> Any:
+    if isinstance(leaf, Spec):
+        return leaf
+    if isinstance(leaf, str):
+        return parse(leaf)
+    if isinstance(leaf, (bool, int, float, complex)):
+        remedy = "pass jnp.asarray(value, dtype), or bind it: lambda x: f(x, value)"
+        raise InputError("arrays", f"the number {leaf}", remedy)
+    if not is_array(leaf):
+        raise InputError(
+            "an array, a jax.ShapeDtypeStruct, or a text such as 'f32[8,16]'", describe(leaf), "convert it"
+        )
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if not is_floating(leaf) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        remedy = 'write "i32[8]<100", or pass an array: which integers are valid is for you to say'
+        raise InputError("values for an integer input", describe(leaf), remedy)
+    return Spec(str(leaf.dtype), tuple(leaf.shape))
+
+
+def settled(tree: Tree, seed: int) -> Tree:
+    """The tree with a size for every letter, drawn from the seed."""
+    found = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Spec)]
+    letters = sorted({size for leaf in found for size in leaf.sizes if isinstance(size, str)})
+    sizes = dict(zip(letters, np.random.default_rng([seed, 2]).integers(1, 8, len(letters)).tolist(), strict=True))
+    return resized(tree, sizes)
+
+
+def resized(tree: Tree, sizes: Mapping[Any, int]) -> Tree:
+    """The tree with every size (or letter) that `sizes` names replaced by another; arrays are cut."""
+
+    def one(leaf):
+        if isinstance(leaf, Spec):
+            return replace(leaf, sizes=tuple(sizes.get(size, size) for size in leaf.sizes))
+        return leaf[tuple(slice(sizes.get(size, size)) for size in leaf.shape)] if leaf.ndim else leaf
+
+    return jax.tree.map(one, tree)
+
+
+def drawn(tree: Tree, seed: int) -> Tree:
+    """The tree with values for every `Spec`."""
+    rng = np.random.default_rng([seed, 0])
+    return jax.tree.map(lambda leaf: leaf.draw(rng) if isinstance(leaf, Spec) else leaf, tree)
+
+
+def sizes_of(tree: Tree) -> list[int]:
+    """The distinct sizes above 1 in a tree, the largest first."""
+    shapes = [leaf.sizes if isinstance(leaf, Spec) else leaf.shape for leaf in jax.tree.leaves(tree)]
+    return sorted({size for shape in shapes for size in shape if size > 1}, reverse=True)

@@ -1,0 +1,283 @@
+"""What is checked: a rule at a point, and everything that is computed there more than once."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet.check.judge import HONEST, Leaf, leaves_of, measure, tolerance, wide
+from funcnet.check.plain import Plain, is_inexact, reduction_length
+from funcnet.layer import Layer
+
+Tree = Any
+Values = dict[str, np.ndarray]
+quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled fast, run a few times
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A backward rule at a point.
+
+    Attributes:
+        title: what it is called in the report.
+        args: the point, a tuple of pytrees of arrays.
+        roots: what stands in front of the paths in each argument.
+        pull: (args, dy) -> (y, gradients), the rule; the gradients are like the args.
+        plain: the program of the forward pass without custom rules.
+        x64: whether the rule runs in JAX's 64-bit mode.
+        layer: the layer, if it is one; its args are then (params, x).
+        state, key: what its fwd is given beside them.
+        raw: (args, dy) -> (y, gradients) as a rule returned them before JAX has looked, where that can be had.
+        notes: what to say of it.
+    """
+
+    title: str
+    args: tuple
+    roots: tuple[str, ...]
+    pull: Callable[[tuple, Tree], tuple[Tree, tuple]]
+    plain: Plain
+    x64: bool = False
+    layer: Layer | None = None
+    state: Tree = ()
+    key: Any = None
+    raw: Callable[[tuple, Tree], tuple[Tree, tuple]] | None = None
+    notes: tuple[str, ...] = ()
+
+    def mode(self) -> AbstractContextManager:
+        """The number mode in which the rule runs."""
+        return jax.enable_x64(True) if self.x64 else nullcontext()
+
+
+@dataclass(eq=False)
+class Point:
+    """A subject with random cotangents, its gradients by the rule and by the plain program.
+
+    Values are NumPy arrays by path. Only leaves that have a derivative are among them.
+
+    Attributes:
+        subject: what is checked.
+        seed: of everything drawn.
+        directions: how many random directions a leaf is tried in.
+        notes: what the oracles had to say beside their verdicts.
+        values: the differentiable leaves of the arguments.
+        dys: two random cotangents, one value an output.
+        broken: leaves whose gradient cannot be compared.
+        bare: whether the rule is called past JAX, which refuses what it returns.
+        raises: whether the rule raises an error.
+        kinked: by leaf, the elements that were found at a kink.
+    """
+
+    subject: Subject
+    seed: int
+    directions: int
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng([self.seed, 1])
+        self.leaves, self.structure = jax.tree.flatten(self.subject.args)
+        named = self._named(self.subject.args)
+        self.places = {path: i for i, (path, leaf) in enumerate(named.items()) if is_inexact(leaf)}
+        self.values: Values = {path: self.leaves[i] for path, i in self.places.items()}
+        self.broken: set[str] = set()
+        self.bare = self.raises = False
+        self.kinked: dict[str, np.ndarray] = {}
+        with self.subject.mode():
+            shape = jax.eval_shape(lambda *a: self.subject.plain(*a, wide=False), *self.leaves)
+        self.outputs = {path: leaf for path, leaf in leaves_of(shape, "y").items() if is_inexact(leaf)}
+        self.y_shape = shape
+        self.dys = [self.draw(self.outputs) for _ in range(2)]
+
+    def _named(self, args: tuple) -> dict[str, Any]:
+        return {
+            k: v for root, arg in zip(self.subject.roots, args, strict=True) for k, v in leaves_of(arg, root).items()
+        }
+
+    @property
+    def sound(self) -> list[str]:
+        """Paths of the leaves whose gradients have values to compare."""
+        return [path for path in self.values if path not in self.broken]
+
+    def draw(self, like: dict[str, Any], scale: dict[str, Any] | None = None) -> Values:
+        """Independent standard normal values, times `scale`."""
+
+        def one(path, leaf):
+            noise = self.rng.standard_normal(leaf.shape)
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                noise = noise + 1j * self.rng.standard_normal(leaf.shape)
+            return np.asarray(noise * (1.0 if scale is None else scale[path])).astype(leaf.dtype)
+
+        return {path: one(path, leaf) for path, leaf in like.items()}
+
+    def args(self, values: Values) -> list[Any]:
+        """The flattened arguments with these values in their places."""
+        leaves = list(self.leaves)
+        for path, i in self.places.items():
+            leaves[i] = values[path]
+        return leaves
+
+    def cotangent(self, dy: Values) -> Tree:
+        """dy as a tree like y. An integer output of a layer has the cotangent None, that of a function float0."""
+        with_path, structure = jax.tree_util.tree_flatten_with_path(self.y_shape)
+        none = lambda leaf: None if self.subject.layer else np.zeros(leaf.shape, jax.dtypes.float0)
+        names = ["y" + jax.tree_util.keystr(path) for path, _ in with_path]
+        return jax.tree.unflatten(
+            structure,
+            [dy[name] if name in dy else none(leaf) for name, (_, leaf) in zip(names, with_path, strict=True)],
+        )
+
+    def pull(self, values: Values, dy: Values) -> tuple[Tree, Values]:
+        """The rule: y, and the gradients by path. Traceable."""
+        return self._pull(self.subject.raw if self.bare else self.subject.pull, values, dy)
+
+    def raw(self, values: Values, dy: Values) -> tuple[Tree, Values]:
+        """The same, before JAX has looked at it."""
+        return self._pull(self.subject.raw, values, dy)
+
+    def _pull(self, pull: Any, values: Values, dy: Values) -> tuple[Tree, Values]:
+        y, grads = pull(jax.tree.unflatten(self.structure, self.args(values)), self.cotangent(dy))
+        return y, self._named(grads)
+
+    def vjp(self, values: Values, dy: Values, wide: bool) -> tuple[Values, Values]:
+        """The plain program's outputs and gradients, by reverse mode."""
+        y, pullback = jax.vjp(lambda v: self.outputs_of(v, wide), values)
+        dy = {path: jnp.asarray(d, y[path].dtype) for path, d in dy.items()}
+        return y, pullback(dy)[0]
+
+    def outputs_of(self, values: Values, wide: bool) -> dict[str, Any]:
+        """The plain program's floating outputs by path. Traceable."""
+        y = leaves_of(self.subject.plain(*self.args(values), wide=wide), "y")
+        return {path: y[path] for path in self.outputs}
+
+    def gradients(self, dy: Values) -> Values:
+        """By the rule, compiled."""
+        with self.subject.mode():
+            return host(self.compiled(self.values, dy)[1])
+
+    def reference(self, dy: Values, values: Values | None = None) -> Values:
+        """By reverse mode through the plain program in float64."""
+        with jax.enable_x64(True):
+            return host(self._reference(_wide(self.values if values is None else values), _wide(dy))[1])
+
+    @cached_property
+    def compiled(self) -> Callable:
+        """`pull`, compiled as a user's would be."""
+        return jax.jit(self.pull)
+
+    @cached_property
+    def _reference(self) -> Callable:
+        return quickly(partial(self.vjp, wide=True))
+
+    @cached_property
+    def _honest(self) -> Callable:
+        return quickly(partial(self.vjp, wide=False))
+
+    @cached_property
+    def coarse(self) -> bool:
+        """Whether the program computes in less than float64 anywhere."""
+        return self.subject.plain.coarse or any(jnp.finfo(v.dtype).bits < 64 for v in self.values.values())
+
+    @cached_property
+    def terms(self) -> int:
+        """The longest sum in the program and its derivative."""
+        if not self.reverses:
+            return reduction_length(self.subject.plain.jaxpr)
+        with jax.enable_x64(True):
+            return reduction_length(self._reference.trace(_wide(self.values), _wide(self.dys[0])).jaxpr)
+
+    @cached_property
+    def rule(self) -> list[Values]:
+        """The rule's gradients for each dy."""
+        return [self.gradients(dy) for dy in self.dys]
+
+    @property
+    def gotten(self) -> Values:
+        """The rule's gradients for the first dy, those of broken leaves too; none if it raises."""
+        with self.subject.mode():
+            return {} if self.raises else host(self.compiled(self.values, self.dys[0])[1])
+
+    @cached_property
+    def references(self) -> list[Values]:
+        """The plain program's gradients for each dy; without reverse mode the rule's own, as a measure of size."""
+        if not self.reverses:
+            return [{path: wide(g) for path, g in got.items()} for got in self.rule]
+        return [self.reference(dy) for dy in self.dys]
+
+    @cached_property
+    def reverses(self) -> bool:
+        """Whether reverse mode goes through the plain program."""
+        try:
+            with jax.enable_x64(True):
+                self._reference.trace(_wide(self.values), _wide(self.dys[0]))
+        except Exception as error:
+            said = " ".join(str(error).split("\n\n")[0].split())[:200]
+            self.notes.append(f"autodiff has no word: reverse mode does not go through the plain program ({said})")
+            return False
+        return True
+
+    @cached_property
+    def plain_output(self) -> Values:
+        """The plain program's outputs, in its own dtypes."""
+        dy = self.dys[0]
+        if not self.reverses:
+            with self.subject.mode():
+                return host(quickly(partial(self.outputs_of, wide=False))(self.values))
+        if self.coarse:
+            with self.subject.mode():
+                return host(self._honest(self.values, dy)[0])
+        with jax.enable_x64(True):
+            return host(self._reference(_wide(self.values), _wide(dy))[0])
+
+    @cached_property
+    def honest(self) -> Values:
+        """By leaf: the absolute error of the plain program in its own dtypes (`funcnet.check.judge`), times C."""
+        worst = dict.fromkeys(self.values, 0.0)
+        if not self.reverses:
+            return worst
+        for k in range(4):
+            values = self.values if k == 0 and self.coarse else self._beside()
+            dy = self.dys[k % 2]
+            if self.coarse:
+                with self.subject.mode():
+                    got = host(self._honest(values, dy)[1])
+                wanted = self.reference(dy, values)
+            else:
+                got, wanted = self.reference(dy, values), self.references[k % 2]
+            for path in worst:
+                with np.errstate(all="ignore"):
+                    error = np.abs(wide(got[path]) - wanted[path])
+                worst[path] = max(worst[path], float(error[np.isfinite(error)].max(initial=0.0)))
+        return {path: HONEST * error for path, error in worst.items()}
+
+    def _beside(self) -> Values:
+        """Every value moved up or down by a unit of rounding."""
+
+        def move(leaf):
+            eps = float(jnp.finfo(leaf.dtype).eps)
+            with np.errstate(all="ignore"):
+                return (wide(leaf) * (1 + eps * self.rng.choice([-1, 1], leaf.shape))).astype(leaf.dtype)
+
+        return {path: move(leaf) for path, leaf in self.values.items()}
+
+    def measured(self, path: str, got: Any, wanted: Any, factor: float = 1.0, skip: Any = None) -> Leaf:
+        """A leaf against its reference, with what is allowed here, `factor` times."""
+        allowed = factor * tolerance(got.dtype, self.terms)
+        return measure(path, got, wanted, allowed, factor * self.honest[path], skip)
+
+    def allowed(self, path: str) -> float:
+        """What an element of a leaf may be off, absolutely."""
+        scale = max(float(np.abs(r[path][np.isfinite(r[path])]).max(initial=0.0)) for r in self.references) or 1.0
+        return scale * tolerance(self.values[path].dtype, self.terms) + self.honest[path]
+
+
+def host(values: dict[str, Any]) -> Values:
+    """As NumPy arrays."""
+    return {path: np.asarray(value) for path, value in values.items()}
+
+
+def _wide(values: Values) -> Values:
+    return {path: wide(value) for path, value in values.items()}
