@@ -119,6 +119,7 @@ def check_vjp(
             cannot be differentiated.
     """
     name = getattr(f, "__name__", type(f).__name__)
+    called = name if name.isidentifier() else "f"
 
     def build(tree):
         return function(f, tree, reference, x64, seed)
@@ -126,7 +127,7 @@ def check_vjp(
     def line(tree):
         options = ", x64=True" * x64 + ", reference=reference" * (reference is not None)
         shown = "".join(f", {as_code(arg, f'args[{i}]')}" for i, arg in enumerate(tree))
-        return f"fn.check_vjp({name}{shown}, seed={seed}{options})"
+        return f"fn.check_vjp({called}{shown}, seed={seed}{options})"
 
     return checked(
         build, settled(specs(args), seed), line, f"{name}: its VJP, seed {seed}", oracles, seed, directions, shrink
@@ -165,7 +166,7 @@ def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int
     point.notes += subject.notes
     failures = algebra.structure(point)
     verdicts: dict[str, dict[str, str]] = {}
-    leaves = [blank(path, leaf, {}) for path, leaf in point.values.items() if path in point.broken]
+    leaves = [blank(path, point.values.get(path), {}) for path in sorted(point.broken)]
     if point.sound:
         finder = Numerical(point)
         rows, words, found = autodiff(point, finder, "autodiff" in oracles)
@@ -176,7 +177,7 @@ def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int
             verdicts["numerical"], found = numerical(point, finder)
             failures += found
         if "algebra" in oracles:
-            failures += algebra.algebra(point)
+            failures += algebra.algebra(point, finder)
     if "residuals" in oracles and subject.layer:
         failures += laws.residuals(point)
     if "laws" in oracles and subject.layer:
@@ -189,7 +190,7 @@ def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int
     leaves = [replace(leaf, verdicts={o: verdicts[o].get(leaf.leaf, "-") for o in shown}) for leaf in leaves]
     arrays = {path: (point.rule[0][path], point.references[0][path]) for path in point.sound}
     if explain and failures:
-        leaves = _explained(point, leaves)
+        leaves = _explained(point, leaves, {failure.leaf for failure in failures if failure.kind == "repeatable"})
     return Report(
         subject.title,
         tuple(sorted(leaves, key=Leaf.badness)),
@@ -199,8 +200,8 @@ def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int
     )
 
 
-def _explained(point: Point, leaves: list[Leaf]) -> list[Leaf]:
-    """The wrong leaves with their diagnoses."""
+def _explained(point: Point, leaves: list[Leaf], unsteady: set[str]) -> list[Leaf]:
+    """The wrong leaves with their diagnoses, but for those that differ from call to call."""
     arrays = {path: wide(leaf) for path, leaf in point.values.items()}
     with point.subject.mode():
         y = leaves_of(point.subject.plain(*point.args(point.values), wide=False), "y")
@@ -210,7 +211,7 @@ def _explained(point: Point, leaves: list[Leaf]) -> list[Leaf]:
     context = Context(known, arrays, point.dys[0], point.reference, point.gradients)
     explained = []
     for leaf in leaves:
-        if leaf.ok or leaf.leaf not in known or leaf.leaf not in point.gotten:
+        if leaf.ok or leaf.leaf in unsteady or leaf.leaf not in known or leaf.leaf not in point.gotten:
             explained.append(leaf)
             continue
         word = diagnose(leaf, point.gotten[leaf.leaf], known[leaf.leaf], context)
@@ -220,13 +221,14 @@ def _explained(point: Point, leaves: list[Leaf]) -> list[Leaf]:
 
 def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: int) -> Subject:
     """The layer at a point: what is not given is drawn or initialised."""
-    x64 = dtype == jnp.float64 or bool(jax.config.jax_enable_x64)
+    x64 = dtype == jnp.float64 or jax.config.read("jax_enable_x64")
     key, rng = jax.random.key(seed), np.random.default_rng([seed, 3])
     with jax.enable_x64(x64):
         x = cast(jax.tree.map(np.asarray, drawn(x, seed)), dtype)
+        params = drawn(params, seed)
         if params is None or state is None:
             fresh, fresh_state = jax.jit(layer.init)(key, x)
-            params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else drawn(params, seed)
+            params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else params
             state = fresh_state if state is None else state
         params, state = (cast(jax.tree.map(_array, tree), dtype) for tree in (params, state))
         plain = trace(lambda params, x: layer.fwd(params, state, x, key)[0], params, x)

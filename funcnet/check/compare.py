@@ -35,11 +35,8 @@ def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None)
         arrays[path] = (np.asarray(ours[path]), np.asarray(theirs[path]))
         failures += [] if leaf.within else [values_failure(leaf, "reference")]
     context = Context({path: wanted for path, (_, wanted) in arrays.items()})
-    leaves = [
-        leaf
-        if leaf.ok or leaf.leaf not in arrays
-        else replace(leaf, diagnosis=diagnose(leaf, *arrays[leaf.leaf], context))
-        for leaf in leaves
-    ]
-    leaves = tuple(sorted(leaves, key=Leaf.badness))
-    return Report("gradients compared with the reference", leaves, tuple(failures), arrays=arrays)
+    for i, leaf in enumerate(leaves):
+        if not leaf.ok and leaf.leaf in arrays:
+            leaves[i] = replace(leaf, diagnosis=diagnose(leaf, *arrays[leaf.leaf], context))
+    ordered = tuple(sorted(leaves, key=Leaf.badness))
+    return Report("gradients compared with the reference", ordered, tuple(failures), arrays=arrays)

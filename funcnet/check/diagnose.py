@@ -1,21 +1,24 @@
 """What does a wrong gradient look like? The mistakes that people make leave patterns; each is tried in turn.
 
 Every pattern is a gradient that could be made of the reference, of what the rule has to work with (arguments, outputs,
-cotangent), or of the true VJP of another cotangent. The first that gives the rule's gradient is the diagnosis. It is a
-likely cause, no proof.
+cotangent), or of the true VJP of another cotangent or at another point. The diagnosis is the first that gives the
+rule's gradient, as far as rounding lets one tell and ten times better than the reference does. It is a likely cause, no
+proof.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import permutations
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.check.judge import Leaf, wide
+from funcnet.check.judge import Leaf, tolerance, wide
 
 Values = Mapping[str, np.ndarray]
+SLICES, JACOBIAN = 16, 64  # the longest axis taken apart, and the largest output whose Jacobian is taken
 
 
 @dataclass(frozen=True)
@@ -24,126 +27,166 @@ class Context:
 
     Attributes:
         references: the reference of every leaf.
-        arrays: arguments, outputs and cotangents by name.
-        dy: the cotangent that both gradients belong to.
-        vjp: the true gradients for another cotangent.
+        arrays: arguments, outputs and cotangents by name; the cotangent of y is dy.
+        dy: the cotangent that both gradients belong to, by output.
+        vjp: the true gradients for another cotangent, and for other arguments if they are given.
         rule: the rule's gradients for another cotangent.
     """
 
     references: Values
     arrays: Values = field(default_factory=dict)
     dy: Values = field(default_factory=dict)
-    vjp: Callable[[Values], Values] | None = None
+    vjp: Callable[..., Values] | None = None
     rule: Callable[[Values], Values] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrong leaf: its gradient g, the reference r, and what there is to explain g with."""
+
+    leaf: Leaf
+    g: np.ndarray
+    r: np.ndarray
+    context: Context
+    rounding: float
+
+    @cached_property
+    def bar(self) -> float:
+        """How well, absolutely, an explanation is to do at least."""
+        return self.leaf.error / 10 if 0 < self.leaf.error < np.inf else np.inf
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether two arrays are the same to rounding."""
+        a, b = np.asarray(a), np.asarray(b)
+        if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return False
+        return bool(np.abs(a - b).max(initial=0) <= min(self.rounding * np.abs(b).max(initial=0), self.bar))
+
+    def true(self, dy: Values | None = None, values: Values | None = None) -> np.ndarray:
+        """The leaf's true gradient for another cotangent, or at another point."""
+        found = self.context.vjp(dy or self.context.dy, *([] if values is None else [values]))
+        return wide(found[self.leaf.leaf])
+
+
+Found = Iterator[str]
 
 
 def diagnose(leaf: Leaf, got: Any, wanted: Any, context: Context) -> str:
     """The mistake that explains a leaf, in words; empty if none is known that does."""
     g, r = wide(got), wide(wanted)
-    same = _close(2 * leaf.allowed)
-    if g.shape != r.shape:
-        return next(_shapes(g, r, same), "")
-    if g.size == 0:
-        return ""
-    if not np.isfinite(g).all():
-        return next(_not_finite(g, r, got.dtype), "")
-    patterns = (_multiple, _rearranged, _other_leaf, _part, _signs, _other_cotangent, _factor, _running, _term)
-    return next((word for pattern in patterns for word in pattern(leaf, g, r, context, same)), "")
+    case = Case(leaf, g, r, context, max(2 * leaf.allowed, tolerance(got.dtype)))
+    with np.errstate(all="ignore"):
+        return next((word for pattern in _patterns(case, got.dtype) for word in pattern(case)), "")
 
 
-def _close(relative: float) -> Callable[[np.ndarray, np.ndarray], bool]:
-    def close(a: np.ndarray, b: np.ndarray) -> bool:
-        if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
-            return False
-        return bool(np.abs(a - b).max(initial=0) <= max(relative, 1e-7) * np.abs(b).max(initial=0))
+def _patterns(case: Case, dtype: Any) -> tuple[Callable[[Case], Found], ...]:
+    if case.g.shape != case.r.shape:
+        return (_shapes,)
+    if case.g.size == 0 or (case.leaf.within and case.leaf.allowed):  # its values are right
+        return ()
+    if not np.isfinite(case.g).all():
+        return (lambda case: _not_finite(case, dtype),)
+    if case.leaf.scale and case.rounding > case.leaf.relative / 10:
+        return ()
+    own = (_multiple, _itself, _rearranged, _other_leaf, _part)
+    others = (_not_linear, _other_cotangent, _weighted, _other_point, _turned, _diagonal)
+    return *own, *(others if case.context.vjp else others[:1]), _signs, _factor, _running, _term
 
-    return close
 
-
-Close = Callable[[np.ndarray, np.ndarray], bool]
-Found = Iterator[str]
-
-
-def _shapes(g: np.ndarray, r: np.ndarray, same: Close) -> Found:
+def _shapes(case: Case) -> Found:
+    g, r, same = case.g, case.r, case.same
     for axes in _subsets(g.ndim):
         if same(g.sum(axes), r) or same(g.sum(axes, keepdims=True), r):
             yield f"not summed over {_axes(axes)}, along which the forward pass broadcast it"
-        if axes and (same(g.mean(axes), r) or same(g.mean(axes, keepdims=True), r)):
+        if same(g.mean(axes), r) or same(g.mean(axes, keepdims=True), r):
             yield f"not averaged over {_axes(axes)}"
     for axes in _subsets(r.ndim):
         if same(g, r.sum(axes)) or same(g, r.sum(axes, keepdims=True)):
             yield f"summed over {_axes(axes)}, which the leaf has itself"
     if g.ndim == r.ndim <= 5:
-        for order in permutations(range(r.ndim)):
-            if same(g, r.transpose(order)):
-                yield "transposed" if r.ndim == 2 else f"its axes are permuted: {list(order)}"
+        yield from _transposed(case)
     if g.size == r.size and same(g.ravel(), r.ravel()):
         yield "the right numbers in another shape"
 
 
 def _subsets(rank: int) -> list[tuple[int, ...]]:
-    return [tuple(i for i in range(rank) if bits >> i & 1) for bits in range(1, 2 ** min(rank, 5))]
+    """The sets of axes, the largest first."""
+    sets = [tuple(i for i in range(rank) if bits >> i & 1) for bits in range(1, 2 ** min(rank, 5))]
+    return sorted(sets, key=lambda axes: -len(axes))
 
 
 def _axes(axes: tuple[int, ...]) -> str:
     return f"axis {axes[0]}" if len(axes) == 1 else f"axes {list(axes)}"
 
 
-def _not_finite(g: np.ndarray, r: np.ndarray, dtype: Any) -> Found:
+def _transposed(case: Case) -> Found:
+    for order in list(permutations(range(case.r.ndim)))[1:]:
+        if case.same(case.g, case.r.transpose(order)):
+            yield "transposed" if case.r.ndim == 2 else f"its axes are permuted: {list(order)}"
+
+
+def _not_finite(case: Case, dtype: Any) -> Found:
+    g, r = case.g, case.r
     bad = ~np.isfinite(g)
     count = "everywhere" if bad.all() else f"at {bad.sum()} of {g.size} elements"
     largest = float(jnp.finfo(dtype).max)
-    if jnp.finfo(dtype).bits == 16 and largest < 1e6:
+    if np.isnan(g[bad]).all() and not np.any(r[bad]):
+        yield f"NaN {count}, where the true gradient is 0: as from a branch that `where` does not take"
+    if largest < 1e6:
         yield f"not finite {count}: an intermediate result overflowed {dtype}, whose largest number is {largest:g}"
-    if np.isnan(g[bad]).all() and np.isfinite(r[bad]).all() and not np.any(r[bad]):
-        yield f"NaN {count}, where the true gradient is 0: 0 * inf, as from a branch that `where` does not take"
     if np.isnan(g).any():
-        yield f"NaN {count}: 0 / 0 or inf - inf, as of a division or a root at 0"
+        yield f"NaN {count}: 0 / 0, inf / inf or inf - inf, as of a division or root at 0, or where exp overflows"
     yield f"infinite {count}: a division by 0 or an overflow"
 
 
-def _multiple(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
+def _multiple(case: Case) -> Found:
     """g = c r."""
+    g, r = case.g, case.r
     if not np.any(g):
         yield "zero: no gradient arrives at this leaf"
+    if not np.any(g) or not np.any(r):
         return
-    size = float(np.sum(np.abs(r) ** 2))
-    c = complex(np.sum(g * np.conj(r)) / size) if size else 0.0
-    if not size or (r.size == 1 and len(context.references) == 0):
-        return
-    if np.iscomplexobj(g) and not np.isrealobj(r) and same(g, np.conj(r)):
+    if np.iscomplexobj(g) and case.same(g, np.conj(r)):
         yield "the complex conjugate of the gradient"
-    if (np.iscomplexobj(g) and abs(c.imag) > 1e-7 * abs(c)) or not same(
-        g, c.real * r if not np.iscomplexobj(g) else c * r
-    ):
-        return
-    yield _constant(c.real, context)
+    c = np.sum(g * np.conj(r)) / np.sum(np.abs(r) ** 2)
+    if case.same(g, np.real(c) * r) and (word := _constant(float(np.real(c)), case)):
+        yield word
 
 
-def _constant(c: float, context: Context) -> str:
-    if abs(c + 1) < 1e-3:
+def _constant(c: float, case: Case) -> str:
+    near = lambda a, b: abs(a - b) <= max(case.rounding, 1e-7) * abs(b)
+    if near(c, -1):
         return "the sign is flipped"
-    if abs(c - 2) < 1e-3:
+    if near(c, 2):
         return "twice the gradient: counted twice, or a factor 1/2 is missing"
-    if abs(c - 0.5) < 1e-3:
+    if near(c, 0.5):
         return "half the gradient: one of two equal uses is not counted, or a factor 2 is missing"
-    for name, array in context.arrays.items():
-        for axes in _subsets(array.ndim):
-            n = int(np.prod([array.shape[i] for i in axes]))
-            where = f"{n} is the size of {_axes(axes)} of {name}"
-            if n > 2 and abs(c * n - 1) < 1e-3:
-                return f"1/{n} of the gradient, and {where}: divided by it once too often"
-            if n > 2 and abs(c / n - 1) < 1e-3:
-                return f"{n} times the gradient, and {where}: a division by it is missing"
-    return f"{c:.6g} times the gradient: a constant factor"
+    for root in (False, True):
+        for name, array in case.context.arrays.items():
+            for axes in _subsets(array.ndim):
+                n = int(np.prod([array.shape[i] for i in axes]))
+                by = f"root of {n}" if root else str(n)
+                size, is_it = n**0.5 if root else n, f"{n} is the size of {_axes(axes)} of {name}"
+                if n > 2 and near(c * size, 1):
+                    return f"the gradient over the {by}, and {is_it}: divided by it once too often"
+                if n > 2 and near(c, size):
+                    return f"the gradient times the {by}, and {is_it}: a division by it is missing"
+    return f"{c:.6g} times the gradient: a constant factor" if case.r.size > 1 else ""
 
 
-def _rearranged(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
+def _itself(case: Case) -> Found:
+    """An array that the rule has, as it is."""
+    for name, array in case.context.arrays.items():
+        if case.same(case.g, wide(array)):
+            is_dy = name.removeprefix("d") in case.context.dy
+            yield f"this is {name} itself" + (", as if the derivative were 1" if is_dy else "")
+
+
+def _rearranged(case: Case) -> Found:
     """The numbers of r in other places."""
+    g, r, same = case.g, case.r, case.same
     if 1 < r.ndim <= 5:
-        for order in list(permutations(range(r.ndim)))[1:]:
-            if same(g, r.transpose(order)):
-                yield "transposed" if r.ndim == 2 else f"its axes are permuted: {list(order)}"
+        yield from _transposed(case)
     for axis, n in enumerate(r.shape):
         if n < 2:
             continue
@@ -153,10 +196,15 @@ def _rearranged(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same
             if same(g, np.roll(r, shift, axis)):
                 yield f"shifted by {shift} along axis {axis}"
         for shift in (1, -1):
-            if same(g, _shifted(r, shift, axis)):
-                yield f"shifted by {shift} along axis {axis}, the last entry lost"
-        if word := _permuted(g, r, axis, same):
+            if n > 3 and same(*(_inner(a, shift, axis) for a in (g, np.roll(r, shift, axis)))):
+                yield f"shifted by {shift} along axis {axis}, but for its end"
+        if word := _permuted(case, axis):
             yield word
+
+
+def _inner(a: np.ndarray, shift: int, axis: int) -> np.ndarray:
+    """Without the entry that a shift would bring round from the other end."""
+    return np.delete(a, 0 if shift > 0 else -1, axis)
 
 
 def _shifted(r: np.ndarray, shift: int, axis: int) -> np.ndarray:
@@ -166,111 +214,142 @@ def _shifted(r: np.ndarray, shift: int, axis: int) -> np.ndarray:
     return np.moveaxis(moved, 0, axis)
 
 
-def _permuted(g: np.ndarray, r: np.ndarray, axis: int, same: Close) -> str:
-    n = r.shape[axis]
+def _permuted(case: Case, axis: int) -> str:
+    n = case.r.shape[axis]
     if n > 4096:
         return ""
-    a, b = (np.moveaxis(v, axis, 0).reshape(n, -1) for v in (g, r))
+    a, b = (np.moveaxis(v, axis, 0).reshape(n, -1) for v in (case.g, case.r))
     key = np.random.default_rng(0).standard_normal(a.shape[1])
     order = np.empty(n, int)
     order[np.argsort(np.real(a @ key), kind="stable")] = np.argsort(np.real(b @ key), kind="stable")
-    if (order == np.arange(n)).all() or not same(a, b[order]):
+    if (order == np.arange(n)).all() or not case.same(a, b[order]):
         return ""
-    for blocks in range(2, 9):
-        if n % blocks == 0 and n > blocks:
-            starts = order.reshape(blocks, -1)
-            if (starts == starts[:, :1] + np.arange(n // blocks)).all() and not (starts[:, 0] % (n // blocks)).any():
-                return f"the {blocks} blocks along axis {axis} are in the order {list(map(int, starts[:, 0] // (n // blocks)))}"
-    moved = int((order != np.arange(n)).sum())
-    return f"{moved} of its {n} slices along axis {axis} are in each other's places"
+    for blocks in (blocks for blocks in range(2, 9) if n % blocks == 0 and n > blocks):
+        length = n // blocks
+        starts = order.reshape(blocks, length)
+        if (starts == starts[:, :1] + np.arange(length)).all() and not (starts[:, 0] % length).any():
+            return f"the {blocks} blocks along axis {axis} are in the order {(starts[:, 0] // length).tolist()}"
+    return f"{(order != np.arange(n)).sum()} of its {n} slices along axis {axis} are in each other's places"
 
 
-def _other_leaf(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
-    for name, other in context.references.items():
-        if name == leaf.leaf or not np.any(other):
+def _other_leaf(case: Case) -> Found:
+    for name, other in case.context.references.items():
+        if name == case.leaf.leaf or not np.any(other):
             continue
-        if same(g, wide(other)):
-            yield f"this is the gradient of {name}"
-        if r.ndim == 2 and same(g, wide(other).T):
+        for sign, word in ((1, ""), (-1, ", with the other sign")):
+            if case.same(case.g, sign * wide(other)):
+                yield f"this is the gradient of {name}{word}"
+        if case.r.ndim == 2 and case.same(case.g, wide(other).T):
             yield f"this is the gradient of {name}, transposed"
 
 
-def _part(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
-    """Right but for a few elements, a row, or where one of the two is zero."""
-    wrong = np.abs(g - r) > max(leaf.allowed, 1e-7) * (np.abs(r).max(initial=0) or 1.0)
-    count = int(wrong.sum())
-    if g.size < 3 or count == 0:
+def _part(case: Case) -> Found:
+    """Right but for one element, a few slices, or where one of the two is zero."""
+    g, r = case.g, case.r
+    wrong = np.abs(g - r) > max(case.leaf.allowed, 1e-7) * (np.abs(r).max() or 1.0)
+    if g.size < 3 or not wrong.any():
         return
-    if count == 1:
-        (index,) = np.argwhere(wrong)
+    if wrong.sum() == 1:
+        (index,) = np.argwhere(wrong).tolist()
         ratio = f", {np.real(g[wrong][0] / r[wrong][0]):.4g} times what it should be" if r[wrong][0] else ""
-        yield f"one element alone is wrong, {list(map(int, index))}{ratio}"
+        yield f"one element alone is wrong, {index}{ratio}"
     for axis in range(g.ndim):
         places = np.unique(np.argwhere(wrong)[:, axis])
         if g.shape[axis] > 2 and len(places) <= max(1, g.shape[axis] // 8):
-            a, b = np.take(g, places, axis), np.take(r, places, axis)
-            how = "zero" if not np.any(a) else "not what it should be"
-            yield f"only index {', '.join(map(str, places.tolist()))} of axis {axis} is wrong: it is {how}"
+            how = "zero" if not np.take(g, places, axis).any() else "not what it should be"
+            yield f"only index {', '.join(map(str, places))} of axis {axis} is wrong: it is {how}"
     unlike = (g == 0) != (r == 0)
-    if not (wrong & ~unlike).any() and unlike.any():
-        lost, extra = int(((g == 0) & unlike).sum()), int(((r == 0) & unlike).sum())
-        if lost and extra:
-            yield f"another mask: {lost} elements are zero that should not be, {extra} are not that should be"
-        elif lost:
-            yield f"{lost} of {g.size} elements are zero that should not be: a mask, or a part that is not written"
-        else:
-            yield f"{extra} of {g.size} elements should be zero: a mask is missing"
+    if (wrong & ~unlike).any() or not unlike.any():
+        return
+    lost, extra = int(((g == 0) & unlike).sum()), int(((r == 0) & unlike).sum())
+    if lost and extra:
+        yield f"another mask: {lost} elements are zero that should not be, {extra} are not that should be"
+    elif lost:
+        yield f"{lost} of {g.size} elements are zero that should not be: a mask, or a part that is not written"
+    else:
+        yield f"{extra} of {g.size} elements should be zero: a mask is missing"
 
 
-def _signs(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
-    if same(np.abs(g), np.abs(r)):
-        yield f"right but for the sign, which is flipped at {int((np.sign(g) != np.sign(r)).sum())} of {g.size} elements"
+def _signs(case: Case) -> Found:
+    g, r = case.g, case.r
+    if case.same(np.abs(g), np.abs(r)) and np.isrealobj(g):
+        yield f"right but for the sign, which is flipped at {(np.sign(g) != np.sign(r)).sum()} of {g.size} elements"
     top = np.abs(g).max()
-    if np.isrealobj(g) and (np.abs(g) == top).sum() > 1 and same(g, np.clip(r, -top, top)):
+    if np.isrealobj(g) and (np.abs(g) == top).sum() > 1 and case.same(g, np.clip(r, -top, top)):
         yield f"clipped to {top:.6g}"
 
 
-def _other_cotangent(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
-    """g is the true VJP of a part of dy, or of a shifted one; or dy counts twice, or not at all."""
-    if context.rule is not None:
-        doubled = wide(context.rule({k: (2 * v).astype(v.dtype) for k, v in context.dy.items()})[leaf.leaf])
-        if same(doubled, g):
-            yield "it does not depend on the size of the cotangent: dy is left out"
-        if same(doubled, 4 * g):
-            yield "it is quadratic in the cotangent: dy is multiplied in twice"
-    if context.vjp is None:
+def _not_linear(case: Case) -> Found:
+    """dy counts twice, or not at all."""
+    if case.context.rule is None:
         return
-    for changed, word in _cotangents(context.dy):
-        if same(g, wide(context.vjp(changed)[leaf.leaf])):
-            yield word
+    doubled = wide(case.context.rule(_each(case.context.dy, lambda v: 2 * v))[case.leaf.leaf])
+    if case.same(doubled, case.g):
+        yield "it does not depend on the size of the cotangent: dy is left out"
+    if case.same(doubled, 4 * case.g):
+        yield "it is quadratic in the cotangent: dy is multiplied in twice"
 
 
-def _cotangents(dy: Values) -> Iterator[tuple[Values, str]]:
+def _each(dy: Values, f: Callable[[np.ndarray], np.ndarray]) -> Values:
+    return {name: f(v).astype(v.dtype) for name, v in dy.items()}
+
+
+def _other_cotangent(case: Case) -> Found:
+    """g is the true VJP of a part of dy, of a shifted one, or of one that has a factor too many or too few."""
+    for name, v in case.context.dy.items():
+        for changed, word in _cotangents(case.context.dy, name):
+            if case.same(case.g, case.true(changed)):
+                yield word
+        for factor, c in _factors({name: case.context.arrays.get(name, np.zeros(0))}, case.context):
+            for power, word in ((-1.0, "missing"), (1.0, "too many")):
+                if case.same(case.g, case.true({**case.context.dy, name: (v * c**power).astype(v.dtype)})):
+                    yield f"a factor {factor} is {word}".replace("is too", "too")
+
+
+def _cotangents(dy: Values, name: str) -> Iterator[tuple[Values, str]]:
+    v, alone = dy[name], _each(dy, np.zeros_like)
+    if len(dy) > 1:
+        yield {**dy, name: alone[name]}, f"the cotangent of the output {name} is lost"
+        yield {**alone, name: v}, f"only the output {name} counts"
+    for axis, n in enumerate(v.shape[:3]):
+        if n < 2:
+            continue
+        for shift in (1, -1):
+            word = f"the cotangent is shifted by {shift} along axis {axis}"
+            yield {**dy, name: np.roll(v, shift, axis)}, word
+            yield {**dy, name: _shifted(v, shift, axis)}, word
+        yield {**dy, name: np.flip(v, axis)}, f"the cotangent is reversed along axis {axis}"
+        mean = np.broadcast_to(v.mean(axis, keepdims=True), v.shape).astype(v.dtype)
+        yield {**dy, name: mean}, f"the cotangent is averaged over axis {axis}"
+    if v.ndim > 1 and v.shape[-1] == v.shape[-2] > 1:
+        yield {**dy, name: np.swapaxes(v, -1, -2)}, "as if the cotangent were transposed: an index or axis mixed up"
+    yield {**dy, name: np.abs(v)}, "the sign of the cotangent is lost"
+    yield {**dy, name: np.ones_like(v)}, "the cotangent is taken for ones: dy is left out"
+
+
+def _weighted(case: Case) -> Found:
+    """g = sum_i m_i vjp(slice i of dy): slices that are lost, or count more than once."""
+    dy = case.context.dy
     for name, v in dy.items():
-        if len(dy) > 1:
-            yield {**dy, name: np.zeros_like(v)}, f"the cotangent of the output {name} is lost"
-            yield {k: a if k == name else np.zeros_like(a) for k, a in dy.items()}, f"only the output {name} counts"
         for axis, n in enumerate(v.shape[:3]):
-            if n < 2:
+            if not 2 <= n <= SLICES or case.g.size < n + 2:
                 continue
-            for index in (0, n - 1):
-                yield (
-                    {**dy, name: _sliced(v, axis, index)},
-                    f"only index {index} of axis {axis} of the cotangent counts",
-                )
-                if n > 2:
-                    yield (
-                        {**dy, name: v - _sliced(v, axis, index)},
-                        f"index {index} of axis {axis} of the cotangent is lost",
-                    )
-            for shift in (1, -1):
-                yield {**dy, name: np.roll(v, shift, axis)}, f"the cotangent is shifted by {shift} along axis {axis}"
-                yield {**dy, name: _shifted(v, shift, axis)}, f"the cotangent is shifted by {shift} along axis {axis}"
-            yield {**dy, name: np.flip(v, axis)}, f"the cotangent is reversed along axis {axis}"
-            mean = np.broadcast_to(v.mean(axis, keepdims=True), v.shape).astype(v.dtype)
-            yield {**dy, name: mean}, f"the cotangent is averaged over axis {axis}"
-        yield {**dy, name: np.abs(v)}, "the sign of the cotangent is lost"
-        yield {**dy, name: np.ones_like(v)}, "the cotangent is taken for ones: dy is left out"
+            rest = {k: a if k != name else np.zeros_like(a) for k, a in dy.items()}
+            parts = [case.true({**_each(dy, np.zeros_like), name: _sliced(v, axis, i)}).ravel() for i in range(n)]
+            other = case.true(rest).ravel() if len(dy) > 1 else 0.0
+            m, _, rank, _ = np.linalg.lstsq(np.stack(parts, 1), case.g.ravel() - other, 1e-9)
+            if rank == n and case.same(np.stack(parts, 1) @ m + other, case.g.ravel()):
+                yield _weights(np.real(m), f"axis {axis} of the cotangent" + f" of {name}" * (len(dy) > 1))
+
+
+def _weights(m: np.ndarray, where: str) -> str:
+    zero, whole = np.abs(m) < 1e-4, np.abs(m - 1) < 1e-4
+    listed = lambda mask: ", ".join(map(str, np.flatnonzero(mask)))
+    if (zero | whole).all() and whole.sum() == 1:
+        return f"only index {listed(whole)} of {where} counts"
+    if (zero | whole).all():
+        return f"index {listed(zero)} of {where} is lost"
+    return f"the slices along {where} have the wrong weights {', '.join(f'{v:.4g}' for v in m)} in place of 1"
 
 
 def _sliced(v: np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -280,66 +359,127 @@ def _sliced(v: np.ndarray, axis: int, index: int) -> np.ndarray:
     return kept
 
 
-def _factor(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
+def _other_point(case: Case) -> Found:
+    """g is the true VJP where an argument is transposed, negated, reversed, conjugated, or another array."""
+    values = {name: case.context.arrays[name] for name in case.context.references if name in case.context.arrays}
+    for name, v in values.items():
+        for changed, word in _changes(name, v, case.context):
+            if case.same(case.g, case.true(values={**values, name: changed})):
+                yield f"as if {name} were {word}"
+    names = list(values)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            if values[a].shape == values[b].shape and case.same(
+                case.g, case.true(values={**values, a: values[b], b: values[a]})
+            ):
+                yield f"as if {a} and {b} were in each other's places"
+
+
+def _changes(name: str, v: np.ndarray, context: Context) -> Iterator[tuple[np.ndarray, str]]:
+    if v.ndim > 1 and v.shape[-1] == v.shape[-2] > 1:
+        yield np.swapaxes(v, -1, -2), "transposed"
+    if np.iscomplexobj(v):
+        yield np.conj(v), "conjugated"
+    yield -v, "negated"
+    for axis in (axis for axis, n in enumerate(v.shape[:3]) if n > 1):
+        yield np.flip(v, axis), f"reversed along axis {axis}"
+    for other, a in context.arrays.items():
+        if other != name and a.shape == v.shape and other.removeprefix("d") not in context.dy:
+            yield a, other
+
+
+def _turned(case: Case) -> Found:
+    """g is the true gradient seen in a mirror: what runs along an axis runs the other way."""
+    for axis, n in enumerate(case.g.shape[:3]):
+        if n > 2 and all(v.ndim > axis and v.shape[axis] == n for v in case.context.dy.values()):
+            mirrored = case.true(_each(case.context.dy, lambda v, axis=axis: np.flip(v, axis)))
+            if case.same(case.g, np.flip(mirrored, axis)):
+                yield f"it runs along axis {axis} in the wrong direction"
+
+
+def _diagonal(case: Case) -> Found:
+    """g_i = dy_i dy_i/dx_i: the terms between different elements are missing."""
+    dy = case.context.dy
+    for name, v in dy.items():
+        if v.shape != case.g.shape or not 3 <= v.size <= JACOBIAN or len(dy) > 1:
+            continue
+        hot = lambda i, v=v: np.eye(1, v.size, i, v.dtype).reshape(v.shape)
+        diagonal = [case.true({name: hot(i)}).ravel()[i] for i in range(v.size)]
+        if case.same(case.g.ravel(), np.array(diagonal) * wide(v).ravel()):
+            yield f"only the diagonal of the Jacobian: what an entry does to the others of {name} is missing"
+
+
+def _factor(case: Case) -> Found:
     """g = r c or g c = r for an array c that the rule has, or a factor that differs along one axis only."""
-    for name, c in _candidates(context, r.shape):
-        if same(g, r * c) and not same(c, np.ones_like(c)):
+    g, r, same = case.g, case.r, case.same
+    for name, c in _factors(case.context.arrays, case.context, r.shape):
+        if same(g, r * c):
             yield f"a factor {name} too many"
-        if np.abs(c).min(initial=1) > 0 and same(g * c, r):
+        if np.abs(c).min() > 0 and same(g * c, r):
             yield f"a factor {name} is missing"
-    with np.errstate(all="ignore"):
-        ratio = np.where(np.abs(r) > 1e-9 * np.abs(r).max(), g / np.where(r == 0, 1, r), np.nan)
+    ratio = np.where(np.abs(r) > 1e-9 * np.abs(r).max(), g / np.where(r == 0, 1, r), np.nan)
     for axis in range(r.ndim if r.ndim > 1 else 0):
         others = tuple(i for i in range(r.ndim) if i != axis)
-        if (min(r.shape[i] for i in others) == 1 and np.prod([r.shape[i] for i in others]) < 3) or r.shape[axis] < 2:
+        if r.shape[axis] < 2 or r.size // r.shape[axis] < 2 or np.isnan(ratio).all(others).any():
             continue
-        with np.errstate(all="ignore"):
-            typical = np.nanmedian(np.real(ratio), axis=others, keepdims=True) if np.isfinite(ratio).any() else np.nan
-        if np.isfinite(typical).all() and same(g, r * typical):
+        typical = np.nanmedian(np.real(ratio), axis=others, keepdims=True)
+        if same(g, r * typical):
             yield f"times a factor that differs along axis {axis} alone: a wrong or missing scale there"
 
 
-def _candidates(context: Context, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays that broadcast to a shape from the right, or from the left."""
-    for name, array in context.arrays.items():
+def _factors(arrays: Values, context: Context, shape: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """What the arrays, and functions of them, would be as a factor."""
+    for name, c in _candidates(arrays, shape):
+        yield name, c
+        yield f"{name}^2", c * c
+        if name in context.dy:  # derivatives of exp, sigmoid, tanh, ..
+            yield from ((f"1 - {name}", 1 - c), (f"1 + {name}", 1 + c), (f"1 - {name}^2", 1 - c * c))
+            yield f"{name} (1 - {name})", c * (1 - c)
+
+
+def _candidates(arrays: Values, shape: tuple[int, ...] | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays, those that broadcast to a shape from the right, or from the left."""
+    for name, array in arrays.items():
         c = wide(array)
-        if c.size < 2 or not np.isfinite(c).all():
+        if c.size < 2 or not np.isfinite(c).all() or not np.ptp(np.abs(c)):
             continue
-        for view in {c.shape, (*c.shape, *(1,) * (len(shape) - c.ndim))}:
+        if shape is None:
+            yield name, c
+            continue
+        for view in dict.fromkeys((c.shape, (*c.shape, *(1,) * (len(shape) - c.ndim)))):
             try:
                 yield name, np.broadcast_to(c.reshape(view), shape)
             except ValueError:
                 continue
 
 
-def _running(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
-    for axis, n in enumerate(r.shape):
-        if n < 3:
-            continue
-        for direction in (slice(None), slice(None, None, -1)):
-            at = (slice(None),) * axis + (direction,)
-            if same(np.cumsum(g[at], axis)[at], r):
+def _running(case: Case) -> Found:
+    g, r = case.g, case.r
+    for axis in (axis for axis, n in enumerate(r.shape) if n > 2):
+        for at in (slice(None), slice(None, None, -1)):
+            summed = lambda a, axis=axis, at=(slice(None),) * axis + (at,): np.cumsum(a[at], axis)[at]
+            if case.same(summed(g), r):
                 yield f"not accumulated along axis {axis}: what flows on from step to step is lost"
-            if same(g, np.cumsum(r[at], axis)[at]):
+            if case.same(g, summed(r)):
                 yield f"accumulated along axis {axis}, where every step stands for itself"
 
 
-def _term(leaf: Leaf, g: np.ndarray, r: np.ndarray, context: Context, same: Close) -> Found:
+def _term(case: Case) -> Found:
     """g = r + a term that is known by its shape: constant along an axis, or like an array that the rule has."""
-    e = g - r
+    e = case.g - case.r
     if e.size < 3:
         return
     for axes in [axes for axes in _subsets(e.ndim) if np.prod([e.shape[i] for i in axes]) > 1]:
-        if same(np.broadcast_to(e.mean(axes, keepdims=True), e.shape), e):
+        if case.same(np.broadcast_to(e.mean(axes, keepdims=True), e.shape), e):
             yield f"off by a term that is the same along {_axes(axes)}: a mean or sum over it is missing, or too many"
-    for name, c in _candidates(context, r.shape):
+    for name, c in _candidates(case.context.arrays, e.shape):
         a = np.sum(e * np.conj(c)) / np.sum(np.abs(c) ** 2)
-        if same(a * c, e):
+        if case.same(a * c, e):
             yield f"off by {np.real(a):.4g} times {name}: a term like it is missing, or too many"
-        for axis in range(e.ndim - 1, -1, -1):
-            if e.shape[axis] < 3 or e.ndim == 1:
-                continue
-            with np.errstate(all="ignore"):
-                a = np.sum(e * np.conj(c), axis, keepdims=True) / np.sum(np.abs(c) ** 2, axis, keepdims=True)
-            if np.isfinite(a).all() and same(a * c, e):
-                yield f"off by a term proportional to {name} along axis {axis}: a sum over that axis, times {name}, is missing"
+        for axis in (axis for axis in range(e.ndim - 1, -1, -1) if e.shape[axis] > 2 and e.ndim > 1):
+            a = np.sum(e * np.conj(c), axis, keepdims=True) / np.sum(np.abs(c) ** 2, axis, keepdims=True)
+            if case.same(a * c, e):
+                yield (
+                    f"off by a term proportional to {name} along axis {axis}: "
+                    f"a sum over that axis, times {name}, is missing or too many"
+                )

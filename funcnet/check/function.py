@@ -25,7 +25,7 @@ def function(f: Callable, args: tuple, reference: Callable | None, x64: bool, se
     """
     if not callable(f):
         raise InputError("a function", describe(f), "pass the function itself, not its result")
-    x64 = x64 or bool(jax.config.jax_enable_x64)
+    x64 = x64 or jax.config.read("jax_enable_x64")
     args = jax.tree.map(lambda leaf: _placed(leaf, x64), drawn(args, seed))
     with jax.enable_x64(x64):
         program = _program(f, args)
@@ -68,9 +68,7 @@ def _program(f: Callable, args: tuple) -> Plain:
         raise
     except Exception as error:
         remedy = "call it once with these arguments under jax.jit; use jax.numpy, jax.lax.cond and jax.lax.scan inside"
-        raise InputError(
-            f"a function that JAX can trace, {name}", f"{type(error).__name__}: {_first(error)}", remedy
-        ) from error
+        raise InputError(f"a function that JAX can trace, {name}", _said(error), remedy) from error
     effects = getattr(first.jaxpr, "effects", ())
     if effects:
         received = ", ".join(sorted(map(str, effects)))
@@ -87,8 +85,8 @@ def _program(f: Callable, args: tuple) -> Plain:
     return first
 
 
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split("\n\n")[0].split())[:300]
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: " + " ".join(str(error).split("\n\n")[0].split())[:300]
 
 
 def _alike(a: Plain, b: Plain) -> bool:
@@ -117,12 +115,10 @@ def _differentiable(f: Callable, args: tuple, program: Plain) -> None:
         jax.eval_shape(lambda *a: jax.vjp(f, *a)[0], *args)
     except Exception as error:
         remedy = "give it a jax.custom_vjp, or use jax.lax.scan for a while loop; then check it again"
-        raise InputError(
-            "a function that JAX can differentiate", f"{type(error).__name__}: {_first(error)}", remedy
-        ) from error
+        raise InputError("a function that JAX can differentiate", _said(error), remedy) from error
 
 
-def _raw(f: Callable) -> Callable | None:
+def _raw(f: Any) -> Callable | None:
     """The rule of a bare `jax.custom_vjp`, to see what it returns before JAX drops, casts or refuses it."""
     if not isinstance(f, jax.custom_vjp) or getattr(f, "nondiff_argnums", None) or getattr(f, "bwd", None) is None:
         return None

@@ -9,10 +9,11 @@ zero everywhere):
   real mistake is as small.
 - n is the length of the longest sum in the program, eps_acc the unit of rounding of the dtype that sums run in (float32
   for half precision), B = 16: rounding errors of a sum grow like the square root of its length.
-- honest is the error of the plain program itself: of its automatic derivative in the program's own dtypes, the largest
-  of several points that are a unit of rounding apart. In a program that is float64 throughout it is what the reference
-  moves when its inputs are moved by one unit of rounding. C = 4. So a rule need not be better than autodiff in its
-  dtype, and where a gradient is a small difference of large terms no rule can be.
+- honest is the error of the plain program itself: of its automatic derivative in the program's own dtypes, at several
+  points that are a unit of rounding apart, the largest in the leaf. In a program that is float64 throughout it is what
+  the reference moves when its inputs are moved by one unit of rounding. C = 4. So a rule need not be better than
+  autodiff in its dtype, and where a gradient is a small difference of large terms no rule can be. An element that such
+  a step takes over a kink, and moves by far more than the others, counts for itself alone.
 
 Never is there one number for a whole tree, and no tolerance grows with the size of an array.
 """
@@ -86,12 +87,12 @@ class Leaf:
         return self.ok, -self.relative / (self.allowed or 1.0), self.leaf
 
 
-def measure(path: str, got: Any, wanted: Any, allowed: float, honest: float = 0.0, skip: Any = None) -> Leaf:
+def measure(path: str, got: Any, wanted: Any, allowed: float, honest: Any = 0.0, skip: Any = None) -> Leaf:
     """`got` against `wanted`, arrays of one shape; elements in the mask `skip` are left out.
 
     Args:
         allowed: relative to the leaf's scale.
-        honest: absolute, added to that.
+        honest: absolute, one number or one an element, added to that.
     """
     a, b = wide(got), wide(wanted)
     shape, dtype = tuple(np.shape(got)), str(got.dtype)
@@ -102,12 +103,12 @@ def measure(path: str, got: Any, wanted: Any, allowed: float, honest: float = 0.
         same = (a == b) | (a == rounded) | (np.isnan(a) & np.isnan(b))
         error = np.where(same, 0.0, np.abs(a - b))
     error = np.where(np.isnan(error), np.inf, error)
-    if skip is not None:
-        error = np.where(skip, 0.0, error)
-    worst = tuple(int(i) for i in np.unravel_index(np.argmax(error), error.shape))
     finite = np.abs(b[np.isfinite(b)])
     scale = float(finite.max()) if finite.size else 0.0
     unit = scale or 1.0
+    room = np.broadcast_to(allowed + np.asarray(honest) / unit, error.shape)
+    counted = error / room if skip is None else np.where(skip, -1.0, error / room)
+    worst = tuple(int(i) for i in np.unravel_index(np.argmax(counted), error.shape))
     ulp = spacing(abs(b[worst]), got.dtype)
     value = complex if np.iscomplexobj(a) or np.iscomplexobj(b) else float
     return Leaf(
@@ -117,7 +118,7 @@ def measure(path: str, got: Any, wanted: Any, allowed: float, honest: float = 0.
         scale,
         float(error[worst]),
         float(error[worst]) / unit,
-        allowed + honest / unit,
+        float(room[worst]),
         float(error[worst]) / ulp,
         worst,
         value(a[worst]),
@@ -162,5 +163,5 @@ def mismatch(got: Any, wanted: Any) -> str:
 
 def blank(path: str, given: Any, verdicts: Mapping[str, str]) -> Leaf:
     """A leaf of which no values were compared."""
-    shape, dtype = (tuple(given.shape), str(given.dtype)) if is_array(given) else ((), type(given).__name__)
+    shape, dtype = (tuple(given.shape), str(given.dtype)) if is_array(given) else ((), "")
     return Leaf(path, shape, dtype, verdicts=verdicts)

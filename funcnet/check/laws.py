@@ -1,4 +1,4 @@
-"""What makes a layer a layer, beside the truth of its `bwd`: its residuals, its `apply`, its state, its contractions."""
+"""What makes a layer one, beside the truth of its `bwd`: its residuals, its `apply`, its state, its contractions."""
 
 from typing import Any
 
@@ -96,7 +96,7 @@ def laws(point: Point) -> list[Failure]:
 def _state(point: Point) -> list[Failure]:
     subject = point.subject
     (params, x), state = subject.args, subject.state
-    new = jax.eval_shape(subject.layer.fwd, params, state, x, subject.key)[1]
+    new = jax.eval_shape(lambda *args: subject.layer.fwd(*args)[1], params, state, x, subject.key)
     like = [
         (jax.tree.structure(s), [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(s)])
         for s in (state, new)
@@ -172,7 +172,8 @@ def _contractions(point: Point) -> list[Failure]:
         failures += _contraction(point, path, "the sum of per_example", wide(each[path]).sum(0), wanted)
         failures += _contraction(point, path, "the last of per_example", each[path][-1], last[path])
         squares = np.sum(np.abs(wide(each[path])) ** 2, axis=tuple(range(1, each[path].ndim)))
-        leaf = measure(path, norms[path], squares, 8 * tolerance(wanted.dtype, point.terms), 4 * point.honest[path])
+        honest = 4 * point.honest[path].max() * (squares.max(initial=0.0) * wanted.size) ** 0.5
+        leaf = measure(path, norms[path], squares, 8 * tolerance(wanted.dtype, point.terms), honest)
         failures += [] if leaf.within else [values_failure(leaf, "laws", "contractions", "squared_norm")]
     return failures
 

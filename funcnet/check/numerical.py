@@ -55,7 +55,6 @@ class Numerical:
         self.point = point
         self.center = {path: wide(value) for path, value in point.values.items()}
         self.dy = {path: wide(dy) for path, dy in point.dys[0].items()}
-        self._kinked: dict[str, tuple[np.ndarray, set[int]]] = {}
 
     @cached_property
     def _along(self) -> Any:
@@ -63,7 +62,8 @@ class Numerical:
         point = self.point
 
         def along(values, tangents, dy):
-            at = lambda h: point.outputs_of(jax.tree.map(lambda x, v: x + h * v, values, tangents), True)
+            move = lambda h: jax.tree.map(lambda x, v: x + jnp.asarray(h, v.dtype) * v, values, tangents)
+            at = lambda h: point.outputs_of(move(h), True)
             base = at(0.0)
             dy = {k: jnp.where(jnp.isfinite(base[k]), dy[k], 0.0) for k in dy}
 
@@ -87,10 +87,9 @@ class Numerical:
         tangents = {k: direction if k == path else np.zeros_like(v) for k, v in self.center.items()}
         with jax.enable_x64(True):
             right, left, size = (np.asarray(a) for a in self._along(self.center, tangents, self.dy))
-        value, error = extrapolated((right + left) / (2 * STEPS))
-        right, left = right / STEPS, left / STEPS
         rounding = 2.0**-50 * size / STEPS
-        return Slope(value, error + 4 * rounding[0], *_sides(left, right, rounding))
+        value, error = extrapolated((right + left) / (2 * STEPS), rounding)
+        return Slope(value, error, *_sides(left / STEPS, right / STEPS, rounding))
 
     def scale(self, path: str) -> np.ndarray:
         """How far a value may be moved: its own size, or the leaf's where it is next to nothing."""
@@ -126,16 +125,16 @@ class Numerical:
         return found
 
 
-def extrapolated(quotients: np.ndarray) -> tuple[float, float]:
-    """The limit of D(h) for h -> 0, each h a quarter of the last, and an estimate of its error."""
+def extrapolated(quotients: np.ndarray, rounding: np.ndarray) -> tuple[float, float]:
+    """The limit of D(h) for h -> 0, each h a quarter of the last, and an estimate of its error, rounding included."""
     best, error, row = float("nan"), float("inf"), [float(quotients[0])]
     with np.errstate(all="ignore"):
-        for q in quotients[1:]:
+        for q, noise in zip(quotients[1:], rounding[1:], strict=True):
             new, factor = [float(q)], 1.0
             for j, old in enumerate(row):
                 factor *= 16.0
                 new.append(new[j] + (new[j] - old) / (factor - 1))
-                off = max(abs(new[j + 1] - new[j]), abs(new[j + 1] - old))
+                off = max(abs(new[j + 1] - new[j]), abs(new[j + 1] - old)) + float(noise)
                 if off < error:
                     best, error = new[j + 1], off
             row = new
@@ -185,7 +184,7 @@ def _leaf(point: Point, finder: Numerical, path: str) -> tuple[str, Failure | No
         if kinked.all():
             break
         ours = _slope_of(gradient, direction)
-        allowed = 2 * point.allowed(path) * _norm(direction) + 8 * slope.error
+        allowed = 2 * _norm(point.room(path) * direction) + 8 * slope.error
         reach = max(_norm(gradient * direction), abs(slope.value))
         if slope.kind != "smooth" or not np.isfinite(slope.value) or 8 * slope.error > max(ENOUGH * reach, allowed / 2):
             unsure = True
@@ -211,9 +210,7 @@ def _beyond_the_sides(
         direction = np.where(mask, finder.scale(path) if mask.sum() == 1 else finder.direction(path), 0)
         slope, ours = finder.slope(path, direction), _slope_of(gradient, direction)
         low, high = sorted((slope.left, slope.right))
-        room = (
-            2 * point.allowed(path) * _norm(direction) + 1e-5 * (high - low) + 8 * min(slope.error, ENOUGH * abs(ours))
-        )
+        room = 2 * _norm(point.room(path) * direction) + 1e-5 * (high - low) + 8 * min(slope.error, ENOUGH * abs(ours))
         if slope.kind == "kink" and not low - room <= ours <= high + room:
             size = _norm(direction)
             message = (

@@ -54,8 +54,8 @@ class Plain:
 
     def __call__(self, *leaves: Any, wide: bool) -> Any:
         """The output for the flattened arguments; in float64 if `wide`, else in the dtypes of the program."""
-        leaves = [_widened(leaf) for leaf in leaves] if wide else leaves
-        return jax.tree.unflatten(self.structure, _evaluate(self.jaxpr, leaves, wide))
+        given = [_widened(leaf) for leaf in leaves] if wide else leaves
+        return jax.tree.unflatten(self.structure, _evaluate(self.jaxpr, given, wide))
 
 
 def trace(f: Callable, *args: Any) -> Plain:

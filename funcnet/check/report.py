@@ -112,14 +112,12 @@ class Report:
         """
         from funcnet.check.picture import draw
 
-        names = [each.leaf for each in self.leaves if each.leaf in self.arrays]
-        if (leaf or (names or [""])[0]) not in names:
-            raise InputError(
-                f"one of the leaves {names}", repr(leaf), "name a leaf that has a gradient and a reference"
-            )
-        draw(
-            next(each for each in self.leaves if each.leaf == (leaf or names[0])), *self.arrays[leaf or names[0]], path
-        )
+        known = {each.leaf: each for each in self.leaves if each.leaf in self.arrays}
+        name = leaf or next(iter(known), "")
+        if name not in known:
+            remedy = "name a leaf that has a gradient and a reference of one shape"
+            raise InputError(f"one of the leaves {list(known)}", repr(leaf), remedy)
+        draw(known[name], *self.arrays[name], path)
 
     def _rows(self) -> list[list[str]]:
         oracles = list(dict.fromkeys(oracle for leaf in self.leaves for oracle in leaf.verdicts))
@@ -134,7 +132,7 @@ class Report:
 
 
 def _row(leaf: Leaf, oracles: list[str]) -> list[str]:
-    kind = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    kind = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" if leaf.dtype else ""
     verdicts = [leaf.verdicts.get(oracle, "-") for oracle in oracles]
     if not leaf.allowed:  # nothing was compared
         return [leaf.leaf, kind, "", "", "", "", "", *verdicts, "", "", ""]

@@ -146,4 +146,4 @@ def drawn(tree: Tree, seed: int) -> Tree:
 def sizes_of(tree: Tree) -> list[int]:
     """The distinct sizes above 1 in a tree, the largest first."""
     shapes = [leaf.sizes if isinstance(leaf, Spec) else leaf.shape for leaf in jax.tree.leaves(tree)]
-    return sorted({size for shape in shapes for size in shape if size > 1}, reverse=True)
+    return sorted({int(size) for shape in shapes for size in shape if int(size) > 1}, reverse=True)

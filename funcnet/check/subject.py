@@ -12,7 +12,6 @@ import numpy as np
 
 from funcnet.check.judge import HONEST, Leaf, leaves_of, measure, tolerance, wide
 from funcnet.check.plain import Plain, is_inexact, reduction_length
-from funcnet.layer import Layer
 
 Tree = Any
 Values = dict[str, np.ndarray]
@@ -42,10 +41,10 @@ class Subject:
     pull: Callable[[tuple, Tree], tuple[Tree, tuple]]
     plain: Plain
     x64: bool = False
-    layer: Layer | None = None
+    layer: Any = None
     state: Tree = ()
     key: Any = None
-    raw: Callable[[tuple, Tree], tuple[Tree, tuple]] | None = None
+    raw: Any = None
     notes: tuple[str, ...] = ()
 
     def mode(self) -> AbstractContextManager:
@@ -142,11 +141,10 @@ class Point:
         y, grads = pull(jax.tree.unflatten(self.structure, self.args(values)), self.cotangent(dy))
         return y, self._named(grads)
 
-    def vjp(self, values: Values, dy: Values, wide: bool) -> tuple[Values, Values]:
+    def vjp(self, values: Values, dy: Values, wide: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """The plain program's outputs and gradients, by reverse mode."""
         y, pullback = jax.vjp(lambda v: self.outputs_of(v, wide), values)
-        dy = {path: jnp.asarray(d, y[path].dtype) for path, d in dy.items()}
-        return y, pullback(dy)[0]
+        return y, pullback({path: jnp.asarray(d, y[path].dtype) for path, d in dy.items()})[0]
 
     def outputs_of(self, values: Values, wide: bool) -> dict[str, Any]:
         """The plain program's floating outputs by path. Traceable."""
@@ -164,16 +162,16 @@ class Point:
             return host(self._reference(_wide(self.values if values is None else values), _wide(dy))[1])
 
     @cached_property
-    def compiled(self) -> Callable:
+    def compiled(self) -> Any:
         """`pull`, compiled as a user's would be."""
         return jax.jit(self.pull)
 
     @cached_property
-    def _reference(self) -> Callable:
+    def _reference(self) -> Any:
         return quickly(partial(self.vjp, wide=True))
 
     @cached_property
-    def _honest(self) -> Callable:
+    def _honest(self) -> Any:
         return quickly(partial(self.vjp, wide=False))
 
     @cached_property
@@ -234,8 +232,8 @@ class Point:
 
     @cached_property
     def honest(self) -> Values:
-        """By leaf: the absolute error of the plain program in its own dtypes (`funcnet.check.judge`), times C."""
-        worst = dict.fromkeys(self.values, 0.0)
+        """By leaf, for every element: C times the error of the plain program itself (`funcnet.check.judge`)."""
+        worst = {path: np.zeros(np.shape(value)) for path, value in self.values.items()}
         if not self.reverses:
             return worst
         for k in range(4):
@@ -250,8 +248,17 @@ class Point:
             for path in worst:
                 with np.errstate(all="ignore"):
                     error = np.abs(wide(got[path]) - wanted[path])
-                worst[path] = max(worst[path], float(error[np.isfinite(error)].max(initial=0.0)))
-        return {path: HONEST * error for path, error in worst.items()}
+                worst[path] = np.maximum(worst[path], np.where(np.isfinite(error), error, 0.0))
+        return {path: HONEST * self._pooled(path, error) for path, error in worst.items()}
+
+    def _pooled(self, path: str, error: np.ndarray) -> np.ndarray:
+        """The largest error of the leaf for all its elements, but for those that a step over a kink has moved."""
+        scale = float(
+            np.abs(wide(self.references[0][path])).max(initial=0.0, where=np.isfinite(self.references[0][path]))
+        )
+        jump = float(jnp.finfo(self.values[path].dtype).eps) ** 0.5 * scale
+        moved = (error > jump) & (error > 16 * np.median(error)) if error.size else np.zeros(error.shape, bool)
+        return np.where(moved, error, np.max(error, initial=0.0, where=~moved))
 
     def _beside(self) -> Values:
         """Every value moved up or down by a unit of rounding."""
@@ -263,13 +270,15 @@ class Point:
 
         return {path: move(leaf) for path, leaf in self.values.items()}
 
-    def measured(self, path: str, got: Any, wanted: Any, factor: float = 1.0, skip: Any = None) -> Leaf:
-        """A leaf against its reference, with what is allowed here, `factor` times."""
+    def measured(
+        self, path: str, got: Any, wanted: Any, factor: float = 1.0, size: float = 0.0, skip: Any = None
+    ) -> Leaf:
+        """A leaf against its reference, with `factor` times what is allowed, and more if its terms have this `size`."""
         allowed = factor * tolerance(got.dtype, self.terms)
-        return measure(path, got, wanted, allowed, factor * self.honest[path], skip)
+        return measure(path, got, wanted, allowed, factor * self.honest[path] + allowed * size, skip)
 
-    def allowed(self, path: str) -> float:
-        """What an element of a leaf may be off, absolutely."""
+    def room(self, path: str) -> np.ndarray:
+        """What every element of a leaf may be off, absolutely."""
         scale = max(float(np.abs(r[path][np.isfinite(r[path])]).max(initial=0.0)) for r in self.references) or 1.0
         return scale * tolerance(self.values[path].dtype, self.terms) + self.honest[path]
 

@@ -110,75 +110,7 @@ LABELS = (S((3, 5), jnp.float32), np.array([0, 4, 2]))
 
 # name: (layer, input, the leaves to blame, words of the law to blame)
 WRONG = {
-    # values of one leaf
-    "dx has the wrong sign": (dinput(lambda g, *_: -g), X, ["x"], ""),
-    "dx is doubled": (dinput(lambda g, *_: 2 * g), X, ["x"], ""),
-    "dx is by the kernel, not its transpose": (
-        dinput(lambda _, p, x, dy: dy @ p["kernel"], fn.dense(5)),
-        SQUARE,
-        ["x"],
-        "",
-    ),
-    "dx of one example goes to its neighbour": (dinput(lambda g, *_: jnp.roll(g, 1, 0)), X, ["x"], ""),
-    "kernel gradient is a mean over the batch": (dparam("kernel", lambda g, *_: g / 3), X, [KERNEL], ""),
-    "kernel gradient is transposed": (dparam("kernel", lambda g, *_: g.T, fn.dense(5)), SQUARE, [KERNEL], ""),
-    "kernel gradient has one element at 0.9": (dparam("kernel", element), X, [KERNEL], ""),
-    "kernel gradient leaves the last example out": (
-        dparam("kernel", lambda g, p, x, dy: jnp.einsum("bti,btj->ij", x[:-1], dy[:-1])),
-        X,
-        [KERNEL],
-        "",
-    ),
-    "bias gradient has one element at 0.9": (dparam("bias", element), X, [BIAS], ""),
-    "bias gradient is off by a billionth": (dparam("bias", lambda g, *_: g * (1 + 1e-9)), X, [BIAS], ""),
-    "bias gradient is not summed over the batch": (dparam("bias", lambda g, p, x, dy: dy[0].sum(0)), X, [BIAS], ""),
-    "bias gradient is zero": (dparam("bias", lambda g, *_: 0 * g), X, [BIAS], ""),
-    "bias gradient has a NaN": (dparam("bias", lambda g, *_: g.at[1].set(jnp.nan)), X, [BIAS], ""),
-    "dx has a NaN": (dinput(lambda g, *_: g.at[0, 1, 2].set(jnp.nan)), X, ["x"], ""),
-    "bias gradient has an infinity": (dparam("bias", lambda g, *_: g.at[0].set(jnp.inf)), X, [BIAS], ""),
-    "layer_norm's dx without mean(g)": (without_a_mean("g"), X, ["x"], ""),
-    "layer_norm's dx without mean(g x_hat)": (without_a_mean("g x_hat"), X, ["x"], ""),
-    "layer_norm's scale gradient without x_hat": (
-        dparam("scale", lambda g, p, r, dy: dy.sum((0, 1)), fn.layer_norm()),
-        X,
-        ["params['scale']"],
-        "",
-    ),
-    "gelu as if y were x": (saving(lambda p, x, r: r * jax.scipy.stats.norm.cdf(r), fn.gelu()), X, ["x"], ""),
-    "tanh as if x were y": (saving(lambda p, x, r: x, fn.tanh()), X, ["x"], ""),
-    "relu with the slope of the other side at its kink": (
-        kinked("relu", lambda y: y >= 0),
-        np.array([[0.0, 1, 2]]),
-        ["x"],
-        "",
-    ),
-    "relu6 with the slope of the other side at its kink": (
-        kinked("relu6", lambda y: (y > 0) & (y <= 6)),
-        np.array([[6.0, 1, 2]]),
-        ["x"],
-        "",
-    ),
-    "relu6 is off by a millionth beside a kink": (
-        dinput(lambda g, *_: g * (1 + 1e-6), fn.relu6()),
-        np.array([[6.0, 1, 2]]),
-        ["x"],
-        "",
-    ),
-    "skip forgets the connection": (dinput(lambda g, p, r, dy: g - dy, fn.skip(fn.dense(4))), X, ["x"], ""),
-    "another mask in bwd than in fwd": (
-        saving(lambda p, x, key: jax.random.fold_in(key, 1), masking()),
-        X,
-        ["x"],
-        "",
-    ),
-    "cross_entropy forgets the label": (
-        dinput(lambda g, p, r, dy: (dy[..., None] * jax.nn.softmax(r.logits), None), fn.cross_entropy()),
-        LABELS,
-        ["x[0]"],
-        "",
-    ),
-    "mse's target has the sign of its prediction": (dinput(lambda g, *_: (g[0], g[0]), fn.mse()), PAIR, ["x[1]"], ""),
-    # values of several leaves
+    # values
     "a stale residual": (saving(lambda p, x, r: r + 1), X, [KERNEL], ""),
     "two layers' gradients swapped": (
         rule(fn.parallel(a=fn.dense(2), b=fn.dense(2)), swapped),
@@ -193,6 +125,19 @@ WRONG = {
         "",
     ),
     "repeat's turns in reverse": (dparam("bias", turns_reversed, fn.repeat(fn.dense(4), 2)), X, [BIAS], ""),
+    "bias gradient is off by a billionth": (dparam("bias", lambda g, *_: g * (1 + 1e-9)), X, [BIAS], ""),
+    "relu6 is off by a millionth beside a kink": (
+        dinput(lambda g, *_: g * (1 + 1e-6), fn.relu6()),
+        np.array([[6.0, 1, 2]]),
+        ["x"],
+        "",
+    ),
+    "a slope beyond both sides of a kink": (
+        dinput(lambda g, p, y, dy: jnp.where(y == 0, 2 * dy, g), fn.relu()),
+        np.array([[0.0, 1, 2]]),
+        ["x"],
+        "",
+    ),
     # structure
     "bias gradient in float32": (dparam("bias", lambda g, *_: g.astype(jnp.float32)), X, [BIAS], ""),
     "dx in float32": (dinput(lambda g, *_: g.astype(jnp.float32)), X, ["x"], ""),
@@ -215,53 +160,58 @@ WRONG = {
         rule(fn.dense(2), lambda dp, dx, p, x, dy: (fn.dense(2).bwd(p, x, jnp.abs(dy))[0], dx)),
         X,
         [BIAS, KERNEL],
-        "law 4",
+        "linearity",
     ),
-    "bwd with something added": (dparam("bias", lambda g, *_: g + 1), X, [BIAS], "law 4.*bias"),
-    "dx clipped": (dinput(lambda g, *_: jnp.clip(g, -0.1, 0.1)), X, ["x"], "law 4"),
+    "bwd with something added": (dparam("bias", lambda g, *_: g + 1), X, [BIAS], "zero cotangent"),
+    "dx clipped": (dinput(lambda g, *_: jnp.clip(g, -0.1, 0.1)), X, ["x"], "linearity"),
     "apply differs from fwd": (
         replace(fn.dense(2), apply=lambda p, s, x: 1.01 * fn.dense(2).apply(p, s, x)),
         X,
         [],
-        "law 2.*apply",
+        "laws, apply",
     ),
     "apply of another shape": (
         replace(fn.dense(2), apply=lambda p, s, x: fn.dense(2).apply(p, s, x)[0]),
         X,
         [],
-        "law 2.*apply",
+        "laws, apply",
     ),
     "fwd returns state that init did not": (
         replace(fn.dense(2), fwd=lambda p, s, x, key: (*fn.dense(2).fwd(p, s, x, key)[:1], jnp.ones(2), x)),
         X,
         [],
-        "law 3",
+        "laws, state",
     ),
     "a parameter among the residuals": (
         saving(lambda p, x, r: (r, p["kernel"]), unpack=lambda r: r[0]),
         X,
         [],
-        r"law 6.*\[1\].*parameter",
+        r"residuals\[1\].*parameter",
     ),
     "what depends on parameters alone among the residuals": (
         saving(lambda p, x, r: (r, p["kernel"].T), unpack=lambda r: r[0]),
         X,
         [],
-        r"law 6.*\[1\].*param",
+        r"residuals\[1\].*param",
     ),
-    "a number among the residuals": (saving(lambda p, x, r: (r, 3), unpack=lambda r: r[0]), X, [], "law 6.*int"),
-    "a text among the residuals": (saving(lambda p, x, r: (r, "relu"), unpack=lambda r: r[0]), X, [], "law 6.*str"),
+    "a number among the residuals": (saving(lambda p, x, r: (r, 3), unpack=lambda r: r[0]), X, [], "int, not an array"),
+    "a text among the residuals": (
+        saving(lambda p, x, r: (r, "relu"), unpack=lambda r: r[0]),
+        X,
+        [],
+        "str, not an array",
+    ),
     "a function among the residuals": (
         saving(lambda p, x, r: (r, max), unpack=lambda r: r[0]),
         X,
         [],
-        "law 6.*builtin",
+        "builtin.*not an array",
     ),
     "a NumPy array among the residuals": (
         saving(lambda p, x, r: (r, np.ones(2)), unpack=lambda r: r[0]),
         X,
         [],
-        "law 6",
+        "ndarray|float64.*not an array",
     ),
 }
 
@@ -272,17 +222,13 @@ def blamed(report):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_rule_is_refused_and_blamed_on_the_right_leaf_or_law(name):
-    layer, x, leaves, law = WRONG[name]
-    report = check(layer, x)
+    layer, x, leaves, words = WRONG[name]
+    report = check(layer, x, shrink=False)
     assert not report.ok
     assert blamed(report) == sorted(leaves)
-    broken = "\n".join(report.broken)
-    if law:
-        assert re.search(law, broken), broken
-    innocent = [f"law {n}" for n in (2, 3, 6) if not law.startswith(f"law {n}")] + (
-        ["law 1", "law 4"] if not leaves else []
-    )
-    assert not [line for line in report.broken if line.startswith(tuple(innocent))]
+    said = "\n".join(map(str, report.failures))
+    assert re.search(words, said), said
+    assert {failure.leaf for failure in report.failures} <= {*leaves, "", "y", "residuals[1]"}
     with pytest.raises(AssertionError) as error:
         report.raise_for_failure()
     for leaf in leaves:
@@ -389,7 +335,7 @@ def _refuse(message, *_):
 
 @pytest.mark.parametrize(
     ("x", "message"),
-    [(S((3,), jnp.int32), "values for an integer input"), ([1.0, 2.0], "an array or a jax.ShapeDtypeStruct")],
+    [(S((3,), jnp.int32), "values for an integer input"), ([1.0, 2.0], "expected  arrays"), ("f32[", "an array like")],
 )
 def test_an_input_that_cannot_be_drawn_is_refused(x, message):
     with pytest.raises(fn.InputError, match=message):
