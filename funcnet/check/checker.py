@@ -145,9 +145,6 @@ def checked(
     shrink: bool,
 ) -> Report:
     """The report on what `build` makes of a tree of specs and arrays; a failure is shrunk and given its `line`."""
-    unknown = [oracle for oracle in oracles if oracle not in ORACLES]
-    if unknown or not oracles or isinstance(oracles, str):
-        raise InputError(f"oracles among {', '.join(ORACLES)}", repr(oracles), "name them in a tuple")
     if directions < 1:
         raise InputError("at least one direction", f"directions={directions}", "leave it out for three")
     report = replace(examine(build(tree), oracles, seed, directions), title=title)
@@ -155,13 +152,16 @@ def checked(
         return report
     if shrink:
         wrong = {failure.oracle for failure in report.failures}
-        fails = lambda smaller: not examine(build(smaller), [o for o in oracles if o in wrong], seed, 1, False).ok
-        tree = smallest(tree, fails)
-    return replace(report, repeat=line(tree))
+        again = [oracle for oracle in oracles if oracle in wrong] or oracles[:1]
+        tree = smallest(tree, lambda smaller: not examine(build(smaller), again, seed, 1, False).ok)
+    return replace(report, repeat=line(tree), smallest=tree)
 
 
 def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int, explain: bool = True) -> Report:
     """Ask the oracles about a subject at its point."""
+    known = ORACLES if subject.layer else ORACLES[:3]
+    if isinstance(oracles, str) or not oracles or not set(oracles) <= set(known):
+        raise InputError(f"oracles among {', '.join(known)}", repr(oracles), "name them in a tuple")
     point = Point(subject, seed, directions)
     point.notes += subject.notes
     failures = algebra.structure(point)

@@ -37,7 +37,7 @@ class Context:
     arrays: Values = field(default_factory=dict)
     dy: Values = field(default_factory=dict)
     vjp: Callable[..., Values] | None = None
-    rule: Callable[[Values], Values] | None = None
+    rule: Callable[..., Values] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Case:
 
     def true(self, dy: Values | None = None, values: Values | None = None) -> np.ndarray:
         """The leaf's true gradient for another cotangent, or at another point."""
+        assert self.context.vjp
         found = self.context.vjp(dy or self.context.dy, *([] if values is None else [values]))
         return wide(found[self.leaf.leaf])
 

@@ -111,8 +111,14 @@ def _differentiable(f: Callable, args: tuple, program: Plain) -> None:
     """Refuse a function without custom rules that reverse mode cannot go through."""
     if program.rules:
         return
+
+    def everything(*args):
+        y, pullback = jax.vjp(f, *args)
+        ones = lambda leaf: jnp.ones_like(leaf) if is_inexact(leaf) else np.zeros(leaf.shape, jax.dtypes.float0)
+        return [g for g in jax.tree.leaves(pullback(jax.tree.map(ones, y))) if is_inexact(g)]
+
     try:
-        jax.eval_shape(lambda *a: jax.vjp(f, *a)[0], *args)
+        jax.eval_shape(everything, *args)
     except Exception as error:
         remedy = "give it a jax.custom_vjp, or use jax.lax.scan for a while loop; then check it again"
         raise InputError("a function that JAX can differentiate", _said(error), remedy) from error

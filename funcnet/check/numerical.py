@@ -55,6 +55,8 @@ class Numerical:
         self.point = point
         self.center = {path: wide(value) for path, value in point.values.items()}
         self.dy = {path: wide(dy) for path, dy in point.dys[0].items()}
+        narrow = point.subject.plain.narrow  # a part, such as a Pallas kernel, runs in float32 at best
+        self.steps, self.unit = (4 * STEPS, 2.0**-23) if narrow else (STEPS, 2.0**-50)
 
     @cached_property
     def _along(self) -> Any:
@@ -78,7 +80,7 @@ class Numerical:
                 above, below = at(h), at(-h)
                 return pair(above, base), pair(base, below), size(above) + size(below)
 
-            return jax.lax.map(one, jnp.asarray(STEPS))
+            return jax.lax.map(one, jnp.asarray(self.steps))
 
         return quickly(along)
 
@@ -87,9 +89,9 @@ class Numerical:
         tangents = {k: direction if k == path else np.zeros_like(v) for k, v in self.center.items()}
         with jax.enable_x64(True):
             right, left, size = (np.asarray(a) for a in self._along(self.center, tangents, self.dy))
-        rounding = 2.0**-50 * size / STEPS
-        value, error = extrapolated((right + left) / (2 * STEPS), rounding)
-        return Slope(value, error, *_sides(left / STEPS, right / STEPS, rounding))
+        rounding = self.unit * size / self.steps
+        value, error = extrapolated((right + left) / (2 * self.steps), rounding)
+        return Slope(value, error, *_sides(left / self.steps, right / self.steps, rounding))
 
     def scale(self, path: str) -> np.ndarray:
         """How far a value may be moved: its own size, or the leaf's where it is next to nothing."""
@@ -184,9 +186,9 @@ def _leaf(point: Point, finder: Numerical, path: str) -> tuple[str, Failure | No
         if kinked.all():
             break
         ours = _slope_of(gradient, direction)
-        allowed = 2 * _norm(point.room(path) * direction) + 8 * slope.error
+        allowed = 2 * _norm(point.room(path) * direction) + 4 * slope.error
         reach = max(_norm(gradient * direction), abs(slope.value))
-        if slope.kind != "smooth" or not np.isfinite(slope.value) or 8 * slope.error > max(ENOUGH * reach, allowed / 2):
+        if slope.kind != "smooth" or not np.isfinite(slope.value) or 4 * slope.error > max(ENOUGH * reach, allowed / 2):
             unsure = True
         elif abs(ours - slope.value) > allowed + 1e-9 * reach:
             message = f"along a random direction the slope is {ours:.9g} by the rule, {slope.value:.9g} numerically"

@@ -21,7 +21,9 @@ from funcnet.expect import is_array
 
 INLINE = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
 RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-LOOPS = {"scan", "while", "cond", "reduce", "scatter-add", "scatter-mul", "scatter", "scatter-min", "scatter-max"}
+LOOPS = {"scan", "while", "cond", "reduce", "custom_linear_solve"} | {
+    "scatter" + kind for kind in ("", "-add", "-mul", "-min", "-max")
+}
 AS_WRITTEN = {"bitcast_convert_type", "nextafter", "random_gamma"}
 
 
@@ -35,6 +37,7 @@ class Plain:
         rules: each custom rule in it, such as "custom_vjp relu", with the number of its calls.
         stuck: primitives that hold custom rules that cannot be replaced.
         stops: whether it stops gradients.
+        narrow: whether a part of it can be computed in its own dtypes only.
     """
 
     jaxpr: Any
@@ -42,10 +45,12 @@ class Plain:
     rules: dict[str, int] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
     stops: bool = False
+    narrow: bool = False
 
     def __post_init__(self) -> None:
-        names = _survey(self.jaxpr, self.rules, self.stuck, "")
+        names, opaque = _survey(self.jaxpr, self.rules, self.stuck, "")
         self.stops = "stop_gradient" in names
+        self.narrow = opaque
 
     @property
     def coarse(self) -> bool:
@@ -108,9 +113,12 @@ def _coarse(jaxpr: Any) -> bool:
     return small or any(_coarse(sub) for eqn in eqns for sub in _programs(eqn))
 
 
-def _survey(jaxpr: Any, rules: dict[str, int], stuck: set[str], blocked: str) -> set[str]:
-    """Count custom rules, and name the primitives in which they are out of reach. Returns the names of all."""
-    names = set()
+def _survey(jaxpr: Any, rules: dict[str, int], stuck: set[str], blocked: str) -> tuple[set[str], bool]:
+    """Count custom rules, and name the primitives in which they are out of reach.
+
+    Returns the names of all primitives, and whether any is evaluated as written.
+    """
+    names, opaque = set(), False
     for eqn in _open(jaxpr)[0].eqns:
         name = eqn.primitive.name
         names.add(name)
@@ -119,10 +127,12 @@ def _survey(jaxpr: Any, rules: dict[str, int], stuck: set[str], blocked: str) ->
             rules[label] = rules.get(label, 0) + 1
             if blocked:
                 stuck.add(blocked)
+        reached = name in INLINE | RULES | LOOPS
         for sub in _programs(eqn):
-            reached = name in INLINE | RULES | LOOPS
-            names |= _survey(sub, rules, stuck, blocked or ("" if reached else name))
-    return names
+            inside, narrow = _survey(sub, rules, stuck, blocked or ("" if reached else name))
+            names |= inside
+            opaque |= narrow or not reached
+    return names, opaque
 
 
 def _name(eqn: Any) -> str:
@@ -172,7 +182,8 @@ def _bind(eqn: Any, params: dict, args: Any) -> Sequence[Any]:
 def _replaced(value: Any, wide: bool) -> Any:
     """A program among the parameters of a loop, without its rules."""
     if isinstance(value, tuple) and any(hasattr(v, "eqns") for v in value):
-        return tuple(_replaced(v, wide) for v in value)
+        inside = [_replaced(v, wide) for v in value]
+        return type(value)(*inside) if hasattr(value, "_fields") else tuple(inside)
     if not hasattr(value, "eqns"):
         return value
     shapes = [_shape(var.aval, wide) for var in _open(value)[0].invars]

@@ -47,6 +47,7 @@ class Report:
         failures: all that is wrong; empty if the rule holds.
         notes: what else there is to know: which custom rules were replaced, what an oracle could not tell and why.
         repeat: the line that shows the failure again, on the smallest shape found; empty if nothing failed.
+        smallest: what was checked, at that shape: a tree of specs (`funcnet.check.spec`) and arrays.
         arrays: by leaf, the gradient and its reference, for pictures.
     """
 
@@ -55,6 +56,7 @@ class Report:
     failures: tuple[Failure, ...] = ()
     notes: tuple[str, ...] = ()
     repeat: str = ""
+    smallest: Any = field(default=None, repr=False, compare=False)
     arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
