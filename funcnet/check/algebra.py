@@ -12,7 +12,7 @@ import numpy as np
 from funcnet.check.judge import leaves_of, measure, mismatch, tolerance, wide
 from funcnet.check.numerical import Numerical
 from funcnet.check.report import Failure, values_failure
-from funcnet.check.subject import Point, Values, host, quickly
+from funcnet.check.subject import Point, Values, host, laid, quickly
 
 ORACLE = "algebra"
 
@@ -122,13 +122,14 @@ def adjoint(point: Point, finder: Numerical) -> list[Failure]:
     def push(values, tangents):
         return jax.jvp(lambda v: point.outputs_of(v, True), (values,), (tangents,))
 
-    values, failures = {k: wide(v) for k, v in point.values.items()}, []
+    values: Values = point.values
+    failures = []
     forward = quickly(push)
     for path in point.sound:
-        v = {k: point.draw({k: x})[k] if k == path else np.zeros_like(x) for k, x in values.items()}
+        v = {k: np.zeros(np.shape(x)) for k, x in values.items()} | point.draw({path: wide(values[path])})
         try:
             with jax.enable_x64(True):
-                out = forward(values, v)[1]
+                out = forward(point.wide(values), point.wide(v))[1]
         except Exception as error:
             point.notes.append(f"forward mode is not to be had: {_first_line(error)[:200]}")
             return []
@@ -201,7 +202,8 @@ def _differences(point: Point, way: str, pairs: list[tuple[str, np.ndarray, np.n
 def _elsewhere(point: Point) -> Values:
     """Other values nearby."""
     noise = point.draw(point.values)
-    return {k: (wide(v) * (1 + 0.01 * wide(noise[k]))).astype(v.dtype) for k, v in point.values.items()}
+    moved = {k: wide(v) * (1 + 0.01 * wide(noise[k])) for k, v in point.values.items()}
+    return {k: laid(moved[k].astype(v.dtype), v) for k, v in point.values.items()}
 
 
 def _arrays(values: Values) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A name is the constructor's, then what is special. Shapes have odd sizes and siz
 the order is that of the library: layers, losses, combinators.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,14 @@ class Case:
         """The name of the function that makes the layer."""
         return self.name.split("/")[0]
 
-    def check(self, dtype: str = "float64", oracles: Iterable[str] = ORACLES, **options: Any) -> Report:
-        """`fn.check_layer` in one of its dtypes."""
-        return check_layer(self.layer, self.x, dtype=dtype, oracles=tuple(oracles), **options)
+    def check(self, dtype: str = "", oracles: Sequence[str] = (), **options: Any) -> Report:
+        """`fn.check_layer` in one of its dtypes, the first by default.
+
+        By default the first is put before all oracles, the others before autodiff alone.
+        """
+        dtype = dtype or self.dtypes[0]
+        oracles = oracles or (ORACLES if dtype == self.dtypes[0] else ("autodiff",))
+        return check_layer(self.layer, self.x, dtype=dtype, oracles=oracles, **options)
 
 
 def _softmax() -> Layer:

@@ -39,6 +39,11 @@ class Context:
     vjp: Callable[..., Values] | None = None
     rule: Callable[..., Values] | None = None
 
+    @property
+    def cotangents(self) -> set[str]:
+        """The names of the cotangents among the arrays."""
+        return {"d" + name for name in self.dy}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -87,9 +92,7 @@ def _patterns(case: Case, dtype: Any) -> tuple[Callable[[Case], Found], ...]:
         return ()
     if not np.isfinite(case.g).all():
         return (lambda case: _not_finite(case, dtype),)
-    if case.leaf.scale and case.rounding > case.leaf.relative / 10:
-        return ()
-    own = (_multiple, _itself, _rearranged, _other_leaf, _part)
+    own = (_multiple, _rearranged, _other_leaf, _part, _itself)
     others = (_not_linear, _other_cotangent, _weighted, _other_point, _turned, _diagonal)
     return *own, *(others if case.context.vjp else others[:1]), _signs, _factor, _running, _term
 
@@ -97,6 +100,8 @@ def _patterns(case: Case, dtype: Any) -> tuple[Callable[[Case], Found], ...]:
 def _shapes(case: Case) -> Found:
     g, r, same = case.g, case.r, case.same
     for axes in _subsets(g.ndim):
+        if 1 in [g.shape[i] for i in axes]:
+            continue
         if same(g.sum(axes), r) or same(g.sum(axes, keepdims=True), r):
             yield f"not summed over {_axes(axes)}, along which the forward pass broadcast it"
         if same(g.mean(axes), r) or same(g.mean(axes, keepdims=True), r):
@@ -162,24 +167,30 @@ def _constant(c: float, case: Case) -> str:
         return "twice the gradient: counted twice, or a factor 1/2 is missing"
     if near(c, 0.5):
         return "half the gradient: one of two equal uses is not counted, or a factor 2 is missing"
-    for root in (False, True):
-        for name, array in case.context.arrays.items():
-            for axes in _subsets(array.ndim):
-                n = int(np.prod([array.shape[i] for i in axes]))
-                by = f"root of {n}" if root else str(n)
-                size, is_it = n**0.5 if root else n, f"{n} is the size of {_axes(axes)} of {name}"
-                if n > 2 and near(c * size, 1):
-                    return f"the gradient over the {by}, and {is_it}: divided by it once too often"
-                if n > 2 and near(c, size):
-                    return f"the gradient times the {by}, and {is_it}: a division by it is missing"
+    for n, where in _sizes(case.context.arrays):
+        for size, by in ((n, f"{n}"), (n**0.5, f"the root of {n}")):
+            if near(c * size, 1):
+                return f"divided by {by}, {where}, once too often"
+            if near(c, size):
+                return f"a division by {by}, {where}, is missing"
     return f"{c:.6g} times the gradient: a constant factor" if case.r.size > 1 else ""
+
+
+def _sizes(arrays: Values) -> list[tuple[int, str]]:
+    """What a mean may have been over, single axes first."""
+    found = [(len(axes), array, axes, name) for name, array in arrays.items() for axes in _subsets(array.ndim)]
+    found.sort(key=lambda each: each[0])
+    sizes = [
+        (int(np.prod([a.shape[i] for i in axes])), f"the size of {_axes(axes)} of {name}") for _, a, axes, name in found
+    ]
+    return [(n, where) for n, where in sizes if n > 2]
 
 
 def _itself(case: Case) -> Found:
     """An array that the rule has, as it is."""
     for name, array in case.context.arrays.items():
         if case.same(case.g, wide(array)):
-            is_dy = name.removeprefix("d") in case.context.dy
+            is_dy = name in case.context.cotangents
             yield f"this is {name} itself" + (", as if the derivative were 1" if is_dy else "")
 
 
@@ -197,7 +208,7 @@ def _rearranged(case: Case) -> Found:
             if same(g, np.roll(r, shift, axis)):
                 yield f"shifted by {shift} along axis {axis}"
         for shift in (1, -1):
-            if n > 3 and same(*(_inner(a, shift, axis) for a in (g, np.roll(r, shift, axis)))):
+            if n > 2 and same(*(_inner(a, shift, axis) for a in (g, np.roll(r, shift, axis)))):
                 yield f"shifted by {shift} along axis {axis}, but for its end"
         if word := _permuted(case, axis):
             yield word
@@ -264,7 +275,7 @@ def _part(case: Case) -> Found:
         return
     lost, extra = int(((g == 0) & unlike).sum()), int(((r == 0) & unlike).sum())
     if lost and extra:
-        yield f"another mask: {lost} elements are zero that should not be, {extra} are not that should be"
+        yield f"another mask: {lost} of {g.size} elements are zero that should not be, {extra} are not zero that should be"
     elif lost:
         yield f"{lost} of {g.size} elements are zero that should not be: a mask, or a part that is not written"
     else:
@@ -311,6 +322,7 @@ def _cotangents(dy: Values, name: str) -> Iterator[tuple[Values, str]]:
     v, alone = dy[name], _each(dy, np.zeros_like)
     if len(dy) > 1:
         yield {**dy, name: alone[name]}, f"the cotangent of the output {name} is lost"
+    if len(dy) > 2:
         yield {**alone, name: v}, f"only the output {name} counts"
     for axis, n in enumerate(v.shape[:3]):
         if n < 2:
@@ -330,27 +342,39 @@ def _cotangents(dy: Values, name: str) -> Iterator[tuple[Values, str]]:
 
 def _weighted(case: Case) -> Found:
     """g = sum_i m_i vjp(slice i of dy): slices that are lost, or count more than once."""
-    dy = case.context.dy
+    dy, several = case.context.dy, len(case.context.dy) > 1
+    none = _each(dy, np.zeros_like)
     for name, v in dy.items():
+        rest = case.true({**dy, name: none[name]}).ravel() if several else 0.0
         for axis, n in enumerate(v.shape[:3]):
-            if not 2 <= n <= SLICES or case.g.size < n + 2:
+            if not 2 <= n <= SLICES:
                 continue
-            rest = {k: a if k != name else np.zeros_like(a) for k, a in dy.items()}
-            parts = [case.true({**_each(dy, np.zeros_like), name: _sliced(v, axis, i)}).ravel() for i in range(n)]
-            other = case.true(rest).ravel() if len(dy) > 1 else 0.0
-            m, _, rank, _ = np.linalg.lstsq(np.stack(parts, 1), case.g.ravel() - other, 1e-9)
-            if rank == n and case.same(np.stack(parts, 1) @ m + other, case.g.ravel()):
-                yield _weights(np.real(m), f"axis {axis} of the cotangent" + f" of {name}" * (len(dy) > 1))
+            parts = np.stack([case.true({**none, name: _sliced(v, axis, i)}).ravel() for i in range(n)], 1)
+            for m in (*np.eye(n), *(1 - np.eye(n)), *_solved(parts, case.g.ravel() - rest)):
+                if case.same(parts @ m + rest, case.g.ravel()):
+                    yield _weights(m, f"axis {axis} of the cotangent", f" of {name}" * several)
 
 
-def _weights(m: np.ndarray, where: str) -> str:
+def _solved(parts: np.ndarray, g: np.ndarray) -> list[np.ndarray]:
+    """The weights m for which parts @ m is g, if there are numbers enough to tell."""
+    if not np.isfinite(parts).all() or len(g) < parts.shape[1] + 2:
+        return []
+    m, _, rank, _ = np.linalg.lstsq(parts, g, 1e-9)
+    return [np.real(m)] if rank == parts.shape[1] else []
+
+
+def _weights(m: np.ndarray, axis: str, of: str) -> str:
     zero, whole = np.abs(m) < 1e-4, np.abs(m - 1) < 1e-4
     listed = lambda mask: ", ".join(map(str, np.flatnonzero(mask)))
-    if (zero | whole).all() and whole.sum() == 1:
-        return f"only index {listed(whole)} of {where} counts"
+    if np.ptp(m) < 1e-4:
+        return f"the cotangent{of} counts {m[0]:.4g} times"
     if (zero | whole).all():
-        return f"index {listed(zero)} of {where} is lost"
-    return f"the slices along {where} have the wrong weights {', '.join(f'{v:.4g}' for v in m)} in place of 1"
+        return (
+            f"only index {listed(whole)} of {axis}{of} counts"
+            if whole.sum() == 1
+            else f"index {listed(zero)} of {axis}{of} is lost"
+        )
+    return f"the slices along {axis}{of} have the wrong weights {', '.join(f'{v:.4g}' for v in m)} in place of 1"
 
 
 def _sliced(v: np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -385,7 +409,7 @@ def _changes(name: str, v: np.ndarray, context: Context) -> Iterator[tuple[np.nd
     for axis in (axis for axis, n in enumerate(v.shape[:3]) if n > 1):
         yield np.flip(v, axis), f"reversed along axis {axis}"
     for other, a in context.arrays.items():
-        if other != name and a.shape == v.shape and other.removeprefix("d") not in context.dy:
+        if other != name and a.shape == v.shape and other not in context.cotangents:
             yield a, other
 
 

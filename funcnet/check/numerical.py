@@ -53,8 +53,8 @@ class Numerical:
 
     def __init__(self, point: Point):
         self.point = point
-        self.center = {path: wide(value) for path, value in point.values.items()}
-        self.dy = {path: wide(dy) for path, dy in point.dys[0].items()}
+        with jax.enable_x64(True):
+            self.center, self.dy = point.wide(point.values), point.wide(point.dys[0])
         narrow = point.subject.plain.narrow  # a part, such as a Pallas kernel, runs in float32 at best
         self.steps, self.unit = (4 * STEPS, 2.0**-23) if narrow else (STEPS, 2.0**-50)
 
@@ -86,8 +86,9 @@ class Numerical:
 
     def slope(self, path: str, direction: np.ndarray) -> Slope:
         """The derivative of <dy, F> along `direction` in one leaf."""
-        tangents = {k: direction if k == path else np.zeros_like(v) for k, v in self.center.items()}
+        tangents = {k: direction if k == path else np.zeros(v.shape, v.dtype) for k, v in self.center.items()}
         with jax.enable_x64(True):
+            tangents = self.point.wide(tangents)
             right, left, size = (np.asarray(a) for a in self._along(self.center, tangents, self.dy))
         rounding = self.unit * size / self.steps
         value, error = extrapolated((right + left) / (2 * self.steps), rounding)

@@ -21,18 +21,15 @@ def smallest(tree: Tree, fails: Callable[[Tree], bool]) -> Tree:
             if not 0 < new < size or left == 0:
                 continue
             left -= 1
-            candidate = resized(tree, {size: new})
-            if _fails(fails, candidate):
+            try:
+                candidate = resized(tree, {size: new})
+                smaller = fails(candidate)
+            except Exception:  # the function does not take such sizes
+                continue
+            if smaller:
                 tree = candidate
                 break
     return tree
-
-
-def _fails(fails: Callable[[Tree], bool], tree: Tree) -> bool:
-    try:
-        return fails(tree)
-    except Exception:  # the function does not take such sizes
-        return False
 
 
 def as_code(tree: Tree, name: str) -> str:

@@ -108,9 +108,13 @@ class Point:
             noise = self.rng.standard_normal(leaf.shape)
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 noise = noise + 1j * self.rng.standard_normal(leaf.shape)
-            return np.asarray(noise * (1.0 if scale is None else scale[path])).astype(leaf.dtype)
+            return laid(np.asarray(noise * (1.0 if scale is None else scale[path])).astype(leaf.dtype), leaf)
 
         return {path: one(path, leaf) for path, leaf in like.items()}
+
+    def wide(self, values: Values) -> Values:
+        """Values, or cotangents, in float64 or complex128."""
+        return {path: laid(wide(v), self.values.get(path, self.outputs.get(path))) for path, v in values.items()}
 
     def args(self, values: Values) -> list[Any]:
         """The flattened arguments with these values in their places."""
@@ -159,7 +163,7 @@ class Point:
     def reference(self, dy: Values, values: Values | None = None) -> Values:
         """By reverse mode through the plain program in float64."""
         with jax.enable_x64(True):
-            return host(self._reference(_wide(self.values if values is None else values), _wide(dy))[1])
+            return host(self._reference(self.wide(self.values if values is None else values), self.wide(dy))[1])
 
     @cached_property
     def compiled(self) -> Any:
@@ -185,7 +189,7 @@ class Point:
         if not self.reverses:
             return reduction_length(self.subject.plain.jaxpr)
         with jax.enable_x64(True):
-            return reduction_length(self._reference.trace(_wide(self.values), _wide(self.dys[0])).jaxpr)
+            return reduction_length(self._reference.trace(self.wide(self.values), self.wide(self.dys[0])).jaxpr)
 
     @cached_property
     def rule(self) -> list[Values]:
@@ -210,7 +214,7 @@ class Point:
         """Whether reverse mode goes through the plain program."""
         try:
             with jax.enable_x64(True):
-                self._reference.trace(_wide(self.values), _wide(self.dys[0]))
+                self._reference.trace(self.wide(self.values), self.wide(self.dys[0]))
         except Exception as error:
             said = " ".join(str(error).split("\n\n")[0].split())[:200]
             self.notes.append(f"autodiff has no word: reverse mode does not go through the plain program ({said})")
@@ -228,7 +232,7 @@ class Point:
             with self.subject.mode():
                 return host(self._honest(self.values, dy)[0])
         with jax.enable_x64(True):
-            return host(self._reference(_wide(self.values), _wide(dy))[0])
+            return host(self._reference(self.wide(self.values), self.wide(dy))[0])
 
     @cached_property
     def honest(self) -> Values:
@@ -266,7 +270,8 @@ class Point:
         def move(leaf):
             eps = float(jnp.finfo(leaf.dtype).eps)
             with np.errstate(all="ignore"):
-                return (wide(leaf) * (1 + eps * self.rng.choice([-1, 1], leaf.shape))).astype(leaf.dtype)
+                moved = wide(leaf) * (1 + eps * self.rng.choice([-1, 1], leaf.shape))
+                return laid(moved.astype(leaf.dtype), leaf)
 
         return {path: move(leaf) for path, leaf in self.values.items()}
 
@@ -288,5 +293,10 @@ def host(values: dict[str, Any]) -> Values:
     return {path: np.asarray(value) for path, value in values.items()}
 
 
-def _wide(values: Values) -> Values:
-    return {path: wide(value) for path, value in values.items()}
+def laid(value: np.ndarray, like: Any) -> Any:
+    """`value` as `like` lies on a mesh with explicit axes; on no such mesh, itself."""
+    sharding = getattr(like, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return value
+    return jax.sharding.reshard(value, sharding.spec)

@@ -3,16 +3,25 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TextIO
 
 Report = Callable[[int, Mapping[str, float] | None], None]
 
 
 @contextmanager
-def progress(first: int, last: int) -> Iterator[Report]:
-    """Yield `report(step, record)`, to be called with every step; record is None where nothing was logged."""
-    console = _console()
+def progress(first: int, last: int, what: str = "step", out: TextIO | None = None) -> Iterator[Report]:
+    """Yield `report(step, record)`, to be called with every step; record is None where nothing was logged.
+
+    Args:
+        first, last: the step before the first one to come, and the last one.
+        what: a step is called so in plain lines.
+        out: where to; standard output by default.
+    """
+    out = sys.stdout if out is None else out
+    console = _console(out)
     if console is None:
-        yield lambda step, record: print(f"step {step}/{last}  {_text(record)}", flush=True) if record else None
+        line = lambda step, record: print(f"{what} {step}/{last}  {_text(record)}", file=out, flush=True)
+        yield lambda step, record: line(step, record) if record else None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,15 +37,15 @@ def progress(first: int, last: int) -> Iterator[Report]:
         yield report
 
 
-def _console():
-    """rich's console if standard output is a terminal and rich is there, else None."""
-    if not sys.stdout.isatty():
+def _console(out: TextIO):
+    """rich's console if `out` is a terminal and rich is there, else None."""
+    if not out.isatty():
         return None
     try:
         from rich.console import Console
     except ImportError:
         return None
-    return Console()
+    return Console(file=out)
 
 
 def _text(record: Mapping[str, float]) -> str:

@@ -1,0 +1,212 @@
+"""The table of cases, checked by several processes, and what came of it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from funcnet.check.cases import CASES, Case
+from funcnet.check.judge import Leaf
+from funcnet.check.named import again, nearest
+from funcnet.check.report import Failure, Report
+from funcnet.expect import InputError
+from funcnet.progress import progress
+
+MOST_JOBS = 8  # by default: each has JAX of its own in memory
+WORST = 5  # leaves listed
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case in one dtype: its place in the table, its report, and how long it took."""
+
+    case: int
+    dtype: str
+    report: Report
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return CASES[self.case].name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The checks, in the table's order, and how long all of them took."""
+
+    checks: tuple[Check, ...]
+    seconds: float
+
+    @property
+    def wrong(self) -> list[Check]:
+        return [check for check in self.checks if not check.report.ok]
+
+    @property
+    def ok(self) -> bool:
+        return not self.wrong
+
+    @property
+    def summary(self) -> str:
+        """One line: how much was checked, and what does not hold."""
+        rules = len({CASES[check.case].constructor for check in self.checks})
+        cases = len({check.case for check in self.checks})
+        leaves = [leaf for check in self.checks for leaf in check.report.leaves]
+        held = sum(leaf.ok for leaf in leaves)
+        counted = f"{rules} rules, {cases} cases, {len(self.checks)} checks in {self.seconds:.0f} s: "
+        if self.ok:
+            return counted + f"all {held} leaves hold"
+        wrong = ", ".join(f"{check.name} ({check.dtype})" for check in self.wrong)
+        return counted + f"{held} of {len(leaves)} leaves hold; wrong: {wrong}"
+
+    def worst(self) -> list[tuple[Check, Leaf]]:
+        """The leaves nearest to what they are allowed, or beyond it."""
+        leaves = [(check, leaf) for check in self.checks for leaf in check.report.leaves if leaf.allowed]
+        return sorted(leaves, key=lambda pair: pair[1].badness())[:WORST]
+
+    def __str__(self) -> str:
+        rows = [_row(*pair) for pair in self.worst()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        reports = [f"{check.report}\n" for check in self.wrong]
+        return "\n".join([*reports, "nearest to what is allowed:", *table, self.summary])
+
+    def to_markdown(self) -> str:
+        """The failures, the leaves nearest to what they are allowed, and the summary."""
+        head = ["| case | dtype | leaf | error/scale | allowed |", "| --- | --- | --- | --- | --- |"]
+        rows = ["| " + " | ".join(_cells(*pair)) + " |" for pair in self.worst()]
+        reports = [check.report.to_markdown() for check in self.wrong]
+        return "\n".join([*reports, *head, *rows, "", self.summary])
+
+    def to_json(self) -> str:
+        """Every report, with its case, dtype and seconds."""
+        checks = [
+            {"case": check.name, "dtype": check.dtype, "seconds": round(check.seconds, 3)}
+            | json.loads(check.report.to_json())
+            for check in self.checks
+        ]
+        whole = {"ok": self.ok, "summary": self.summary, "seconds": round(self.seconds, 3), "checks": checks}
+        return json.dumps(whole, indent=2)
+
+
+def _cells(check: Check, leaf: Leaf) -> list[str]:
+    return [check.name, check.dtype, leaf.leaf, f"{leaf.relative:.1e}", f"{leaf.allowed:.1e}"]
+
+
+def _row(check: Check, leaf: Leaf) -> list[str]:
+    name, dtype, path, error, allowed = _cells(check, leaf)
+    return [f"{name} ({dtype})", path, f"{error} of {allowed}"]
+
+
+def selected(prefixes: Sequence[str]) -> list[int]:
+    """The places of the cases whose names begin with one of the prefixes; all of them without any.
+
+    Raises:
+        InputError: if no name begins with one of them.
+    """
+    for prefix in prefixes:
+        if not any(case.name.startswith(prefix) for case in CASES):
+            remedy = nearest(prefix, [name for case in CASES for name in (case.constructor, case.name)])
+            raise InputError("a case of the table (--list shows them)", repr(prefix), remedy)
+    return [i for i, case in enumerate(CASES) if not prefixes or case.name.startswith(tuple(prefixes))]
+
+
+def run(cases: Sequence[int], dtype: str, jobs: int | None, options: Mapping[str, Any]) -> Outcome:
+    """Check the cases in all of their dtypes, or in the one given, with a line or a bar of progress on standard error.
+
+    Args:
+        cases: their places in the table.
+        jobs: how many processes; by default as many as there are cores, and one where JAX has an accelerator.
+        options: for `check_layer`.
+    """
+    tasks = [(i, each) for i in cases for each in CASES[i].dtypes if dtype in ("", each)]
+    if not tasks:
+        raise InputError(f"cases that are checked in {dtype}", "none of those named", "leave --dtype out")
+    jobs, start = min(jobs or _cores(), len(tasks)), time.perf_counter()
+    checks, wrong, lines = [], 0, max(len(tasks) // 10, 1)
+    with _started(tasks, jobs, options) as coming, progress(0, len(tasks), "check", sys.stderr) as report:
+        for check in coming:
+            checks.append(check)
+            wrong += not check.report.ok
+            due = len(checks) % lines == 0 or not check.report.ok
+            report(len(checks), {"wrong": wrong} if due else None)
+    order = {task: place for place, task in enumerate(tasks)}
+    checks.sort(key=lambda check: order[check.case, check.dtype])
+    return Outcome(tuple(checks), time.perf_counter() - start)
+
+
+def _cores() -> int:
+    return min(os.cpu_count() or 1, MOST_JOBS) if jax.default_backend() == "cpu" else 1
+
+
+@contextmanager
+def _started(tasks: Sequence[tuple[int, str]], jobs: int, options: Mapping[str, Any]) -> Iterator[Iterator[Check]]:
+    """The checks as they are done: here for one job, else in processes, which end with the context whatever happens."""
+    if jobs == 1:
+        yield (_check(*task, options) for task in tasks)
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    before = set(multiprocessing.active_children())
+    try:
+        with _deaf():
+            futures = [pool.submit(_check, *task, options) for task in tasks]
+        yield _results(futures)
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started inside do not hear Ctrl-C: their parent ends them, and they have nothing to say about it."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _results(futures: Sequence[Future]) -> Iterator[Check]:
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        received = "one was ended from outside, perhaps for want of memory"
+        raise InputError("processes that live until they are done", received, "use --jobs 1") from error
+
+
+def _check(i: int, dtype: str, options: Mapping[str, Any]) -> Check:
+    """One check; an error of the layer or the checker is a failure like another."""
+    case, start = CASES[i], time.perf_counter()
+    try:
+        report = case.check(dtype, **options)
+    except Exception as error:
+        failure = Failure("", "checker", "error", f"the check itself raises {type(error).__name__}: {error}")
+        report = Report("", failures=(failure,))
+    jax.clear_caches()  # no program is used again, and hundreds of them take gigabytes
+    title = f"{case.name}, {dtype}, seed {options.get('seed', 0)}"
+    repeat = "" if report.ok else _again(case, dtype, report, options)
+    return Check(i, dtype, replace(report, title=title, repeat=repeat, arrays={}), time.perf_counter() - start)
+
+
+def _again(case: Case, dtype: str, report: Report, options: Mapping[str, Any]) -> str:
+    x = case.x if report.smallest is None else report.smallest["x"]
+    given = {
+        "arg": jax.tree.leaves(x),
+        "dtype": dtype,
+        "oracle": options.get("oracles"),
+        "seed": options.get("seed", 0),
+    }
+    return again(case.name, **given)
