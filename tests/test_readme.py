@@ -26,6 +26,6 @@ def test_the_example_has_twenty_lines_or_so():
     assert len([line for line in first.splitlines() if line.strip()]) <= 20
 
 
-@pytest.mark.parametrize("command", ["examples/digits.py", "pytest"])
+@pytest.mark.parametrize("command", ["examples/digits.py", "pytest -n auto"])
 def test_the_two_commands_stand_on_a_line_each(command):
     assert re.search(rf'```sh\npython -m pip install -e "\.\[\w+\]" && python .*{command}\n```', TEXT)

@@ -47,7 +47,7 @@ def test_json_is_whole_and_has_no_number_that_json_has_not():
     assert [leaf["ok"] for leaf in read["leaves"]] == [False, True]
     assert read["failures"][0]["kind"] == "not finite"
     assert read["failures"][0]["got"] == "nan"
-    assert set(read) == {"title", "ok", "leaves", "failures", "notes", "repeat"}
+    assert set(read) == {"title", "ok", "leaves", "failures", "notes", "oracles", "repeat"}
 
 
 def test_markdown_has_a_row_a_leaf():

@@ -15,16 +15,6 @@ CASES = [(3, (5,)), (3, (4, 5)), (7, (4, 5)), (4, (3, 2, 5)), (2, (2, 3, 2, 5)),
 
 
 @pytest.mark.parametrize(("features", "shape"), CASES)
-def test_the_rule_holds_to_the_laws(features, shape):
-    params = {"kernel": RNG.normal(size=(shape[-1], features)), "bias": RNG.normal(size=features)}
-    fn.check_layer(fn.dense(features), S(shape, jnp.float32), params=params).raise_for_failure()
-
-
-def test_the_rule_without_a_bias_holds_to_the_laws():
-    fn.check_layer(fn.dense(3, use_bias=False), S((4, 5), jnp.float32)).raise_for_failure()
-
-
-@pytest.mark.parametrize(("features", "shape"), CASES)
 def test_the_output_is_the_affine_map_of_the_last_axis(features, shape, x64):
     x, kernel, bias = (RNG.normal(size=s) for s in (shape, (shape[-1], features), (features,)))
     wanted = np.einsum("...i,ij->...j", x, kernel)

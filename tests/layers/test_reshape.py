@@ -25,11 +25,6 @@ ALL = pytest.mark.parametrize(("layer", "shape", "wanted"), CASES)
 
 
 @ALL
-def test_the_rule_holds_to_the_laws(layer, shape, wanted):
-    fn.check_layer(layer, S(shape, jnp.float32)).raise_for_failure()
-
-
-@ALL
 def test_entries_keep_numpys_order_there_and_back(layer, shape, wanted):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     y, state, residuals = layer.fwd({}, (), x, None)
