@@ -17,10 +17,10 @@ def progress(first: int, last: int, what: str = "step", out: TextIO | None = Non
         what: a step is called so in plain lines.
         out: where to; standard output by default.
     """
-    out = sys.stdout if out is None else out
-    console = _console(out)
+    stream = out or sys.stdout
+    console = _console(stream)
     if console is None:
-        line = lambda step, record: print(f"{what} {step}/{last}  {_text(record)}", file=out, flush=True)
+        line = lambda step, record: print(f"{what} {step}/{last}  {_text(record)}", file=stream, flush=True)
         yield lambda step, record: line(step, record) if record else None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -2,7 +2,7 @@
 
 import sys
 
-from funcnet.train.progress import progress
+from funcnet.progress import progress
 
 RECORD = {"step": 2, "loss": 0.5}
 
@@ -32,3 +32,9 @@ def test_lines_on_a_terminal_without_rich(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     run()
     assert capsys.readouterr().out == "step 2/3  loss 0.5\n"
+
+
+def test_another_word_and_another_stream(capsys):
+    with progress(0, 9, "check", sys.stderr) as report:
+        report(7, {"wrong": 1})
+    assert capsys.readouterr() == ("", "check 7/9  wrong 1\n")

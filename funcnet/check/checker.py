@@ -196,6 +196,7 @@ def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int
         tuple(sorted(leaves, key=Leaf.badness)),
         tuple(failures),
         tuple(dict.fromkeys(point.notes)),
+        tuple(oracles),
         arrays=arrays,
     )
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.traceback:
             raise
-        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "JAX" not in note)
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "JAX" not in note)  # less its own
         remedy = "\n  remedy    add --traceback to see where"
         print(f"{type(error).__name__}: {error}{notes}{remedy}", file=sys.stderr)
         return 2
@@ -67,11 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m funcnet", description="funcnet's command line.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     about = "check backward rules: funcnet's own, or a function or layer of yours"
-    check = commands.add_parser("check", help=about, description=ABOUT, epilog=EXAMPLES, formatter_class=raw)
+    usage = "%(prog)s [NAME ...] [options]"
+    check = commands.add_parser("check", help=about, usage=usage, description=ABOUT, epilog=EXAMPLES)
+    check.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=110)
     add = check.add_argument
     add("names", nargs="*", metavar="NAME", help="package.module:function, or the beginning of a case's name")
     add("--list", action="store_true", help="list the cases and stop")
@@ -79,19 +80,31 @@ def _parser() -> argparse.ArgumentParser:
     add = check.add_argument_group("at what point").add_argument
     add("--arg", action="append", default=[], metavar="SPEC", help="an argument to be drawn; once for each")
     add("--args", metavar="MODULE:NAME", help="a callable that returns the tuple of arguments instead")
-    add("--dtype", default="", choices=DTYPES, help="a layer's, float64 by default; of the cases, in this one only")
+    add(
+        "--dtype",
+        default="",
+        choices=DTYPES,
+        metavar="NAME",
+        help="a layer's, float64 by default; of the cases, in this one only",
+    )
     add("--x64", action="store_true", help="run a function in JAX's 64-bit mode, in float64")
     add("--seed", type=_not_negative, default=0, metavar="N", help="of everything that is drawn (0)")
 
     add = check.add_argument_group("how").add_argument
-    add("--oracle", action="append", choices=ORACLES, help="ask this oracle; repeat it for several (all)")
+    add(
+        "--oracle",
+        action="append",
+        choices=ORACLES,
+        metavar="NAME",
+        help=f"ask only this one, of {', '.join(ORACLES)}; repeatable",
+    )
     add("--directions", type=_positive, default=3, metavar="N", help="random directions in each leaf (3)")
     add("--reference", metavar="MODULE:NAME", help="a function with the same values, to be differentiated by JAX")
     add("--no-shrink", action="store_true", help="do not look for a smaller shape that fails as well")
     add("--jobs", type=_positive, metavar="N", help="processes for the cases (one a core)")
 
-    add = check.add_argument_group("what to show").add_argument
-    form = check.add_mutually_exclusive_group().add_argument
+    shown = check.add_argument_group("what to show")
+    add, form = shown.add_argument, shown.add_mutually_exclusive_group().add_argument
     form("--json", action="store_true", help="the report as JSON, and nothing else, on standard output")
     form("--markdown", action="store_true", help="the report as Markdown")
     add("--plot", type=Path, metavar="FILE.png", help="draw the worst leaf")
@@ -132,7 +145,9 @@ def _one(options: argparse.Namespace) -> tuple[bool, str]:
     target = options.names[0]
     thing = function_or_layer(target) if ":" in target else _layer_of_case(target)
     args = arguments(options.arg, options.args)
-    report = (_layer if isinstance(thing, Layer) else _function)(thing, args, options)
+    if not args:
+        raise InputError(f"the input of {target}", "no --arg", 'add --arg "f32[8,16]", once for each argument')
+    report = _layer(thing, args, options) if isinstance(thing, Layer) else _function(thing, args, options)
     if not report.ok:
         report = replace(report, repeat=_again(target, report, options))
     if options.plot:
@@ -150,8 +165,6 @@ def _layer_of_case(name: str) -> Layer:
 def _layer(layer: Layer, args: tuple, options: argparse.Namespace) -> Report:
     _refuse(options, "x64", "--dtype float64, a layer's default")
     _refuse(options, "reference", "a function with it")
-    if not args:
-        raise InputError("the layer's input", "none", 'add --arg "f32[8,16]"; several make a tuple')
     oracles = tuple(options.oracle or ORACLES)
     x = args[0] if len(args) == 1 else args
     return check_layer(layer, x, dtype=options.dtype or "float64", oracles=oracles, **_given(options))
@@ -161,6 +174,8 @@ def _function(f: Any, args: tuple, options: argparse.Namespace) -> Report:
     _refuse(options, "dtype", 'the dtypes in --arg, such as "bf16[8]"')
     reference = named(options.reference) if options.reference else None
     oracles = tuple(options.oracle or ORACLES[:3])
+    if of_layers := set(oracles) - set(ORACLES[:3]):
+        raise InputError("an oracle for a function", ", ".join(of_layers), f"ask one of {', '.join(ORACLES[:3])}")
     return check_vjp(f, *args, reference=reference, oracles=oracles, x64=options.x64, **_given(options))
 
 
@@ -180,6 +195,7 @@ def _again(target: str, report: Report, options: argparse.Namespace) -> str:
     found = [] if options.args else jax.tree.leaves(report.smallest)
     flags = {"arg": found, "args": options.args, "dtype": options.dtype or None, "x64": options.x64}
     flags |= {"reference": options.reference, "oracle": options.oracle, "seed": options.seed}
+    flags |= {"directions": options.directions, "no-shrink": options.no_shrink}
     return again(target, **flags)
 
 

@@ -19,6 +19,7 @@ from funcnet.check.judge import Leaf, tolerance, wide
 
 Values = Mapping[str, np.ndarray]
 SLICES, JACOBIAN = 16, 64  # the longest axis taken apart, and the largest output whose Jacobian is taken
+ARRAYS, NUMBERS = 24, 100_000  # how many there may be for VJPs to be tried: each takes a run of the program
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Context:
     rule: Callable[..., Values] | None = None
 
     @property
+    def small(self) -> bool:
+        """Whether there is time for true VJPs of other cotangents and at other points."""
+        numbers = sum(array.size for array in (*self.arrays.values(), *self.references.values()))
+        return self.vjp is not None and len(self.arrays) <= ARRAYS and numbers <= NUMBERS
+
+    @property
     def cotangents(self) -> set[str]:
         """The names of the cotangents among the arrays."""
         return {"d" + name for name in self.dy}
@@ -57,8 +64,9 @@ class Case:
 
     @cached_property
     def bar(self) -> float:
-        """How well, absolutely, an explanation is to do at least."""
-        return self.leaf.error / 10 if 0 < self.leaf.error < np.inf else np.inf
+        """How well, absolutely, an explanation is to do at least: ten times better; few numbers are fit more easily."""
+        error = self.leaf.error
+        return error * min(0.1, 10.0 ** (-6 / max(self.g.size, 1))) if 0 < error < np.inf else np.inf
 
     def same(self, a: Any, b: Any) -> bool:
         """Whether two arrays are the same to rounding."""
@@ -94,7 +102,7 @@ def _patterns(case: Case, dtype: Any) -> tuple[Callable[[Case], Found], ...]:
         return (lambda case: _not_finite(case, dtype),)
     own = (_multiple, _rearranged, _other_leaf, _part, _itself)
     others = (_not_linear, _other_cotangent, _weighted, _other_point, _turned, _diagonal)
-    return *own, *(others if case.context.vjp else others[:1]), _signs, _factor, _running, _term
+    return *own, *(others if case.context.small else others[:1]), _signs, _factor, _running, _term, _mixed_up
 
 
 def _shapes(case: Case) -> Found:
@@ -173,16 +181,17 @@ def _constant(c: float, case: Case) -> str:
                 return f"divided by {by}, {where}, once too often"
             if near(c, size):
                 return f"a division by {by}, {where}, is missing"
-    return f"{c:.6g} times the gradient: a constant factor" if case.r.size > 1 else ""
+    shown = f"{c:.6g}" if abs(c - 1) > 1e-3 else f"1 {'+' if c > 1 else '-'} {abs(c - 1):.3g}"
+    enough = 1 if case.rounding < 1e-3 else 5  # a few half-precision numbers are proportional by chance
+    return f"times {shown}: a constant factor" if case.r.size > enough else ""
 
 
 def _sizes(arrays: Values) -> list[tuple[int, str]]:
     """What a mean may have been over, single axes first."""
     found = [(len(axes), array, axes, name) for name, array in arrays.items() for axes in _subsets(array.ndim)]
     found.sort(key=lambda each: each[0])
-    sizes = [
-        (int(np.prod([a.shape[i] for i in axes])), f"the size of {_axes(axes)} of {name}") for _, a, axes, name in found
-    ]
+    size = lambda array, axes: int(np.prod([array.shape[i] for i in axes]))
+    sizes = [(size(a, axes), f"the size of {_axes(axes)} of {name}") for _, a, axes, name in found]
     return [(n, where) for n, where in sizes if n > 2]
 
 
@@ -275,7 +284,7 @@ def _part(case: Case) -> Found:
         return
     lost, extra = int(((g == 0) & unlike).sum()), int(((r == 0) & unlike).sum())
     if lost and extra:
-        yield f"another mask: {lost} of {g.size} elements are zero that should not be, {extra} are not zero that should be"
+        yield f"another mask: {lost} of {g.size} elements are zero that should not be, {extra} are not that should be"
     elif lost:
         yield f"{lost} of {g.size} elements are zero that should not be: a mask, or a part that is not written"
     else:
@@ -312,7 +321,7 @@ def _other_cotangent(case: Case) -> Found:
         for changed, word in _cotangents(case.context.dy, name):
             if case.same(case.g, case.true(changed)):
                 yield word
-        for factor, c in _factors({name: case.context.arrays.get(name, np.zeros(0))}, case.context):
+        for factor, c in _factors(case.context.arrays, case.context, v.shape):
             for power, word in ((-1.0, "missing"), (1.0, "too many")):
                 if case.same(case.g, case.true({**case.context.dy, name: (v * c**power).astype(v.dtype)})):
                     yield f"a factor {factor} is {word}".replace("is too", "too")
@@ -368,12 +377,10 @@ def _weights(m: np.ndarray, axis: str, of: str) -> str:
     listed = lambda mask: ", ".join(map(str, np.flatnonzero(mask)))
     if np.ptp(m) < 1e-4:
         return f"the cotangent{of} counts {m[0]:.4g} times"
+    if (zero | whole).all() and whole.sum() == 1:
+        return f"only index {listed(whole)} of {axis}{of} counts"
     if (zero | whole).all():
-        return (
-            f"only index {listed(whole)} of {axis}{of} counts"
-            if whole.sum() == 1
-            else f"index {listed(zero)} of {axis}{of} is lost"
-        )
+        return f"index {listed(zero)} of {axis}{of} is lost"
     return f"the slices along {axis}{of} have the wrong weights {', '.join(f'{v:.4g}' for v in m)} in place of 1"
 
 
@@ -496,15 +503,18 @@ def _term(case: Case) -> Found:
         return
     for axes in [axes for axes in _subsets(e.ndim) if np.prod([e.shape[i] for i in axes]) > 1]:
         if case.same(np.broadcast_to(e.mean(axes, keepdims=True), e.shape), e):
-            yield f"off by a term that is the same along {_axes(axes)}: a mean or sum over it is missing, or too many"
+            yield f"off by a term that is the same along {_axes(axes)}, as a mean or sum over it would be"
     for name, c in _candidates(case.context.arrays, e.shape):
         a = np.sum(e * np.conj(c)) / np.sum(np.abs(c) ** 2)
         if case.same(a * c, e):
             yield f"off by {np.real(a):.4g} times {name}: a term like it is missing, or too many"
         for axis in (axis for axis in range(e.ndim - 1, -1, -1) if e.shape[axis] > 2 and e.ndim > 1):
-            a = np.sum(e * np.conj(c), axis, keepdims=True) / np.sum(np.abs(c) ** 2, axis, keepdims=True)
-            if case.same(a * c, e):
-                yield (
-                    f"off by a term proportional to {name} along axis {axis}: "
-                    f"a sum over that axis, times {name}, is missing or too many"
-                )
+            for like, known in ((name, c), (f"{name} less its mean", c - c.mean(axis, keepdims=True))):
+                a = np.sum(e * np.conj(known), axis, keepdims=True) / np.sum(np.abs(known) ** 2, axis, keepdims=True)
+                if case.same(a * known, e):
+                    yield f"off by a term like {like} along axis {axis}: a sum over it, times that, is missing"
+
+
+def _mixed_up(case: Case) -> Found:
+    if case.g.size > 3 and case.same(np.sort(case.g.ravel()), np.sort(case.r.ravel())):
+        yield "the right numbers in other places: an order, or an index, is mixed up"

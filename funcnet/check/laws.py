@@ -137,7 +137,7 @@ def _draws(point: Point) -> bool:
 def _contractions(point: Point) -> list[Failure]:
     """keep, per_example and squared_norm say the same as total, and an example's gradient is that of its own dy."""
     layer, (params, x) = point.subject.layer, point.subject.args
-    if not jax.tree.leaves(params) or any(path in point.broken for path in point.values if path.startswith("params")):
+    if not jax.tree.leaves(params) or any(path.startswith("params") for path in point.broken):
         return []
     dy = {k: jnp.asarray(v) for k, v in point.dys[0].items()}
     examples = {v.shape[0] for v in dy.values() if v.ndim}
@@ -149,7 +149,7 @@ def _contractions(point: Point) -> list[Failure]:
     def all_of_them(params, x):
         residuals = layer.fwd(params, point.subject.state, x, point.subject.key)[2]
         by = lambda contract, dy: layer.bwd(params, residuals, point.cotangent(dy), contract)[0]
-        kept = jax.tree.map(lambda factor, p: total(factor, p), by(keep, dy), params, is_leaf=is_factor)
+        kept = jax.tree.map(_totalled, by(keep, dy), params, is_leaf=is_factor)
         return kept, by(per_example, dy), by(squared_norm, dy), by(total, alone)
 
     try:
@@ -176,6 +176,11 @@ def _contractions(point: Point) -> list[Failure]:
         leaf = measure(path, norms[path], squares, 8 * tolerance(wanted.dtype, point.terms), honest)
         failures += [] if leaf.within else [values_failure(leaf, "laws", "contractions", "squared_norm")]
     return failures
+
+
+def _totalled(kept: Any, param: Any) -> Any:
+    """The total of what `keep` gave: a factor, or an array from a bwd that does not heed `contract`."""
+    return total(kept, param) if is_factor(kept) else kept
 
 
 def _contraction(point: Point, path: str, what: str, got: np.ndarray, wanted: np.ndarray) -> list[Failure]:

@@ -1,4 +1,4 @@
-"""What is named on a command line: a function or layer as "package.module:name", arguments as texts; and such a line."""
+"""What a command line names: a function or layer as "package.module:name", arguments as texts."""
 
 import importlib
 import inspect
@@ -90,9 +90,8 @@ def again(target: str, **flags: Any) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A remedy for a name that is not known."""
-    known = sorted(set(known))
-    near = get_close_matches(name, known, n=6, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"name one of {', '.join(known[:40])}"
+    near = get_close_matches(name, sorted(set(known)), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"name one of {', '.join(sorted(set(known)))}"
 
 
 def _said(error: Exception) -> str:

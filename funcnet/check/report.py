@@ -46,6 +46,7 @@ class Report:
         leaves: every gradient leaf, worst first.
         failures: all that is wrong; empty if the rule holds.
         notes: what else there is to know: which custom rules were replaced, what an oracle could not tell and why.
+        oracles: who was asked.
         repeat: the line that shows the failure again, on the smallest shape found; empty if nothing failed.
         smallest: what was checked, at that shape: a tree of specs (`funcnet.check.spec`) and arrays.
         arrays: by leaf, the gradient and its reference, for pictures.
@@ -55,6 +56,7 @@ class Report:
     leaves: tuple[Leaf, ...] = ()
     failures: tuple[Failure, ...] = ()
     notes: tuple[str, ...] = ()
+    oracles: tuple[str, ...] = ()
     repeat: str = ""
     smallest: Any = field(default=None, repr=False, compare=False)
     arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
@@ -73,7 +75,9 @@ class Report:
     def summary(self) -> str:
         """One line: how many leaves are wrong, and which."""
         if self.ok:
-            return f"all {len(self.leaves)} leaves hold"
+            return f"all {len(self.leaves)} leaves hold" + (
+                f" before {', '.join(self.oracles)}" if self.oracles else ""
+            )
         wrong = [leaf.leaf for leaf in self.leaves if not leaf.ok]
         others = [f.leaf or f.kind for f in self.failures if f.leaf not in wrong]
         counted = f"{len(wrong)} of {len(self.leaves)} leaves wrong: {', '.join(wrong)}" if wrong else ""
@@ -101,6 +105,7 @@ class Report:
             "leaves": leaves,
             "failures": [_plain(failure) for failure in self.failures],
             "notes": self.notes,
+            "oracles": self.oracles,
             "repeat": self.repeat,
         }
         return json.dumps(whole, indent=2)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -202,11 +202,7 @@ def _check(i: int, dtype: str, options: Mapping[str, Any]) -> Check:
 
 
 def _again(case: Case, dtype: str, report: Report, options: Mapping[str, Any]) -> str:
+    """The command line that shows a failure, on the smallest shape."""
     x = case.x if report.smallest is None else report.smallest["x"]
-    given = {
-        "arg": jax.tree.leaves(x),
-        "dtype": dtype,
-        "oracle": options.get("oracles"),
-        "seed": options.get("seed", 0),
-    }
-    return again(case.name, **given)
+    flags = {name: options.get(name) for name in ("seed", "directions")}
+    return again(case.name, arg=jax.tree.leaves(x), dtype=dtype, oracle=options.get("oracles"), **flags)

@@ -17,9 +17,9 @@ from jax import Array
 
 from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_floating
+from funcnet.progress import progress
 from funcnet.train.finite import WATCHED, Record, is_finite, not_finite
 from funcnet.train.objective import Batch, Objective, check_batch, weighted_sums
-from funcnet.progress import progress
 from funcnet.train.run import append_metrics, start_run
 from funcnet.train.step import TrainState, TrainStep, jitted, one_step, scan_steps
 
