@@ -3,7 +3,7 @@
 import numpy as np
 
 from funcnet.check.judge import Leaf, wide
-from funcnet.check.numerical import Numerical
+from funcnet.check.numerical import Numerical, slope_of
 from funcnet.check.report import Failure, values_failure
 from funcnet.check.subject import Point
 
@@ -38,12 +38,19 @@ def _excused(point: Point, finder: Numerical, path: str, leaf: Leaf) -> tuple[Le
     for got, wanted in zip(point.rule, point.references, strict=True):
         with np.errstate(all="ignore"):
             apart |= ~(np.abs(wide(got[path]) - wanted[path]) <= leaf.allowed * (leaf.scale or 1.0))
-        undefined |= ~np.isfinite(wanted[path]) & np.isfinite(wide(got[path]))
+        undefined |= ~np.isfinite(wanted[path])
     kinked = finder.kinks(path, apart & ~undefined) if (apart & ~undefined).any() else np.zeros(leaf.shape, bool)
     if undefined.any():
         where = list(map(int, np.argwhere(undefined)[0]))
         point.notes.append(f"{path}: autodiff of the plain program is not finite at {where}, so it is no judge there")
-    skip = kinked | undefined
+    rest = apart & ~undefined & ~kinked
+    mended = rest if rest.any() and _mended(point, finder, path, rest) else np.zeros(leaf.shape, bool)
+    if mended.any():
+        where = list(map(int, np.argwhere(mended)[0]))
+        point.notes.append(
+            f"{path}: at {where} the numerical slope is the rule's, not that of autodiff of the plain program"
+        )
+    skip = kinked | undefined | mended
     if not skip.any():
         return leaf, "WRONG"
     pairs = zip(point.rule, point.references, strict=True)
@@ -51,3 +58,17 @@ def _excused(point: Point, finder: Numerical, path: str, leaf: Leaf) -> tuple[Le
     if not skip.all() and not rest.within:
         return rest, "WRONG"
     return leaf if skip.all() else rest, "kink" if kinked.any() else "-"
+
+
+def _mended(point: Point, finder: Numerical, path: str, apart: np.ndarray) -> bool:
+    """Whether the numerical slope sides with the rule in the elements where it and autodiff are apart.
+
+    Autodiff of the plain program is itself wrong where its parts have kinks that cancel, as in max(x, 0) +
+    log1p(exp(-|x|)) at 0, or where it goes through bits.
+    """
+    wanted = wide(point.reference({k: np.asarray(v) for k, v in finder.dy.items()})[path])
+    for _ in range(point.directions):
+        direction = np.where(apart, finder.direction(path), 0)
+        if not finder.backs(path, direction, slope_of(wanted, direction)):
+            return False
+    return True

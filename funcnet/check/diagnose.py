@@ -322,6 +322,8 @@ def _other_cotangent(case: Case) -> Found:
             if case.same(case.g, case.true(changed)):
                 yield word
         for factor, c in _factors(case.context.arrays, case.context, v.shape):
+            if np.iscomplexobj(c) and not np.iscomplexobj(v):
+                continue
             for power, word in ((-1.0, "missing"), (1.0, "too many")):
                 if case.same(case.g, case.true({**case.context.dy, name: (v * c**power).astype(v.dtype)})):
                     yield f"a factor {factor} is {word}".replace("is too", "too")
@@ -396,14 +398,14 @@ def _other_point(case: Case) -> Found:
     values = {name: case.context.arrays[name] for name in case.context.references if name in case.context.arrays}
     for name, v in values.items():
         for changed, word in _changes(name, v, case.context):
-            if case.same(case.g, case.true(values={**values, name: changed})):
+            alike = np.iscomplexobj(changed) == np.iscomplexobj(v)
+            if alike and case.same(case.g, case.true(values={**values, name: changed})):
                 yield f"as if {name} were {word}"
     names = list(values)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            if values[a].shape == values[b].shape and case.same(
-                case.g, case.true(values={**values, a: values[b], b: values[a]})
-            ):
+            alike = values[a].shape == values[b].shape and np.iscomplexobj(values[a]) == np.iscomplexobj(values[b])
+            if alike and case.same(case.g, case.true(values={**values, a: values[b], b: values[a]})):
                 yield f"as if {a} and {b} were in each other's places"
 
 

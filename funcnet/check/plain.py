@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from funcnet.expect import is_array
 
-INLINE = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
-RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+INLINE = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "eval_jaxpr"}
+RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "call_hi_primitive"}
 LOOPS = {"scan", "while", "cond", "reduce", "custom_linear_solve"} | {
     "scatter" + kind for kind in ("", "-add", "-mul", "-min", "-max")
 }
@@ -100,10 +100,20 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def _programs(eqn: Any) -> list[Any]:
     """The programs among an equation's parameters."""
+    if "_prim" in eqn.params:
+        return [_expanded(eqn)]
     found = []
     for value in eqn.params.values():
         found += [v for v in (value if isinstance(value, (tuple, list)) else [value]) if hasattr(v, "eqns")]
     return found
+
+
+def _expanded(eqn: Any) -> Any:
+    """The program of a primitive that is an object with rules of its own (`jax.experimental.hijax`): what a custom rule
+    becomes under jax_custom_vjp3, and a checkpoint under jax_remat3."""
+    primitive = eqn.params["_prim"]
+    flat = lambda *leaves: jax.tree.leaves(primitive.expand(*jax.tree.unflatten(primitive.in_tree, leaves)))
+    return jax.make_jaxpr(flat)(*(_shape(var.aval, False) for var in eqn.invars))
 
 
 def _coarse(jaxpr: Any) -> bool:
@@ -123,11 +133,13 @@ def _survey(jaxpr: Any, rules: dict[str, int], stuck: set[str], blocked: str) ->
         name = eqn.primitive.name
         names.add(name)
         if name in RULES:
-            label = f"{name.removesuffix('_jaxpr').removesuffix('_call')} {_name(eqn)}".strip()
+            kind = name.removeprefix("call_hi_primitive").removesuffix("_jaxpr").removesuffix("_call")
+            label = f"{kind} {_name(eqn)}".strip()
             rules[label] = rules.get(label, 0) + 1
             if blocked:
                 stuck.add(blocked)
         reached = name in INLINE | RULES | LOOPS
+        opaque |= name in AS_WRITTEN and any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars)
         for sub in _programs(eqn):
             inside, narrow = _survey(sub, rules, stuck, blocked or ("" if reached else name))
             names |= inside
@@ -137,6 +149,8 @@ def _survey(jaxpr: Any, rules: dict[str, int], stuck: set[str], blocked: str) ->
 
 def _name(eqn: Any) -> str:
     """The name of the function that carries the rule."""
+    if "_prim" in eqn.params:
+        return type(eqn.params["_prim"]).__name__
     info = getattr(_open(eqn.params.get("call_jaxpr") or eqn.params["fun_jaxpr"])[0], "debug_info", None)
     return getattr(info, "func_name", "") or ""
 
@@ -159,7 +173,7 @@ def _evaluate(jaxpr: Any, args: Sequence[Any], wide: bool) -> list[Any]:
 def _equation(eqn: Any, args: list[Any], wide: bool) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
     if name in INLINE | RULES:
-        (inner,) = [params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params]
+        (inner,) = _programs(eqn)
         return _evaluate(inner, args, wide)
     if name in LOOPS:
         params = {key: _replaced(value, wide) for key, value in params.items()}
@@ -168,7 +182,7 @@ def _equation(eqn: Any, args: list[Any], wide: bool) -> Sequence[Any]:
     elif wide and (name in AS_WRITTEN or _programs(eqn)):
         return [_widened(value) for value in _bind(eqn, params, map(_narrowed, args, eqn.invars))]
     if wide:
-        params = {key: _wide_dtype(value) for key, value in params.items()}
+        params = {key: None if key == "precision" else _wide_dtype(value) for key, value in params.items()}
         if eqn.outvars and not any(is_inexact(v) for v in args) and name not in ("iota", "convert_element_type"):
             return [_widened(value) for value in _bind(eqn, eqn.params, args)]
     return _bind(eqn, params, args)

@@ -132,7 +132,9 @@ def resized(tree: Tree, sizes: Mapping[Any, int]) -> Tree:
     def one(leaf):
         if isinstance(leaf, Spec):
             return replace(leaf, sizes=tuple(sizes.get(size, size) for size in leaf.sizes))
-        return leaf[tuple(slice(sizes.get(size, size)) for size in leaf.shape)] if sizes.keys() & {*leaf.shape} else leaf
+        return (
+            leaf[tuple(slice(sizes.get(size, size)) for size in leaf.shape)] if sizes.keys() & {*leaf.shape} else leaf
+        )
 
     return jax.tree.map(one, tree)
 
