@@ -10,12 +10,15 @@ With b over examples and t over positions (every axis between the first and the 
     Outer(x, dy)       dL/dkernel[i, j] = sum_bt x[b, t, i] dy[b, t, j]
     Shift(dy)          dL/dbias[j]      = sum_bt dy[b, t, j]
     Scale(x_hat, dy)   dL/dscale[j]     = sum_bt x_hat[b, t, j] dy[b, t, j]
+    Gather(ids, dy)    dL/dtable[v, j]  = sum_bt [ids[b, t] = v] dy[b, t, j]
+    Window(x, dy)      dL/dkernel[o, i, j] = sum_bt x[b, s t + o, i] dy[b, t, j]        s the stride
 
 A contraction is one function of a factor and its parameter, so one backward pass serves them all:
 
     total          the gradient itself: [*param]
     per_example    one gradient an example: [B, *param]
     squared_norm   one squared norm an example, float32 or wider: [B]
+    rows           the touched rows of a table, `Rows`; for every other factor the gradient itself
     keep           the factor as it is, to be contracted later, as often as one likes
 
 `layers` counts the axes that `repeat` has stacked in front of the batch axis, one a nesting; every contraction is
@@ -24,6 +27,7 @@ mapped over them. Sums run in float32 for half-precision inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +35,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet.expect import InputError, describe
+from funcnet.window import Windows, entries
 
 
 def _static(default: int) -> Any:
@@ -50,7 +55,7 @@ class Outer:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Shift:
-    """dy [*layers, B, .., F] of a bias [F]."""
+    """dy [*layers, B, .., *param] of a bias, mostly [F]."""
 
     dy: Array
     layers: int = _static(0)
@@ -66,12 +71,49 @@ class Scale:
     layers: int = _static(0)
 
 
-Factor = Outer | Shift | Scale
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gather:
+    """ids [*layers, B, ..] and dy [*layers, B, .., D] of a table [size, D]; an id out of range adds nothing."""
+
+    ids: Array
+    dy: Array
+    size: int = field(metadata={"static": True})
+    layers: int = _static(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Window:
+    """x [*layers, B, *spatial, C] and dy [*layers, B, *outputs, F] of a kernel [*window, C / groups, F]."""
+
+    x: Array
+    dy: Array
+    geometry: Windows = field(metadata={"static": True})
+    layers: int = _static(0)
+
+
+Factor = Outer | Shift | Scale | Gather | Window
 
 
 def is_factor(x: Any) -> bool:
     """For `jax.tree.map(..., is_leaf=fn.is_factor)` over gradients that `keep` left as factors."""
     return isinstance(x, Factor)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """The gradient of a table as its touched rows: `jnp.zeros_like(table).at[ids].add(rows)`, and zero elsewhere.
+
+    Attributes:
+        ids: [N], ascending, each row of the table once, and then as often as needed the table's size, which is no row:
+            JAX leaves it out of `table.at[ids].add(..)`. N is the number of ids looked up. Stacked [L, N] by `repeat`.
+        rows: [N, D], the sum of dy over the positions of that id; zero where there is no row.
+    """
+
+    ids: Array
+    rows: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +171,74 @@ def placed(a: Array, like: Array) -> Array:
     return a if jax.typeof(a).sharding == sharding else jax.sharding.reshard(a, sharding)
 
 
-def _wide_examples(a: Array, name: str) -> Array:
-    """a [B, .., F] as [B, T, F] in the accumulation dtype."""
-    if a.ndim < 2:
+def _wide_examples(a: Array, name: str, rank: int = 1) -> Array:
+    """a [B, .., *param] as [B, T, *param] in the accumulation dtype, `rank` the number of the parameter's axes."""
+    if a.ndim < 1 + rank:
         remedy = "give the model a batch axis, or use total"
         raise InputError(f"an example axis in front for {name}", describe(a), remedy)
-    return a.reshape(a.shape[0], -1, a.shape[-1]).astype(wide(a.dtype))
+    return a.reshape(a.shape[0], -1, *a.shape[a.ndim - rank :]).astype(wide(a.dtype))
+
+
+def whole(ids: Array) -> Array:
+    """Integers of at least 32 bits, which can be compared with any size."""
+    return ids if jnp.iinfo(ids.dtype).bits >= 32 else ids.astype(jnp.int32)
+
+
+def _in_table(factor: Gather) -> tuple[Array, Array]:
+    """ids and dy; for an id out of range the table's size, which is no row, and zero."""
+    ids = whole(factor.ids)
+    inside = (ids >= 0) & (ids < factor.size)
+    return jnp.where(inside, ids, factor.size), jnp.where(inside[..., None], factor.dy, jnp.zeros_like(factor.dy))
+
+
+def _table(ids: Array, dy: Array, size: int) -> Array:
+    """The table [size, D] of the sums of dy [N, D] by ids [N], summed wide."""
+    zeros = jnp.zeros((size, dy.shape[-1]), wide(dy.dtype))
+    # A scatter of a sharded batch must say how its result lies: whole, like zeros.
+    return zeros.at[ids].add(dy.astype(zeros.dtype), mode="drop", out_sharding=jax.typeof(zeros).sharding)
+
+
+def _correlation(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
+    """The gradient of a kernel [*window, C / groups, F]: x correlated with dy, whose strides are now its dilation.
+
+    With groups, of which XLA's CPU backend makes a slow loop, and for windows of one entry a GEMM a tap is faster.
+    """
+    if x.shape[-1] != kernel.shape[-2] or max(windows.window) == 1:
+        return _correlation_by_taps(x, dy, windows, kernel)
+    n = len(windows.window)
+    spatial = tuple(range(1, n + 1))
+    # The batch is what is summed over, as channels mostly are; C and F take the places of batch and features.
+    axes = lax.ConvDimensionNumbers((n + 1, 0, *spatial), (n + 1, 0, *spatial), (n, n + 1, *range(n)))
+    each = zip(windows.inputs, windows.outputs, windows.window, windows.strides, windows.dilation, strict=True)
+    seen = [(k - 1) * d + (o - 1) * s + 1 - i for i, o, k, s, d in each]
+    pads = [(low, m - low) for (low, _), m in zip(windows.padding, seen, strict=True)]
+    return lax.conv_general_dilated(
+        x.astype(wide(x.dtype)),
+        dy.astype(wide(dy.dtype)),
+        window_strides=windows.dilation,
+        padding=pads,
+        rhs_dilation=windows.strides,
+        dimension_numbers=axes,
+    )
+
+
+def _correlation_by_taps(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
+    """The same as one product for each entry of the window."""
+    groups, high = x.shape[-1] // kernel.shape[-2], wide(x.dtype)
+    split = lambda a: a.reshape(-1, groups, a.shape[-1] // groups).astype(high)
+    if groups == 1:
+        tap = lambda entry: product(flat(entry), flat(dy), (0, 0), kernel[(0,) * len(windows.window)])
+    elif groups == x.shape[-1] == dy.shape[-1]:
+        tap = lambda entry: jnp.sum(flat(entry).astype(high) * flat(dy).astype(high), axis=0)
+    else:
+        tap = lambda entry: jnp.einsum("ngi,ngj->igj", split(entry), split(dy))
+    return jnp.stack([tap(entry) for entry in entries(windows, x)]).reshape(kernel.shape)
+
+
+def _touched(ids: Array, dy: Array, size: int) -> Rows:
+    """The same table as its rows."""
+    unique, place = jnp.unique(ids, return_inverse=True, size=ids.size, fill_value=size)
+    return Rows(unique, _table(place, dy, ids.size))
 
 
 @contraction()
@@ -144,10 +248,15 @@ def total(factor: Factor, param: Array) -> Array:
         case Outer(x, dy):
             answer = product(flat(x), flat(dy), (0, 0), param)
         case Shift(dy):
-            answer = placed(jnp.sum(flat(dy), axis=0, dtype=wide(dy.dtype)), param)
+            answer = placed(jnp.sum(dy.reshape(-1, *param.shape), axis=0, dtype=wide(dy.dtype)), param)
         case Scale(x_hat, dy):
             high = wide(dy.dtype)
             answer = placed(jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0), param)
+        case Gather(size=size):
+            ids, dy = _in_table(factor)
+            answer = placed(_table(ids.reshape(-1), flat(dy), size), param)
+        case Window(x, dy, geometry):
+            answer = placed(_correlation(x, dy, geometry, param), param)
         case _:
             raise _unknown(factor, "total")
     return answer.astype(param.dtype)
@@ -156,17 +265,22 @@ def total(factor: Factor, param: Array) -> Array:
 @contraction(lambda answer: jnp.moveaxis(answer, 0, 1))
 def per_example(factor: Factor, param: Array) -> Array:
     """One gradient an example, [B, *param] ([B, L, *param] under `repeat`), in the parameter's dtype."""
-    return _per_example(factor, "per_example").astype(param.dtype)
+    return _per_example(factor, param, "per_example").astype(param.dtype)
 
 
-def _per_example(factor: Factor, name: str) -> Array:
+def _per_example(factor: Factor, param: Array, name: str) -> Array:
     match factor:
         case Outer(x, dy):
             return jnp.einsum("bti,btj->bij", _wide_examples(x, name), _wide_examples(dy, name))
         case Shift(dy):
-            return jnp.sum(_wide_examples(dy, name), axis=1)
+            return jnp.sum(_wide_examples(dy, name, param.ndim), axis=1)
         case Scale(x_hat, dy):
             return jnp.sum(_wide_examples(x_hat, name) * _wide_examples(dy, name), axis=1)
+        case Gather(size=size):
+            return jax.vmap(partial(_table, size=size))(*_examples_in_table(factor, name))
+        case Window(x, dy, geometry):
+            by_taps = lambda x, dy: _correlation_by_taps(x[None], dy[None], geometry, param)
+            return jax.vmap(by_taps)(x, dy)
         case _:
             raise _unknown(factor, name)
 
@@ -181,14 +295,41 @@ def squared_norm(factor: Factor, param: Array) -> Array:
 
     which never forms G. It is used where its two T x T matrices are smaller than G (2 T^2 <= D F), as in mixed ghost
     clipping. Source: Li et al. 2021, arXiv:2110.05679, section 4; Bu et al. 2022, arXiv:2205.10683.
+
+    For a table it never forms G either: the squares are those of its touched rows, the sums over equal ids.
     """
     if isinstance(factor, Outer):
         x, dy = _wide_examples(factor.x, "squared_norm"), _wide_examples(factor.dy, "squared_norm")
         if 2 * x.shape[1] ** 2 <= x.shape[2] * dy.shape[2]:
             gram = [jnp.einsum("bsi,bti->bst", a, a) for a in (x, dy)]
             return jnp.sum(gram[0] * gram[1], axis=(1, 2))
-    gradient = _per_example(factor, "squared_norm")
+    if isinstance(factor, Gather):
+        ids, dy = _examples_in_table(factor, "squared_norm")
+        sums = jax.vmap(partial(_touched, size=factor.size))(ids, dy).rows
+        return jnp.sum(jnp.square(sums), axis=(1, 2))
+    gradient = _per_example(factor, param, "squared_norm")
     return jnp.sum(jnp.square(gradient), axis=tuple(range(1, gradient.ndim)))
+
+
+def _examples_in_table(factor: Gather, name: str) -> tuple[Array, Array]:
+    """ids [B, T] and dy [B, T, D] in the accumulation dtype."""
+    ids, dy = _in_table(factor)
+    dy = _wide_examples(dy, name)
+    return ids.reshape(dy.shape[:2]), dy
+
+
+@contraction()
+def rows(factor: Factor, param: Array) -> Array | Rows:
+    """The touched rows of a table's gradient, as `Rows`; for every other factor what `total` gives.
+
+    Duplicate ids are summed, in float32 or wider, so that squares, moments and clipping of the rows are those of the
+    gradient. Their number is that of the ids, whatever the size of the table: no array of the table's size is formed.
+    """
+    if not isinstance(factor, Gather):
+        return total.of(factor, param)
+    ids, dy = _in_table(factor)
+    touched = _touched(ids.reshape(-1), flat(dy), factor.size)
+    return replace(touched, rows=touched.rows.astype(param.dtype))
 
 
 @contraction(lambda factor: replace(factor, layers=factor.layers + 1))

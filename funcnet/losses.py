@@ -9,6 +9,10 @@ input; an integer target gets None. With p = prediction, t = target, n = entries
     mse                    l = mean(r^2),  r = p - t             dp = g 2 r / n                     dt = -dp
     mae                    l = mean(|r|)                         dp = g sign(r) / n, 0 at r = 0     dt = -dp
     huber                  l = mean(h(r))                        dp = g clip(r, -delta, delta) / n  dt = -dp
+    hinge                  l = mean(max(0, 1 - t p))             dp = -g t [t p < 1] / n  dt = -g p [t p < 1] / n
+    focal                  l = mean(t P(p) + (1 - t) P(-p))      dp = g (t P'(p) - (1 - t) P'(-p)) / n
+    kl_divergence          l = sum_v t_v (log t_v - p_v)         dp = -g t                dt = g (log t + 1 - p)
+    cosine                 l = 1 - c,  c = <p / |p|, t / |t|>    dp = -g (t / |t| - c p / |p|) / |p|, dt likewise
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +29,7 @@ from funcnet import expect
 from funcnet.expect import InputError, describe
 from funcnet.factors import wide
 from funcnet.layer import Layer, no_params, stateless
+from funcnet.layers.normalize import unit, unit_pullback
 
 
 def _per_example(target: Any) -> Array:
@@ -188,19 +193,8 @@ def binary_cross_entropy() -> Loss:
     Residuals: z and t.
     """
 
-    def check(z, t):
-        _same_shape(z, t)
-        if expect.is_floating(t):
-            _same_dtype(z, t)
-        if expect.is_concrete(t):
-            values = np.asarray(t, np.float64)
-            if np.any((values < 0) | (values > 1)):
-                raise InputError(
-                    "targets from 0 to 1", f"values from {values.min()} to {values.max()}", "give probabilities"
-                )
-
     def fwd(params, x):
-        check(*x)
+        _binary(*x)
         z, t = (a.astype(wide(x[0].dtype)) for a in x)
         return _mean(t * nn.softplus(-z) + (1 - t) * nn.softplus(z)), x
 
@@ -210,10 +204,144 @@ def binary_cross_entropy() -> Loss:
         dz = (g * (nn.sigmoid(z) - t)).astype(x[0].dtype)
         return {}, (dz, (-g * z).astype(x[1].dtype) if expect.is_floating(x[1]) else None)
 
-    def accuracy(z, t):
-        return _mean(((z > 0) == (jnp.asarray(t).astype(jnp.float32) > 0.5)).astype(jnp.float32))
+    return _loss("binary_cross_entropy", fwd, bwd, _per_example, {"accuracy": _share_right(0.5)}, _binary)
 
-    return _loss("binary_cross_entropy", fwd, bwd, _per_example, {"accuracy": accuracy}, check)
+
+def focal(gamma: float = 2.0, alpha: float | None = None) -> Loss:
+    """Binary cross-entropy in which examples already right count less: the mean over entries, logits z [B, ..] to [B].
+
+        l = t w P(z) + (1 - t) w' P(-z)        P(z) = (1 - s)^gamma (-log s),  s = sigmoid(z)
+
+    With softplus(z) = -log(1 - s), P(z) = e^(-gamma softplus(z)) softplus(-z), and
+
+        P'(z) = -e^(-gamma softplus(z)) (gamma s softplus(-z) + 1 - s)
+
+    Args:
+        gamma: how much less, not negative; 0 gives `binary_cross_entropy`.
+        alpha: w = alpha and w' = 1 - alpha weigh ones and zeros; None for w = w' = 1.
+
+    Target, metric and residuals: as for `binary_cross_entropy`. Linear in a target between 0 and 1.
+    Source: Lin et al. 2017, arXiv:1708.02002.
+    """
+    if not gamma >= 0:
+        raise InputError("a gamma that is not negative", f"gamma={gamma}", "use the default, 2.0")
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise InputError("alpha from 0 to 1, or None", f"alpha={alpha}", "use None for no weights")
+    ones, zeros = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+
+    def of_right(z):
+        return jnp.exp(-gamma * nn.softplus(z)) * nn.softplus(-z)
+
+    def slope(z):
+        return -jnp.exp(-gamma * nn.softplus(z)) * (gamma * nn.sigmoid(z) * nn.softplus(-z) + nn.sigmoid(-z))
+
+    def fwd(params, x):
+        _binary(*x)
+        z, t = (a.astype(wide(x[0].dtype)) for a in x)
+        return _mean(ones * t * of_right(z) + zeros * (1 - t) * of_right(-z)), x
+
+    def bwd(params, x, dy, contract):
+        z, t = (a.astype(wide(x[0].dtype)) for a in x)
+        g = _spread(dy, z)
+        dz = (g * (ones * t * slope(z) - zeros * (1 - t) * slope(-z))).astype(x[0].dtype)
+        dt = g * (ones * of_right(z) - zeros * of_right(-z))
+        return {}, (dz, dt.astype(x[1].dtype) if expect.is_floating(x[1]) else None)
+
+    return _loss("focal", fwd, bwd, _per_example, {"accuracy": _share_right(0.5)}, _binary)
+
+
+def hinge() -> Loss:
+    """max(0, 1 - t z), the mean over the entries of an example: scores z [B, ..] to [B]; slope 0 at the kink t z = 1.
+
+    Target: like the scores in shape, -1 or 1 as integers, or floats in [-1, 1] of their dtype. Others are refused where
+    they can be read: labels 0 and 1 become these by 2 * t - 1. Metric: accuracy, the share of entries with
+    [z > 0] = [t > 0]. Residuals: z and t.
+    Source: Cortes and Vapnik 1995, "Support-vector networks".
+    """
+
+    def check(z, t):
+        _same_shape(z, t)
+        if expect.is_floating(t):
+            _same_dtype(z, t)
+        elif not jnp.issubdtype(t.dtype, jnp.signedinteger):
+            raise InputError("targets -1 and 1, integers with a sign or floats", describe(t), "convert with 2 * t - 1")
+        if expect.is_concrete(t):
+            values = np.asarray(t, np.float64)
+            if np.any(np.abs(values) > 1) or (not expect.is_floating(t) and np.any(values == 0)):
+                received = f"values from {values.min()} to {values.max()}"
+                raise InputError("targets -1 and 1", received, "convert labels 0 and 1 with 2 * t - 1")
+
+    def fwd(params, x):
+        check(*x)
+        z, t = (a.astype(wide(x[0].dtype)) for a in x)
+        margin = 1 - t * z
+        return _mean(jnp.where(margin <= 0, 0.0, margin)), x
+
+    def bwd(params, x, dy, contract):
+        z, t = (a.astype(wide(x[0].dtype)) for a in x)
+        g = jnp.where(1 - t * z <= 0, 0.0, -_spread(dy, z))
+        return {}, ((g * t).astype(x[0].dtype), (g * z).astype(x[1].dtype) if expect.is_floating(x[1]) else None)
+
+    return _loss("hinge", fwd, bwd, _per_example, {"accuracy": _share_right(0.0)}, check)
+
+
+def kl_divergence() -> Loss:
+    """sum_v t_v (log t_v - p_v) over the last axis: log-probabilities p and probabilities t, both [.., V], to [..].
+
+    The divergence of the prediction from the target, KL(t | e^p); p comes from `log_softmax`. A t_v of 0 contributes
+    nothing, whatever p_v, and the slope of t log t, infinite there, counts as 0: dt = -g p_v, or 0 for p_v = -inf.
+
+    Target: like p in shape and dtype. Negative values are refused where they can be read. Residuals: p and t.
+    Source: Kullback and Leibler 1951, "On information and sufficiency".
+    """
+
+    def check(p, t):
+        _same_shape(p, t)
+        _same_dtype(p, t)
+        if expect.is_concrete(t) and np.any(np.asarray(t, np.float64) < 0):
+            raise InputError("targets that are not negative", f"a least value of {np.min(t)}", "give probabilities")
+
+    def widely(x):
+        p, t = (a.astype(wide(a.dtype)) for a in x)
+        return jnp.where(jnp.isneginf(p) & (t == 0), 0.0, p), t, jnp.log(jnp.where(t == 0, 1.0, t))
+
+    def fwd(params, x):
+        check(*x)
+        p, t, log_t = widely(x)
+        return jnp.sum(t * (log_t - p), axis=-1), x
+
+    def bwd(params, x, dy, contract):
+        p, t, log_t = widely(x)
+        g = expect.cotangent(dy, p.shape[:-1], p.dtype)[..., None]
+        dt = g * (log_t - p + jnp.where(t == 0, 0.0, 1.0))
+        return {}, ((-g * t).astype(x[0].dtype), dt.astype(x[1].dtype))
+
+    return _loss("kl_divergence", fwd, bwd, _per_row, {}, check)
+
+
+def cosine() -> Loss:
+    """1 - <p, t> / (|p| |t|) over the last axis: prediction p and target t, both [.., D], to [..].
+
+    Where one of them is 0 and has no direction the loss is 1 and both gradients are 0. No square overflows or vanishes.
+    Target: like p in shape and dtype. Residuals: p and t.
+    """
+
+    def check(p, t):
+        _same_shape(p, t)
+        _same_dtype(p, t)
+
+    def fwd(params, x):
+        check(*x)
+        p, t = (unit(a)[0] for a in x)
+        return 1 - jnp.sum(p * t, axis=-1), x
+
+    def bwd(params, x, dy, contract):
+        p, t = (unit(a) for a in x)
+        g = expect.cotangent(dy, x[0].shape[:-1], p[0].dtype)[..., None]
+        dp, dt = unit_pullback(*p, -g * t[0]), unit_pullback(*t, -g * p[0])
+        return {}, (dp.astype(x[0].dtype), dt.astype(x[1].dtype))
+
+    return _loss("cosine", fwd, bwd, _per_row, {}, check)
 
 
 def mse() -> Loss:
@@ -285,6 +413,32 @@ def _spread(dy: Any, like: Array) -> Array:
     """The cotangent of `_mean`: dy [B] divided by an example's entries, with axes to multiply [B, ..] by."""
     dy = expect.cotangent(dy, like.shape[:1], wide(like.dtype))
     return (dy / prod(like.shape[1:])).reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def _per_row(target: Any) -> Array:
+    return jnp.ones(jnp.shape(target)[:-1], bool)
+
+
+def _share_right(boundary: float) -> Callable[[Any, Any], Array]:
+    """For each example the share of its entries that are on the right side: [z > 0] = [t > boundary]."""
+
+    def accuracy(z, t):
+        return _mean(((z > 0) == (jnp.asarray(t).astype(jnp.float32) > boundary)).astype(jnp.float32))
+
+    return accuracy
+
+
+def _binary(z: Any, t: Any) -> None:
+    """Refuse targets that are not probabilities of the logits' shape, or numbers 0 and 1."""
+    _same_shape(z, t)
+    if expect.is_floating(t):
+        _same_dtype(z, t)
+    if expect.is_concrete(t):
+        values = np.asarray(t, np.float64)
+        if np.any((values < 0) | (values > 1)):
+            raise InputError(
+                "targets from 0 to 1", f"values from {values.min()} to {values.max()}", "give probabilities"
+            )
 
 
 def _same_shape(prediction: Any, target: Any) -> None:

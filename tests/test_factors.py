@@ -15,8 +15,17 @@ import pytest
 
 import funcnet as fn
 from funcnet.factors import flat, wide
+from funcnet.layer import no_params
 
 HALF = [jnp.float16, jnp.bfloat16]
+# Integers out of floats, so that an embedding can stand in the tables below.
+largest_feature = fn.stateless(
+    "largest_feature",
+    no_params,
+    lambda _, x: (jnp.argmax(x, -1), x),
+    lambda p, x, dy, contract: ({}, jnp.zeros_like(x)),
+)
+look_up = fn.serial(largest_feature, fn.embedding(5, 3, dtype=float))
 block = fn.serial(fn.layer_norm(), fn.dense(6), fn.gelu(), fn.dense(5))
 MODELS = {
     "dense, no positions": (fn.dense(3), (4, 5)),
@@ -27,6 +36,11 @@ MODELS = {
     "dense, sizes 1": (fn.dense(1), (1, 1)),
     "layer_norm": (fn.layer_norm(), (4, 3, 5)),
     "rms_norm": (fn.rms_norm(), (4, 5)),
+    "embedding": (look_up, (4, 2, 5)),
+    "embedding, more positions than features": (look_up, (2, 3, 2, 5)),
+    "embedding, no positions": (look_up, (4, 5)),
+    "position_embedding": (fn.position_embedding(3), (4, 2, 5)),
+    "repeated position_embedding": (fn.repeat(fn.position_embedding(3), 2), (4, 3, 5)),
     "block": (block, (4, 3, 5)),
     "skip": (fn.skip(block), (4, 5)),
     "parallel in serial": (fn.serial(fn.remat(fn.dense(5)), fn.skip(fn.dense(5))), (3, 5)),
@@ -168,7 +182,7 @@ def test_without_an_example_axis_only_total_answers(how, name):
 
 @pytest.mark.parametrize("how", CONTRACTIONS, ids=lambda how: how.name)
 def test_what_is_not_a_factor_is_refused(how):
-    with pytest.raises(fn.InputError, match="Outer, Shift, Scale"):
+    with pytest.raises(fn.InputError, match="Outer, Shift, Scale, Gather"):
         how(jnp.ones((4, 3)), jnp.ones(3))
 
 
@@ -235,6 +249,10 @@ SHARDED = {
     "gelu": (fn.gelu(), (8, 12), P("data"), {}),
     "layer_norm": (fn.layer_norm(), (8, 3, 12), P("data"), {}),
     "rms_norm, sharded scale": (fn.rms_norm(), (8, 12), P(), {"scale": P("data")}),
+    "embedding": (fn.serial(largest_feature, fn.embedding(12, 4)), (8, 3, 12), P("data"), {}),
+    "embedding, no positions": (fn.serial(largest_feature, fn.embedding(12, 4)), (8, 12), P("data"), {}),
+    "position_embedding": (fn.position_embedding(4), (8, 3, 12), P("data"), {}),
+    "sinusoidal_positions": (fn.sinusoidal_positions(), (8, 3, 12), P("data"), {}),
     "serial": (fn.serial(fn.layer_norm(), fn.dense(6), fn.gelu(), fn.dense(4)), (8, 3, 12), P("data"), {}),
     "skip": (fn.skip(fn.dense(12)), (8, 12), P("data"), {}),
     "repeat": (fn.repeat(fn.skip(fn.serial(fn.dense(12), fn.gelu())), 3), (8, 12), P("data"), {}),
@@ -246,7 +264,7 @@ SHARDED = {
 # name: (factor of a and b [8, 12] and [8, 16], parameter's shape, the factor's layout, the parameter's layout)
 SHARDED_FACTORS = {
     f"{kind}, {name}": (kind, factor, param)
-    for kind in ("Outer", "Shift", "Scale")
+    for kind in ("Outer", "Shift", "Scale", "Gather")
     for name, factor, param in (
         ("replicated parameter", P("data"), P()),
         ("parameter along the batch's axis", P("data"), P("data")),
@@ -292,8 +310,13 @@ def check_sharded_factor(name, mesh):
     kind, layout, param_layout = SHARDED_FACTORS[name]
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=(8, n)), jnp.float32) for n in (12, 16))
-    make = {"Outer": fn.Outer, "Shift": lambda a, b: fn.Shift(b), "Scale": lambda a, b: fn.Scale(2 * b, b)}[kind]
-    param = jnp.ones((12, 16) if kind == "Outer" else 16)
+    make = {
+        "Outer": fn.Outer,
+        "Shift": lambda a, b: fn.Shift(b),
+        "Scale": lambda a, b: fn.Scale(2 * b, b),
+        "Gather": lambda a, b: fn.Gather(jnp.argmax(a, 1), b, 12),
+    }[kind]
+    param = jnp.ones((12, 16) if kind in ("Outer", "Gather") else 16)
     wanted = np.asarray(fn.total(make(a, b), param))
     with jax.set_mesh(mesh):
         param = jax.device_put(param, param_layout)

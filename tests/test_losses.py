@@ -19,6 +19,9 @@ SOFT = scipy.special.softmax(RNG.normal(size=(6, 5)), axis=-1)
 LABELS = np.array([0, 4, 2, 2, 1, 3])
 CROSS_ENTROPY, SMOOTHED, BINARY = fn.cross_entropy(), fn.cross_entropy(0.1), fn.binary_cross_entropy()
 REGRESSIONS = [fn.mse(), fn.mae(), fn.huber()]
+SIGNS = np.sign(LOGITS + RNG.normal(size=(6, 5)))
+LOG_P = scipy.special.log_softmax(LOGITS, axis=-1)
+OTHERS = [fn.focal(), fn.hinge(), fn.kl_divergence(), fn.cosine()]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -300,7 +303,7 @@ def test_cross_entropy_says_so_of_what_is_no_array(target):
         CROSS_ENTROPY.check(Z, target)
 
 
-@pytest.mark.parametrize("loss", [*REGRESSIONS, BINARY], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("loss", [*REGRESSIONS, BINARY, *OTHERS], ids=lambda loss: loss.name)
 @pytest.mark.parametrize(
     ("prediction", "target", "message"),
     [
@@ -336,9 +339,9 @@ def test_binary_cross_entropy_refuses_targets_that_are_no_probabilities(target):
         (CROSS_ENTROPY, (6, 5), LABELS),
         (SMOOTHED, (6, 5), SOFT),
         (BINARY, (6, 5), SOFT),
-        *((loss, (6, 5), S((6, 5), jnp.float32)) for loss in REGRESSIONS),
+        *((loss, (6, 5), S((6, 5), jnp.float32)) for loss in [*REGRESSIONS, *OTHERS]),
     ],
-    ids=["cross_entropy", "soft labels", "binary", *(loss.name for loss in REGRESSIONS)],
+    ids=["cross_entropy", "soft labels", "binary", *(loss.name for loss in [*REGRESSIONS, *OTHERS])],
 )
 def test_bwd_refuses_a_cotangent_of_another_shape_or_dtype(loss, shape, target):
     target = np.float32(SOFT) if target is SOFT else target
@@ -357,6 +360,8 @@ def test_bwd_refuses_a_cotangent_of_another_shape_or_dtype(loss, shape, target):
         lambda: fn.huber(0),
         lambda: fn.huber(-1.0),
         lambda: fn.huber(float("nan")),
+        lambda: fn.focal(-0.1),
+        lambda: fn.focal(alpha=1.1),
     ],
 )
 def test_options_out_of_range_are_refused(make):
@@ -409,3 +414,161 @@ def test_a_layer_over_prediction_and_target_serves_as_a_loss():
     assert loss.counted(jnp.ones((4, 2))).tolist() == [True] * 4
     assert loss.check(None, None) is None
     assert as_loss(loss) is loss
+
+
+# focal, hinge, kl_divergence, cosine
+
+
+def focal_of_pytorch(torch, z, t, gamma, alpha):
+    s = torch.sigmoid(z)
+    right = s * t + (1 - s) * (1 - t)
+    weight = 1 if alpha is None else alpha * t + (1 - alpha) * (1 - t)
+    return (weight * (1 - right) ** gamma * -torch.log(right)).mean(-1)
+
+
+ZEROS_AND_ONES = (SIGNS + 1) / 2
+# name: (loss, prediction, target, the same in PyTorch, whether its gradient in the target is compared as well)
+TORCHS = {
+    "focal": (
+        fn.focal(),
+        LOGITS,
+        ZEROS_AND_ONES,
+        lambda torch, z, t: focal_of_pytorch(torch, z, t, 2.0, None),
+        False,
+    ),
+    "focal, weighted": (
+        fn.focal(0.5, alpha=0.25),
+        LOGITS,
+        ZEROS_AND_ONES,
+        lambda torch, z, t: focal_of_pytorch(torch, z, t, 0.5, 0.25),
+        False,
+    ),
+    "hinge": (fn.hinge(), LOGITS, SIGNS, lambda torch, z, t: torch.clamp(1 - t * z, min=0).mean(-1), True),
+    "kl_divergence": (
+        fn.kl_divergence(),
+        LOG_P,
+        SOFT,
+        lambda torch, p, t: torch.nn.functional.kl_div(p, t, reduction="none").sum(-1),
+        True,
+    ),
+    "cosine": (
+        fn.cosine(),
+        LOGITS,
+        SOFT,
+        lambda torch, p, t: 1 - torch.nn.functional.cosine_similarity(p, t, dim=-1),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+@pytest.mark.parametrize("name", TORCHS)
+def test_values_and_gradients_are_those_of_pytorch(name, dtype, tolerance, x64):
+    torch = pytest.importorskip("torch")
+    loss, prediction, target, theirs, in_the_target = TORCHS[name]
+    p, t = (torch.tensor(a.astype(dtype), requires_grad=True) for a in (prediction, target))
+    dy = np.linspace(-1, 2, 6).astype(dtype)
+    wanted = theirs(torch, p, t)
+    wanted.backward(torch.tensor(dy))
+    values, dp, dt = pull(loss, prediction.astype(dtype), target.astype(dtype), dy)
+    assert values.dtype == dp.dtype == dt.dtype == dtype
+    np.testing.assert_allclose(values, wanted.detach().numpy(), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(dp, p.grad.numpy(), rtol=tolerance, atol=tolerance)
+    if in_the_target:
+        np.testing.assert_allclose(dt, t.grad.numpy(), rtol=tolerance, atol=tolerance)
+
+
+def test_values_are_those_of_numpy_and_scipy(x64):
+    s = scipy.special.expit(LOGITS)
+    wanted = -SOFT * (1 - s) ** 2 * np.log(s) - (1 - SOFT) * s**2 * np.log1p(-s)
+    np.testing.assert_allclose(value(fn.focal(), LOGITS, SOFT), wanted.mean(1), rtol=1e-12)
+    np.testing.assert_allclose(value(fn.hinge(), LOGITS, SIGNS), np.maximum(0, 1 - SIGNS * LOGITS).mean(1), rtol=1e-12)
+    wanted = scipy.special.rel_entr(SOFT, np.exp(LOG_P)).sum(1)
+    np.testing.assert_allclose(value(fn.kl_divergence(), LOG_P, SOFT), wanted, rtol=1e-11)
+    product = (LOGITS * SOFT).sum(1) / np.linalg.norm(LOGITS, axis=1) / np.linalg.norm(SOFT, axis=1)
+    np.testing.assert_allclose(value(fn.cosine(), LOGITS, SOFT), 1 - product, rtol=1e-12)
+
+
+def test_focal_without_gamma_is_binary_cross_entropy(x64):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14),
+        pull(fn.focal(0.0), LOGITS, SOFT),
+        pull(BINARY, LOGITS, SOFT),
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("z", [0.0, 1e4, -1e4, 1e38, -1e38])
+def test_focal_of_huge_logits(gamma, z):
+    values, dz, _ = pull(fn.focal(gamma), np.float32([[z], [z]]), np.float32([[0], [1]]))
+    if z:
+        np.testing.assert_allclose(values, np.maximum(np.float32([z, -z]), 0), rtol=1e-6)
+        np.testing.assert_allclose(dz[:, 0], [z > 0, -float(z < 0)], atol=1e-6)
+    assert np.isfinite(dz).all()
+
+
+def test_hinge_has_slope_0_at_its_kink_and_takes_integers():
+    z = np.float32([[1.0], [-1.0], [0.5], [2.0], [-3.0]])
+    values, dz, dt = pull(fn.hinge(), z, np.int8([[1], [-1], [1], [1], [1]]))
+    np.testing.assert_array_equal(values, [0, 0, 0.5, 0, 4])
+    np.testing.assert_array_equal(dz[:, 0], [0, 0, -1, 0, -1])
+    assert dt is None
+    np.testing.assert_array_equal(
+        fn.hinge().metrics["accuracy"](z, np.int8([[1], [-1], [-1], [1], [1]])), [1, 1, 0, 1, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (np.zeros((6, 5), np.int32), "-1 and 1"),
+        (np.full((6, 5), 2, np.int32), "-1 and 1"),
+        (np.full((6, 5), -1.5, np.float32), "-1 and 1"),
+        (np.ones((6, 5), bool), "with a sign"),
+        (np.ones((6, 5), np.uint8), "with a sign"),
+    ],
+)
+def test_hinge_refuses_targets_that_are_no_signs(target, message):
+    refused(fn.hinge(), Z, target, message)
+
+
+def test_kl_divergence_of_equals_is_0_and_of_classes_that_cannot_be_finite():
+    values, dp, dt = pull(fn.kl_divergence(), np.log(np.float32(SOFT)), np.float32(SOFT))
+    np.testing.assert_allclose(values, 0, atol=1e-6)
+    np.testing.assert_allclose(dp, -SOFT, rtol=1e-6)
+    np.testing.assert_allclose(dt, 1, atol=1e-5)
+    p, t = np.log(np.float32([[0.5, 0.5, 1e-30]])), np.float32([[0.0, 1.0, 0.0]])
+    p[0, 2] = -np.inf
+    values, dp, dt = pull(fn.kl_divergence(), p, t)
+    np.testing.assert_allclose(values, np.log(2), rtol=1e-6)
+    np.testing.assert_array_equal(dp, [[0, -1, 0]])
+    np.testing.assert_allclose(dt, [[np.log(2), 1 + np.log(2), 0]], rtol=1e-6)
+    assert value(fn.kl_divergence(), p, np.roll(t, 1, axis=1)) == np.inf
+    refused(fn.kl_divergence(), Z, -jnp.float32(SOFT), "not negative")
+
+
+def test_cosine_has_no_direction_at_0_and_no_overflow_far_away():
+    p = np.float32([[0, 0], [3, 4], [3e30, 4e30], [3e-30, 4e-30]])
+    t = np.float32([[1, 2], [0, 0], [4e30, 3e30], [-3, -4]])
+    values, dp, dt = pull(fn.cosine(), p, t)
+    np.testing.assert_allclose(values, [1, 1, 0.04, 2], rtol=1e-5)
+    assert not dp[:2].any()
+    assert not dt[:2].any()
+    assert all(np.isfinite(a).all() for a in (dp, dt))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("loss", OTHERS, ids=lambda loss: loss.name)
+def test_the_others_in_half_precision_are_float32_rounded(loss, dtype):
+    p, t = jnp.asarray(LOG_P if loss.name == "kl_divergence" else LOGITS, dtype), jnp.asarray(SOFT, dtype)
+    got, wanted = pull(loss, p, t), pull(loss, p.astype(jnp.float32), t.astype(jnp.float32))
+    assert [a.dtype for a in got] == [jnp.float32, dtype, dtype]
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-6)
+
+
+def test_kl_divergence_and_cosine_have_a_value_for_each_row():
+    for loss in (fn.kl_divergence(), fn.cosine()):
+        counted = loss.counted(jnp.ones((2, 3, 5)))
+        assert counted.shape == value(loss, jnp.ones((2, 3, 5)), jnp.ones((2, 3, 5))).shape == (2, 3)
+        assert counted.all()

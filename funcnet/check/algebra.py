@@ -11,6 +11,7 @@ import numpy as np
 
 from funcnet.check.judge import leaves_of, measure, mismatch, tolerance, wide
 from funcnet.check.numerical import Numerical
+from funcnet.check.plain import is_inexact
 from funcnet.check.report import Failure, values_failure
 from funcnet.check.subject import Point, Values, host, laid, quickly
 
@@ -43,7 +44,20 @@ def structure(point: Point) -> list[Failure]:
         if path in got and leaf is not None and tuple(got[path].shape) == tuple(leaf.shape):
             continue
         point.broken.add(path)
-    return failures
+    return failures or _tree_unlike(point)
+
+
+def _tree_unlike(point: Point) -> list[Failure]:
+    """A layer's gradients as trees: {} where there are no parameters, None for an integer input. JAX asks functions."""
+    if not point.subject.layer:
+        return []
+    pull = lambda v, dy: point.subject.pull(jax.tree.unflatten(point.structure, point.args(v)))[1](point.cotangent(dy))
+    with point.subject.mode():
+        got = jax.eval_shape(pull, point.values, point.dys[0])
+    got = jax.tree.structure(jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, got))
+    wanted = jax.tree.structure(jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, point.subject.args))
+    message = f"the gradients (dparams, dx) have the structure {got}, where {wanted} was to be"
+    return [] if got == wanted else [Failure("", ORACLE, "structure", message)]
 
 
 def _attempt(f: Callable[[], Any]) -> Any:
@@ -78,18 +92,22 @@ def algebra(point: Point, finder: Numerical) -> list[Failure]:
 
 def linearity(point: Point) -> list[Failure]:
     """pull(2 a - 3 b) = 2 pull(a) - 3 pull(b), and pull(0) = 0."""
-    a, b = point.dys
-    mixed = {k: (2 * wide(a[k]) - 3 * wide(b[k])).astype(a[k].dtype) for k in a}
-    got, zero = point.gradients(mixed), point.gradients({k: np.zeros_like(v) for k, v in a.items()})
+    a, b = ({k: (np.round(4 * wide(v)) / 4).astype(v.dtype) for k, v in dy.items()} for dy in point.dys)
+    mixed = {k: (2 * wide(a[k]) - 3 * wide(b[k])).astype(a[k].dtype) for k in a}  # of quarters: exact in any dtype
+    laid_out = lambda dy: {k: laid(v, point.outputs[k]) for k, v in dy.items()}
+    of_a, of_b, got = (point.gradients(laid_out(dy)) for dy in (a, b, mixed))
+    zero = point.gradients(laid_out({k: np.zeros_like(v) for k, v in a.items()}))
     failures = []
     for path in point.sound:
-        first, second = (wide(gradient[path]) for gradient in point.rule)
+        first, second = wide(of_a[path]), wide(of_b[path])
         with np.errstate(all="ignore"):
             size = np.abs(2 * first) + np.abs(3 * second)
-            leaf = point.measured(path, got[path], 2 * first - 3 * second, 8.0, np.nanmax(size, initial=0.0))
-        if not leaf.within:
+            finite = np.isfinite(first) & np.isfinite(second)
+            most = np.max(size, initial=0.0, where=finite)
+            leaf = point.measured(path, got[path], 2 * first - 3 * second, 8.0, most, ~finite)
+        if finite.any() and not leaf.within:
             failures.append(values_failure(leaf, ORACLE, "linearity", "of 2 a - 3 b, the gradient"))
-        if np.any((wide(zero[path]) != 0) & np.isfinite(first) & np.isfinite(second)):
+        if np.any((wide(zero[path]) != 0) & finite):
             failures.append(Failure(path, ORACLE, "zero cotangent", "the gradient of a zero cotangent is not zero"))
     return failures
 
@@ -159,7 +177,8 @@ def _pairing(a: Any, b: Any) -> tuple[float, float]:
 
 
 def modes(point: Point) -> list[Failure]:
-    """The same gradients without jit, under vmap over a new axis of examples, and in the body of a scan."""
+    """The same gradients under vmap over a new axis of examples, in the body of a scan, and where the function is used
+    twice before either use is differentiated: what is kept outside the residuals is another call's by then."""
     values = [point.values, _elsewhere(point)]
     failures = []
     with point.subject.mode():
@@ -169,6 +188,7 @@ def modes(point: Point) -> list[Failure]:
         ways = {
             "vmap": lambda v, dy: jax.vmap(pull)(v, dy),
             "scan": lambda v, dy: jax.lax.scan(lambda carry, pair: (carry, pull(*pair)), None, (v, dy))[1],
+            "two uses": lambda v, dy: _twice(point, v, dy),
         }
         for way, mapped in list(ways.items()):
             if isinstance(error := _attempt(lambda mapped=mapped: jax.eval_shape(mapped, *stacked)), Exception):
@@ -179,6 +199,14 @@ def modes(point: Point) -> list[Failure]:
         pairs = [(k, np.asarray(got[k][i]), wanted[i][k]) for k in got for i in range(2)]
         failures += _differences(point, way, pairs)
     return failures
+
+
+def _twice(point: Point, values: dict[str, Any], dys: dict[str, Any]) -> dict[str, Any]:
+    """Both forward passes, then both pullbacks."""
+    at = lambda tree, i: {k: v[i] for k, v in tree.items()}
+    pullbacks = [point.begin(at(values, i))[1] for i in range(2)]
+    first, second = (pullback(at(dys, i)) for i, pullback in enumerate(pullbacks))
+    return {k: jnp.stack([first[k], second[k]]) for k in point.sound}
 
 
 def _unmappable(point: Point, way: str, error: Exception, stacked: list[dict[str, Any]]) -> list[Failure]:

@@ -12,8 +12,7 @@ def autodiff(point: Point, finder: Numerical, judge: bool) -> tuple[list[Leaf], 
     """Every leaf measured for its worst cotangent; where it is to `judge`, a verdict each, and the failures."""
     leaves, verdicts, failures = [], {}, []
     for path in point.sound:
-        pairs = zip(point.rule, point.references, strict=True)
-        leaf = min((point.measured(path, got[path], wanted[path]) for got, wanted in pairs), key=_fit)
+        leaf = _worst(point, path)
         word = "ok" if leaf.within else "WRONG"
         if not point.reverses:
             word = "-"
@@ -28,8 +27,12 @@ def autodiff(point: Point, finder: Numerical, judge: bool) -> tuple[list[Leaf], 
     return leaves, verdicts, failures
 
 
-def _fit(leaf: Leaf) -> float:
-    return -leaf.relative / leaf.allowed
+def _worst(point: Point, path: str, skip: np.ndarray | None = None) -> Leaf:
+    """The leaf for the dy for which it is worst, which the point takes down."""
+    pairs = zip(point.rule, point.references, strict=True)
+    leaves = [point.measured(path, got[path], wanted[path], skip=skip) for got, wanted in pairs]
+    point.shown[path] = int(np.argmax([leaf.relative / leaf.allowed for leaf in leaves]))
+    return leaves[point.shown[path]]
 
 
 def _excused(point: Point, finder: Numerical, path: str, leaf: Leaf) -> tuple[Leaf, str]:
@@ -53,11 +56,11 @@ def _excused(point: Point, finder: Numerical, path: str, leaf: Leaf) -> tuple[Le
     skip = kinked | undefined | mended
     if not skip.any():
         return leaf, "WRONG"
-    pairs = zip(point.rule, point.references, strict=True)
-    rest = min((point.measured(path, got[path], wanted[path], skip=skip) for got, wanted in pairs), key=_fit)
-    if not skip.all() and not rest.within:
-        return rest, "WRONG"
-    return leaf if skip.all() else rest, "kink" if kinked.any() else "-"
+    word = "kink" if kinked.any() else "-"
+    if skip.all():
+        return leaf, word
+    left = _worst(point, path, skip)
+    return left, word if left.within else "WRONG"
 
 
 def _mended(point: Point, finder: Numerical, path: str, apart: np.ndarray) -> bool:

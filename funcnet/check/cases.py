@@ -36,11 +36,19 @@ from funcnet.layers.activation import (
     squareplus,
     tanh,
 )
+from funcnet.layers.conv import conv
 from funcnet.layers.dense import dense
-from funcnet.layers.dropout import dropout
+from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
+from funcnet.layers.embedding import embedding, position_embedding, sinusoidal_positions
+from funcnet.layers.gate import geglu, glu, swiglu
 from funcnet.layers.norm import layer_norm, rms_norm
+from funcnet.layers.normalize import group_norm, instance_norm, l2_normalize
+from funcnet.layers.piecewise import maxout, prelu
+from funcnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
+from funcnet.layers.recurrent import bidirectional, gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
-from funcnet.losses import binary_cross_entropy, cross_entropy, huber, mae, mse
+from funcnet.layers.softmax import log_softmax, softmax
+from funcnet.losses import binary_cross_entropy, cosine, cross_entropy, focal, hinge, huber, kl_divergence, mae, mse
 from funcnet.transform import mixed, remat
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -91,6 +99,8 @@ def _softmax() -> Layer:
     return stateless("softmax", no_params, fwd, bwd)
 
 
+_SEQUENCES = {"x": "f32[3,4,2]", "lengths": "i32[3]<5"}
+
 _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
 
 CASES: tuple[Case, ...] = (
@@ -103,6 +113,17 @@ CASES: tuple[Case, ...] = (
     Case("dense/one example", dense(3), "f32[1,5]"),
     Case("dense/no bias", dense(3, use_bias=False), "f32[4,5]"),
     Case("dense/initializers", dense(3, kernel_init=_init.he_uniform(), bias_init=_init.ones), "f32[4,5]"),
+    Case("embedding", embedding(7, 5), "i32[4,3]<7"),
+    Case("embedding/one id", embedding(5, 3), "i8[]<5"),
+    Case("embedding/no positions", embedding(3, 2), "u8[4]<3"),
+    Case("embedding/more positions than features", embedding(3, 2), "i16[2,5]<3"),
+    Case("embedding/rank 4", embedding(4, 1), "i32[2,1,3,2]<4"),
+    Case("position_embedding", position_embedding(3), "f32[4,3,5]"),
+    Case("position_embedding/fewer positions", position_embedding(4), "f32[2,3,2]"),
+    Case("position_embedding/rank 4", position_embedding(3), "f32[2,2,3,1]"),
+    Case("position_embedding/no batch", position_embedding(3), "f32[2,5]"),
+    Case("sinusoidal_positions", sinusoidal_positions(), "f32[4,3,6]"),
+    Case("sinusoidal_positions/base", sinusoidal_positions(20.0), "f32[5,2]"),
     Case("layer_norm", layer_norm(), "f32[4,5]"),
     Case("layer_norm/rank 1", layer_norm(), "f32[5]"),
     Case("layer_norm/rank 5", layer_norm(), "f32[2,1,3,2,7]"),
@@ -115,9 +136,60 @@ CASES: tuple[Case, ...] = (
     Case("rms_norm/one feature", rms_norm(), "f32[3,1]", ("float64", "float32")),
     Case("rms_norm/one feature, large eps", rms_norm(eps=0.3), "f32[3,1]"),
     Case("rms_norm/large eps", rms_norm(eps=0.3), "f32[4,5]"),
+    Case("group_norm", group_norm(2), "f32[4,3,6]"),
+    Case("group_norm/one group", group_norm(1), "f32[3,5]"),
+    Case("group_norm/rank 5", group_norm(3), "f32[2,1,3,2,3]"),
+    Case("group_norm/large eps", group_norm(2, eps=0.3), "f32[2,4,4]"),
+    Case("instance_norm", instance_norm(), "f32[3,6,5]"),
+    Case("instance_norm/rank 4", instance_norm(), "f32[2,3,3,2]"),
+    Case("instance_norm/one position, large eps", instance_norm(eps=0.3), "f32[3,1,2]"),
+    Case("l2_normalize", l2_normalize(), "f32[4,5]"),
+    Case("l2_normalize/rank 1", l2_normalize(), "f32[3]"),
+    Case("l2_normalize/rank 4", l2_normalize(), "f32[2,1,3,4]"),
+    Case("conv", conv(4, 3), "f32[2,5,4,3]"),
+    Case("conv/strides", conv(4, 3, 2, "VALID"), "f32[2,6,8,3]"),
+    Case("conv/dilation, pads", conv(2, (2, 3), (2, 1), ((0, 3), (4, 1)), (3, 2)), "f32[2,7,5,3]"),
+    Case("conv/groups", conv(6, 3, 2, groups=2), "f32[2,5,4,4]"),
+    Case("conv/depthwise", conv(3, 3, (1, 2), dilation=(2, 1), groups=3), "f32[2,5,6,3]"),
+    Case("conv/one axis, one entry", conv(2, 1, 2), "f32[2,5,3]"),
+    Case("conv/three axes, no bias", conv(2, 2, use_bias=False), "f32[1,3,2,3,2]"),
+    Case("max_pool", max_pool(2), "f32[2,4,5,3]"),
+    Case("max_pool/overlapping", max_pool(3, 2), "f32[2,5,7,2]"),
+    Case("max_pool/one axis, same", max_pool(3, 2, "SAME"), "f32[2,6,3]"),
+    Case("max_pool/three axes, pads", max_pool((2, 1, 3), (2, 1, 1), ((1, 0), (0, 0), (1, 2))), "f32[1,3,2,3,2]"),
+    Case("max_pool/gaps", max_pool(2, 3), "f32[1,8,6,1]"),
+    Case("avg_pool", avg_pool(2), "f32[2,4,5,3]"),
+    Case("avg_pool/overlapping, same", avg_pool(3, 2, "SAME"), "f32[2,5,6,2]"),
+    Case("avg_pool/pads left out", avg_pool(3, 1, 1, count_include_pad=False), "f32[2,4,3,1]"),
+    Case("avg_pool/one axis", avg_pool(3, 2), "f32[2,7,3]"),
+    Case("global_max_pool", global_max_pool(), "f32[2,3,5,3]"),
+    Case("global_max_pool/one axis", global_max_pool(), "f32[3,5,1]"),
+    Case("global_avg_pool", global_avg_pool(), "f32[2,3,5,3]"),
+    Case("global_avg_pool/three axes", global_avg_pool(), "f32[1,3,2,1,5]"),
     Case("dropout", dropout(0.4), "f32[4,5]"),
     Case("dropout/rate 0", dropout(0.0), "f32[3]"),
     Case("dropout/rank 5", dropout(0.9), "f32[2,1,3,2,5]"),
+    Case("rnn", rnn(3), "f32[2,5,4]"),
+    Case("rnn/lengths, reverse", rnn(2, reverse=True), _SEQUENCES),
+    Case("rnn/states", rnn(2, return_state=True), {"x": "f32[3,2,1]", "state": "f32[3,2]"}),
+    Case("gru", gru(3), "f32[2,5,4]"),
+    Case("gru/lengths, reverse, states", gru(2, reverse=True, return_state=True), _SEQUENCES | {"state": "f32[3,2]"}),
+    Case("lstm", lstm(3), "f32[2,5,4]"),
+    Case("lstm/one of all", lstm(1), "f32[1,1,1]"),
+    Case("lstm/lengths, states", lstm(2, return_state=True), _SEQUENCES | {"state": ("f32[3,2]", "f32[3,2]")}),
+    Case("lstm/lengths, reverse", lstm(2, reverse=True), _SEQUENCES),
+    Case("bidirectional", bidirectional(lstm(2), lstm(2, reverse=True)), "f32[2,3,4]"),
+    Case(
+        "bidirectional/lengths, states",
+        bidirectional(gru(2, return_state=True), gru(2, reverse=True, return_state=True)),
+        _SEQUENCES | {"state": ("f32[3,2]", "f32[3,2]")},
+    ),
+    Case("spatial_dropout", spatial_dropout(0.4), "f32[4,3,5]"),
+    Case("spatial_dropout/no positions", spatial_dropout(0.4), "f32[4,5]"),
+    Case("spatial_dropout/rank 5", spatial_dropout(0.7), "f32[2,1,3,2,5]"),
+    Case("drop_path", drop_path(0.4), "f32[6,3]"),
+    Case("drop_path/rank 1", drop_path(0.4), "f32[5]"),
+    Case("drop_path/rank 4", drop_path(0.7), "f32[5,1,2,3]"),
     Case("flatten", flatten(), "f32[4,3,5]"),
     Case("flatten/rank 1", flatten(), "f32[3]"),
     Case("flatten/rank 5", flatten(), "f32[1,3,1,2,5]"),
@@ -150,6 +222,24 @@ CASES: tuple[Case, ...] = (
     Case("squareplus", squareplus(), "f32[4,5]>-8<8"),
     Case("squareplus/b", squareplus(0.5), "f32[4,5]>-8<8"),
     Case("softsign", softsign(), "f32[4,5]>-8<8"),
+    Case("softmax", softmax(), "f32[4,5]"),
+    Case("softmax/rank 1", softmax(), "f32[5]"),
+    Case("softmax/rank 4, large", softmax(), "f32[2,1,3,4]>-9<9"),
+    Case("log_softmax", log_softmax(), "f32[4,5]"),
+    Case("log_softmax/rank 1", log_softmax(), "f32[5]"),
+    Case("log_softmax/rank 4, large", log_softmax(), "f32[2,1,3,4]>-9<9"),
+    Case("glu", glu(), "f32[4,6]>-4<4"),
+    Case("glu/rank 1", glu(), "f32[2]"),
+    Case("swiglu", swiglu(), "f32[4,6]>-4<4"),
+    Case("swiglu/rank 4", swiglu(), "f32[2,1,3,4]"),
+    Case("geglu", geglu(), "f32[4,6]>-4<4"),
+    Case("geglu/approximate", geglu(approximate=True), "f32[2,3,4]>-4<4"),
+    Case("prelu", prelu(), "f32[4,5]"),
+    Case("prelu/slope", prelu(-0.7), "f32[2,3,1,2]"),
+    Case("prelu/rank 1", prelu(), "f32[5]"),
+    Case("maxout", maxout(2), "f32[4,6]"),
+    Case("maxout/one piece", maxout(1), "f32[3]"),
+    Case("maxout/rank 4", maxout(5), "f32[2,1,3,5]"),
     Case("elementwise/saves the input", elementwise("square", jnp.square, lambda x: 2 * x), "f32[4,5]"),
     Case("elementwise/saves the output", elementwise("exp", jnp.exp, lambda y: y, "output"), "f32[4,5]"),
     Case("stateless", _softmax(), "f32[4,5]"),
@@ -173,6 +263,17 @@ CASES: tuple[Case, ...] = (
     Case("mae/rank 1", mae(), ("f32[3]", "f32[3]")),
     Case("huber", huber(), ("f32[6,5]", "f32[6,5]")),
     Case("huber/delta", huber(0.3), ("f32[2,3,5]", "f32[2,3,5]")),
+    Case("kl_divergence", kl_divergence(), ("f32[6,5]<0", "f32[6,5]>0<1")),
+    Case("kl_divergence/rank 1", kl_divergence(), ("f32[5]", "f32[5]>0<1")),
+    Case("kl_divergence/rank 4", kl_divergence(), ("f32[2,1,3,4]<0", "f32[2,1,3,4]>0<1")),
+    Case("hinge", hinge(), ("f32[6,5]", "f32[6,5]>-1<1")),
+    Case("hinge/rank 1", hinge(), ("f32[3]", "f32[3]>-1<1")),
+    Case("cosine", cosine(), ("f32[6,5]", "f32[6,5]")),
+    Case("cosine/rank 1", cosine(), ("f32[3]", "f32[3]")),
+    Case("cosine/rank 4", cosine(), ("f32[2,1,3,4]", "f32[2,1,3,4]")),
+    Case("focal", focal(), ("f32[6,5]", "f32[6,5]>0<1")),
+    Case("focal/integers", focal(0.5, alpha=0.25), ("f32[6,1]", "i32[6,1]<2")),
+    Case("focal/gamma 0", focal(0.0, alpha=0.75), ("f32[2,3,2]", "f32[2,3,2]>0<1")),
     Case("serial", serial(dense(3), tanh(), dense(2)), "f32[4,5]"),
     Case("serial/one layer, named", serial(last=dense(3)), "f32[4,5]"),
     Case("serial/nested, random", serial(serial(dense(3), dropout(0.3)), flatten(), rms_norm()), "f32[4,2,5]"),

@@ -183,12 +183,12 @@ def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int
     if "laws" in oracles and subject.layer:
         failures += laws.laws(point)
     if "algebra" in oracles:
-        verdicts["algebra"] = dict.fromkeys(point.values, "ok")
+        verdicts["algebra"] = dict.fromkeys(point.sound, "ok")
     for failure in failures:  # a structural failure counts whatever was asked for
         verdicts.setdefault(failure.oracle, {})[failure.leaf] = "WRONG"
     shown = [oracle for oracle in ("autodiff", "numerical", "algebra", "laws") if oracle in verdicts]
     leaves = [replace(leaf, verdicts={o: verdicts[o].get(leaf.leaf, "-") for o in shown}) for leaf in leaves]
-    arrays = {path: (point.rule[0][path], point.references[0][path]) for path in point.sound}
+    arrays = {path: (point.rule[k][path], point.references[k][path]) for path, k in point.shown.items()}
     if explain and failures:
         leaves = _explained(point, leaves, {failure.leaf for failure in failures if failure.kind == "repeatable"})
     return Report(
@@ -207,16 +207,16 @@ def _explained(point: Point, leaves: list[Leaf], unsteady: set[str]) -> list[Lea
     with point.subject.mode():
         y = leaves_of(point.subject.plain(*point.args(point.values), wide=False), "y")
     arrays |= {path: np.asarray(y[path]) for path in point.outputs}
-    arrays |= {"d" + path: dy for path, dy in point.dys[0].items()}
-    known = point.references[0] if point.reverses else {}
-    context = Context(known, arrays, point.dys[0], point.reference, point.gradients)
     explained = []
     for leaf in leaves:
-        if leaf.ok or leaf.leaf in unsteady or leaf.leaf not in known or leaf.leaf not in point.gotten:
-            explained.append(leaf)
-            continue
-        word = diagnose(leaf, point.gotten[leaf.leaf], known[leaf.leaf], context)
-        explained.append(replace(leaf, diagnosis=word))
+        k = point.shown.get(leaf.leaf, 0)
+        known, got = point.references[k] if point.reverses else {}, point.gotten[k]
+        if not leaf.ok and leaf.leaf not in unsteady and leaf.leaf in known and leaf.leaf in got:
+            dy = point.dys[k]
+            given = arrays | {"d" + path: v for path, v in dy.items()}
+            context = Context(known, given, dy, point.reference, point.gradients)
+            leaf = replace(leaf, diagnosis=diagnose(leaf, got[leaf.leaf], known[leaf.leaf], context))
+        explained.append(leaf)
     return explained
 
 
@@ -234,10 +234,10 @@ def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: i
         params, state = (cast(jax.tree.map(_array, tree), dtype) for tree in (params, state))
         plain = trace(lambda params, x: layer.fwd(params, state, x, key)[0], params, x)
 
-    def pull(args, dy):
+    def pull(args):
         params, x = args
         y, _, residuals = layer.fwd(params, state, x, key)
-        return y, layer.bwd(params, residuals, dy)
+        return y, lambda dy: layer.bwd(params, residuals, dy)
 
     return Subject(layer.name, (params, x), ("params", "x"), pull, plain, x64, layer, state, key)
 

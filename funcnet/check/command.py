@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if options.traceback:
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "JAX" not in note)  # less its own
@@ -129,7 +129,8 @@ def _at_least(least: int, text: str) -> int:
 def _check(options: argparse.Namespace) -> tuple[bool, str]:
     """Whether everything holds, and what to print."""
     if options.list:
-        return True, "\n".join(f"{case.name:34}{', '.join(jax.tree.leaves(case.x))}" for case in CASES)
+        width = max(len(case.name) for case in CASES) + 2
+        return True, "\n".join(f"{case.name:{width}}{', '.join(jax.tree.leaves(case.x))}" for case in CASES)
     if options.arg or options.args or any(":" in name for name in options.names):
         return _one(options)
     for flag in ("x64", "reference", "plot"):

@@ -37,6 +37,6 @@ def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None)
     context = Context({path: wanted for path, (_, wanted) in arrays.items()})
     for i, leaf in enumerate(leaves):
         if not leaf.ok and leaf.leaf in arrays:
-            leaves[i] = replace(leaf, diagnosis=diagnose(leaf, *arrays[leaf.leaf], context))
+            leaves[i] = replace(leaf, diagnosis=diagnose(leaf, arrays[leaf.leaf][0], arrays[leaf.leaf][1], context))
     ordered = tuple(sorted(leaves, key=Leaf.badness))
     return Report("gradients compared with the reference", ordered, tuple(failures), arrays=arrays)

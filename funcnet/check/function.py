@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,8 @@ def function(f: Callable, args: tuple, reference: Callable | None, x64: bool, se
         plain = program if reference is None else _reference(reference, args, program)
         _differentiable(f, args, program)
 
-    def pull(args, dy):
-        y, pullback = jax.vjp(f, *args)
-        return y, pullback(dy)
+    def pull(args):
+        return jax.vjp(f, *args)
 
     name = getattr(f, "__name__", type(f).__name__)
     roots = tuple(f"[{i}]" for i in range(len(args)))
@@ -128,16 +127,18 @@ def _raw(f: Any) -> Callable | None:
     """The rule of a bare `jax.custom_vjp`, to see what it returns before JAX drops, casts or refuses it."""
     if not isinstance(f, jax.custom_vjp) or getattr(f, "nondiff_argnums", None) or getattr(f, "bwd", None) is None:
         return None
+    forward, backward = cast(Callable, f.fwd), cast(Callable, f.bwd)
 
-    def raw(args, dy):
-        y, residuals = f.fwd(*args)
-        grads = f.bwd(residuals, dy)
+    def raw(args):
+        y, residuals = forward(*args)
+        return y, lambda dy: tupled(args, backward(residuals, dy))
+
+    def tupled(args, grads):
         if not isinstance(grads, tuple) or len(grads) != len(args):
             received = f"{type(grads).__name__} of {len(grads)}" if hasattr(grads, "__len__") else describe(grads)
-            raise TypeError(
-                f"bwd is to return a tuple of {len(args)} cotangents, one an argument, and returned a {received}"
-            )
-        return y, tuple(_zeros(arg) if grad is None else grad for arg, grad in zip(args, grads, strict=True))
+            wanted = f"a tuple of {len(args)} cotangents, one an argument"
+            raise TypeError(f"bwd is to return {wanted}, and returned a {received}")
+        return tuple(_zeros(arg) if grad is None else grad for arg, grad in zip(args, grads, strict=True))
 
     return raw
 

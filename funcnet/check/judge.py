@@ -10,10 +10,10 @@ zero everywhere):
 - n is the length of the longest sum in the program, eps_acc the unit of rounding of the dtype that sums run in (float32
   for half precision), B = 16: rounding errors of a sum grow like the square root of its length.
 - honest is the error of the plain program itself: of its automatic derivative in the program's own dtypes, at several
-  points that are a unit of rounding apart, the largest in the leaf. In a program that is float64 throughout it is what
-  the reference moves when its inputs are moved by one unit of rounding. C = 4. So a rule need not be better than
-  autodiff in its dtype, and where a gradient is a small difference of large terms no rule can be. An element that such
-  a step takes over a kink, and moves by far more than the others, counts for itself alone.
+  points that are a unit of rounding apart, and what the reference moves between them; the largest in the leaf. C = 4.
+  So a rule need not be better than autodiff in its dtype, and where a gradient is a small difference of large terms no
+  rule can be. An element that such a step takes over a kink, and moves by far more than the others, counts for itself
+  alone.
 
 Never is there one number for a whole tree, and no tolerance grows with the size of an array.
 """
@@ -156,6 +156,8 @@ def mismatch(got: Any, wanted: Any) -> str:
         return f"no gradient for {describe(wanted)}"
     if wanted is None:
         return f"the gradient {describe(got)} for a leaf that has none"
+    if is_array(got) and not jnp.issubdtype(got.dtype, jnp.inexact):
+        return f"the gradient {describe(got)}; a gradient is floating, or None"
     if not is_array(got) or tuple(got.shape) != tuple(wanted.shape) or got.dtype != wanted.dtype:
         return f"the gradient {describe(got)} for {describe(wanted)}"
     return ""

@@ -9,7 +9,7 @@ import numpy as np
 from funcnet.check.judge import leaves_of, measure, tolerance, wide
 from funcnet.check.plain import jaxpr_of
 from funcnet.check.report import Failure, values_failure
-from funcnet.check.subject import Point, host, quickly
+from funcnet.check.subject import Point, Values, host, quickly
 from funcnet.expect import InputError, describe
 from funcnet.factors import is_factor, keep, per_example, squared_norm, total
 
@@ -155,8 +155,11 @@ def _contractions(point: Point) -> list[Failure]:
     try:
         kept, each, norms, last = (host(leaves_of(t, "params")) for t in quickly(all_of_them)(params, x))
     except InputError as error:
-        point.notes.append(f"per-example contractions are refused: {error.expected}")
-        return []
+        if _mixes(point, host(alone), count):
+            point.notes.append(f"per-example contractions are refused: {error.expected}")
+            return []
+        message = f"bwd refuses per-example contractions of examples that have no part in each other: {error.expected}"
+        return [Failure("", "laws", "contractions", message)]
     except Exception as error:
         message = f"bwd raises {type(error).__name__} for other contractions than total: {error}"
         return [Failure("", "laws", "contractions", message)]
@@ -165,7 +168,7 @@ def _contractions(point: Point) -> list[Failure]:
         failures += _contraction(point, path, "keep, then total", kept[path], wanted)
         if not count:
             continue
-        if each[path].shape != (count, *wanted.shape):
+        if each[path].shape != (count, *wanted.shape) or each[path].dtype != wanted.dtype:
             message = f"per_example gives {describe(each[path])} for a leaf {describe(wanted)} and {count} examples"
             failures.append(Failure(path, "laws", "contractions", message))
             continue
@@ -181,6 +184,13 @@ def _contractions(point: Point) -> list[Failure]:
 def _totalled(kept: Any, param: Any) -> Any:
     """The total of what `keep` gave: a factor, or an array from a bwd that does not heed `contract`."""
     return total(kept, param) if is_factor(kept) else kept
+
+
+def _mixes(point: Point, alone: Values, count: int) -> bool:
+    """Whether the last example's cotangent has a gradient in another example, as far as can be seen."""
+    gradients = {path: g for path, g in point.gradients(alone).items() if path.startswith("x")}
+    seen = [wide(g) for g in gradients.values() if g.ndim > 1 and len(g) == count]
+    return not seen or any(np.any(g[:-1] != 0) for g in seen)
 
 
 def _contraction(point: Point, path: str, what: str, got: np.ndarray, wanted: np.ndarray) -> list[Failure]:

@@ -27,7 +27,7 @@ def named(text: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         remedy = f'run "import {module}" in Python, from the same directory, and mend what it says'
         raise InputError(f"the module {module}", _said(error), remedy) from error
     try:
@@ -94,5 +94,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"name one of {', '.join(sorted(set(known)))}"
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

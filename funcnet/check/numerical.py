@@ -142,13 +142,13 @@ class Numerical:
         """Which of the `candidates`, a mask over a leaf, have a kink or a jump; all of them where there are many."""
         found = np.zeros(candidates.shape, bool)
         flat, direction = np.flatnonzero(candidates), self.direction(path).ravel()
-        waiting, tried = [flat], 0
+        waiting, tried, most = [flat], 0, min(4 * KINKS, max(8, 10**7 // max(direction.size, 1)))
         while waiting:
             part = waiting.pop()
             probe = np.zeros(direction.size, direction.dtype)
             probe[part] = direction[part]
             tried += 1
-            if tried > 4 * KINKS or found.sum() > KINKS:
+            if tried > most or found.sum() > KINKS:
                 return candidates.copy()
             if self.slope(path, probe.reshape(candidates.shape)).kind == "smooth":
                 continue
@@ -243,9 +243,10 @@ def _beyond_the_sides(
     point: Point, finder: Numerical, path: str, gradient: np.ndarray, kinked: np.ndarray
 ) -> Failure | None:
     """At a kink any slope between the one-sided ones will do; one that is not is wrong."""
-    each = [kinked] if kinked.sum() > KINKS else [_only(kinked.shape, i) for i in np.flatnonzero(kinked)]
-    for mask in each:
-        direction = np.where(mask, finder.scale(path) if mask.sum() == 1 else finder.direction(path), 0)
+    places = np.flatnonzero(kinked)
+    for place in places[:: -(-len(places) // KINKS)]:  # of very many, a part
+        mask = _only(kinked.shape, place)
+        direction = np.where(mask, finder.scale(path), 0)
         slope, ours = finder.slope(path, direction), slope_of(gradient, direction)
         low, high = sorted((slope.left, slope.right))
         room = 2 * _norm(point.room(path) * direction) + 1e-5 * (high - low) + 8 * min(slope.error, ENOUGH * abs(ours))

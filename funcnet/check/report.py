@@ -81,7 +81,8 @@ class Report:
         wrong = [leaf.leaf for leaf in self.leaves if not leaf.ok]
         others = [f.leaf or f.kind for f in self.failures if f.leaf not in wrong]
         counted = f"{len(wrong)} of {len(self.leaves)} leaves wrong: {', '.join(wrong)}" if wrong else ""
-        return "; ".join(filter(None, [counted, "also wrong: " + ", ".join(dict.fromkeys(others)) if others else ""]))
+        beside = ("also wrong: " if wrong else "wrong: ") + ", ".join(dict.fromkeys(others)) if others else ""
+        return "; ".join(filter(None, [counted, beside]))
 
     def __str__(self) -> str:
         table = _aligned(self._rows()) if self.leaves else []

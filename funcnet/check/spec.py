@@ -88,6 +88,10 @@ def parse(text: str) -> Spec:
     spec = Spec(dtype, tuple(int(size) if size.isdigit() else size for size in sizes), bounds.get(">"), bounds.get("<"))
     if jnp.issubdtype(jnp.dtype(dtype), jnp.integer) and (spec.high is None or spec.high <= (spec.low or 0)):
         raise InputError('an upper bound for integers, as in "i32[8]<100"', repr(text), "say which integers are valid")
+    if jnp.issubdtype(jnp.dtype(dtype), jnp.integer):
+        info = jnp.iinfo(dtype)
+        if (spec.low or 0) < info.min or (spec.high or 0) > info.max + 1:
+            raise InputError(f"bounds within {dtype}, {info.min} to {info.max}", repr(text), "take a wider dtype")
     if spec.low is not None and spec.high is not None and spec.low >= spec.high:
         raise InputError("a lower bound below the upper one", repr(text), "turn them round")
     return spec

@@ -14,6 +14,7 @@ from funcnet.check.judge import HONEST, Leaf, leaves_of, measure, tolerance, wid
 from funcnet.check.plain import Plain, is_inexact, reduction_length
 
 Tree = Any
+NEARBY = 16  # points, a unit of rounding apart, that say how well a gradient is known
 Values = dict[str, np.ndarray]
 quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled fast, run a few times
 
@@ -26,19 +27,19 @@ class Subject:
         title: what it is called in the report.
         args: the point, a tuple of pytrees of arrays.
         roots: what stands in front of the paths in each argument.
-        pull: (args, dy) -> (y, gradients), the rule; the gradients are like the args.
+        pull: args -> (y, pullback), as `jax.vjp` gives them; the pullback takes dy to gradients, a tuple like the args.
         plain: the program of the forward pass without custom rules.
         x64: whether the rule runs in JAX's 64-bit mode.
         layer: the layer, if it is one; its args are then (params, x).
         state, key: what its fwd is given beside them.
-        raw: (args, dy) -> (y, gradients) as a rule returned them before JAX has looked, where that can be had.
+        raw: the same, the gradients as a rule returned them before JAX has looked, where that can be had.
         notes: what to say of it.
     """
 
     title: str
     args: tuple
     roots: tuple[str, ...]
-    pull: Callable[[tuple, Tree], tuple[Tree, tuple]]
+    pull: Callable[[tuple], tuple[Tree, Callable[[Tree], tuple]]]
     plain: Plain
     x64: bool = False
     layer: Any = None
@@ -68,7 +69,7 @@ class Point:
         broken: leaves whose gradient cannot be compared.
         bare: whether the rule is called past JAX, which refuses what it returns.
         raises: whether the rule raises an error.
-        kinked: by leaf, the elements that were found at a kink.
+        shown: by leaf, which dy its error is reported for.
     """
 
     subject: Subject
@@ -84,7 +85,7 @@ class Point:
         self.values: Values = {path: self.leaves[i] for path, i in self.places.items()}
         self.broken: set[str] = set()
         self.bare = self.raises = False
-        self.kinked: dict[str, np.ndarray] = {}
+        self.shown: dict[str, int] = {}
         with self.subject.mode():
             shape = jax.eval_shape(lambda *a: self.subject.plain(*a, wide=False), *self.leaves)
         self.outputs = {path: leaf for path, leaf in leaves_of(shape, "y").items() if is_inexact(leaf)}
@@ -133,17 +134,23 @@ class Point:
             [dy[name] if name in dy else none(leaf) for name, (_, leaf) in zip(names, with_path, strict=True)],
         )
 
+    def begin(self, values: Values) -> tuple[Tree, Callable[[Values], Values]]:
+        """The rule's forward pass: y, and the pullback from cotangents to gradients, both by path. Traceable."""
+        return self._begin(self.subject.raw if self.bare else self.subject.pull, values)
+
     def pull(self, values: Values, dy: Values) -> tuple[Tree, Values]:
         """The rule: y, and the gradients by path. Traceable."""
-        return self._pull(self.subject.raw if self.bare else self.subject.pull, values, dy)
+        y, pullback = self.begin(values)
+        return y, pullback(dy)
 
     def raw(self, values: Values, dy: Values) -> tuple[Tree, Values]:
         """The same, before JAX has looked at it."""
-        return self._pull(self.subject.raw, values, dy)
+        y, pullback = self._begin(self.subject.raw, values)
+        return y, pullback(dy)
 
-    def _pull(self, pull: Any, values: Values, dy: Values) -> tuple[Tree, Values]:
-        y, grads = pull(jax.tree.unflatten(self.structure, self.args(values)), self.cotangent(dy))
-        return y, self._named(grads)
+    def _begin(self, pull: Any, values: Values) -> tuple[Tree, Callable[[Values], Values]]:
+        y, pullback = pull(jax.tree.unflatten(self.structure, self.args(values)))
+        return y, lambda dy: self._named(pullback(self.cotangent(dy)))
 
     def vjp(self, values: Values, dy: Values, wide: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """The plain program's outputs and gradients, by reverse mode."""
@@ -196,11 +203,11 @@ class Point:
         """The rule's gradients for each dy."""
         return [self.gradients(dy) for dy in self.dys]
 
-    @property
-    def gotten(self) -> Values:
-        """The rule's gradients for the first dy, those of broken leaves too; none if it raises."""
+    @cached_property
+    def gotten(self) -> list[Values]:
+        """The rule's gradients for each dy, those of broken leaves too; none if it raises."""
         with self.subject.mode():
-            return {} if self.raises else host(self.compiled(self.values, self.dys[0])[1])
+            return [{} if self.raises else host(self.compiled(self.values, dy)[1]) for dy in self.dys]
 
     @cached_property
     def references(self) -> list[Values]:
@@ -240,19 +247,21 @@ class Point:
         worst = {path: np.zeros(np.shape(value)) for path, value in self.values.items()}
         if not self.reverses:
             return worst
-        for k in range(4):
-            values = self.values if k == 0 and self.coarse else self._beside()
-            dy = self.dys[k % 2]
+        signs = lambda: {path: self.rng.choice([-1, 1], np.shape(value)) for path, value in self.values.items()}
+        drawn = [signs() for _ in range(NEARBY // 4)]
+        for k in range(NEARBY):
+            up, way = drawn[k // 4], 0 if k < 2 and self.coarse else 1 - k % 4 // 2 * 2
+            values, dy = self._beside({path: way * sign for path, sign in up.items()}), self.dys[k % 2]
+            moved = self.reference(dy, values)
+            pairs = [(moved, self.references[k % 2])]
             if self.coarse:
                 with self.subject.mode():
-                    got = host(self._honest(values, dy)[1])
-                wanted = self.reference(dy, values)
-            else:
-                got, wanted = self.reference(dy, values), self.references[k % 2]
-            for path in worst:
-                with np.errstate(all="ignore"):
-                    error = np.abs(wide(got[path]) - wanted[path])
-                worst[path] = np.maximum(worst[path], np.where(np.isfinite(error), error, 0.0))
+                    pairs.append((host(self._honest(values, dy)[1]), moved))
+            for got, wanted in pairs:
+                for path in worst:
+                    with np.errstate(all="ignore"):
+                        error = np.abs(wide(got[path]) - wanted[path])
+                    worst[path] = np.maximum(worst[path], np.where(np.isfinite(error), error, 0.0))
         return {path: HONEST * self._pooled(path, error) for path, error in worst.items()}
 
     def _pooled(self, path: str, error: np.ndarray) -> np.ndarray:
@@ -264,16 +273,15 @@ class Point:
         moved = (error > jump) & (error > 16 * np.median(error)) if error.size else np.zeros(error.shape, bool)
         return np.where(moved, error, np.max(error, initial=0.0, where=~moved))
 
-    def _beside(self) -> Values:
-        """Every value moved up or down by a unit of rounding."""
+    def _beside(self, units: dict[str, np.ndarray]) -> Values:
+        """Every value moved by so many units of rounding."""
 
-        def move(leaf):
+        def move(leaf, units):
             eps = float(jnp.finfo(leaf.dtype).eps)
             with np.errstate(all="ignore"):
-                moved = wide(leaf) * (1 + eps * self.rng.choice([-1, 1], leaf.shape))
-                return laid(moved.astype(leaf.dtype), leaf)
+                return laid((wide(leaf) * (1 + eps * units)).astype(leaf.dtype), leaf)
 
-        return {path: move(leaf) for path, leaf in self.values.items()}
+        return {path: move(leaf, units[path]) for path, leaf in self.values.items()}
 
     def measured(
         self, path: str, got: Any, wanted: Any, factor: float = 1.0, size: float = 0.0, skip: Any = None
@@ -283,8 +291,9 @@ class Point:
         return measure(path, got, wanted, allowed, factor * self.honest[path] + allowed * size, skip)
 
     def room(self, path: str) -> np.ndarray:
-        """What every element of a leaf may be off, absolutely."""
-        scale = max(float(np.abs(r[path][np.isfinite(r[path])]).max(initial=0.0)) for r in self.references) or 1.0
+        """What every element of a leaf may be off for the first dy, absolutely."""
+        wanted = self.references[0][path]
+        scale = float(np.abs(wanted).max(initial=0.0, where=np.isfinite(wanted))) or 1.0
         return scale * tolerance(self.values[path].dtype, self.terms) + self.honest[path]
 
 
@@ -297,6 +306,6 @@ def laid(value: np.ndarray, like: Any) -> Any:
     """`value` as `like` lies on a mesh with explicit axes; on no such mesh, itself."""
     sharding = getattr(like, "sharding", None)
     mesh = getattr(sharding, "mesh", None)
-    if mesh is None or jax.sharding.AxisType.Explicit not in mesh.axis_types:
+    if sharding is None or mesh is None or jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return value
     return jax.sharding.reshard(value, sharding.spec)

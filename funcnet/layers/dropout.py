@@ -2,11 +2,18 @@
 
     m ~ Bernoulli(1 - rate)        y = x * m / (1 - rate)        dx = dy * m / (1 - rate)
 
+    dropout            an m for each entry
+    spatial_dropout    one for each channel of an example: m [B, 1, .., 1, C]
+    drop_path          one for each example: m [B, 1, .., 1]
+
 `apply` is the identity, which is the expectation of y.
 
 Residuals: the key.  The mask is drawn again from it in `bwd`, so nothing of x's size is kept.
-Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
+Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting"; Tompson et al.
+2015, arXiv:1411.4280 (channels); Huang et al. 2016, arXiv:1603.09382 (stochastic depth).
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,31 +33,66 @@ def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
     Raises:
         expect.InputError: if rate is out of range, x is not floating, or `fwd` gets no key.
     """
+    return _dropping("dropout", rate, lambda shape: shape)
+
+
+def spatial_dropout(rate: float) -> Layer[dict, tuple[()], Array]:
+    """Drop a share `rate` of the channels of each example of x [B, .., C], whole, and scale the rest by 1 / (1 - rate).
+
+    For maps whose neighbouring positions say nearly the same, so that dropping single ones would drop nothing.
+
+    Args:
+        rate: the share that is dropped, 0 <= rate < 1.
+
+    Raises:
+        expect.InputError: if rate is out of range, x is not floating of at least two axes, or `fwd` gets no key.
+    """
+    return _dropping("spatial_dropout", rate, lambda shape: (shape[0], *(1,) * (len(shape) - 2), shape[-1]), rank=2)
+
+
+def drop_path(rate: float) -> Layer[dict, tuple[()], Array]:
+    """Drop a share `rate` of the examples of x [B, ..], whole, and scale the rest by 1 / (1 - rate).
+
+    Last in a `skip` it is stochastic depth: the examples dropped go around that block.
+
+    Args:
+        rate: the share that is dropped, 0 <= rate < 1.
+
+    Raises:
+        expect.InputError: if rate is out of range, x is not floating, or `fwd` gets no key.
+    """
+    return _dropping("drop_path", rate, lambda shape: (shape[0], *(1,) * (len(shape) - 1)))
+
+
+def _dropping(
+    name: str, rate: float, units: Callable[[tuple[int, ...]], tuple[int, ...]], rank: int = 1
+) -> Layer[dict, tuple[()], Array]:
+    """Dropout of what `units` makes of x's shape: of size one along an axis that is dropped as a whole."""
     if not 0 <= rate < 1:
         raise expect.InputError("a rate of at least 0 and less than 1", f"rate={rate}", "rate is the share dropped")
 
     def drop(key: Array, x: Array) -> Array:
-        kept = placed(jax.random.bernoulli(key, 1 - rate, x.shape), x)
+        kept = placed(jnp.broadcast_to(jax.random.bernoulli(key, 1 - rate, units(x.shape)), x.shape), x)
         return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
-    @expect.by("dropout")
+    @expect.by(name)
     def init(key, x):
-        expect.float_array(x)
+        expect.float_array(x, rank=rank)
         return {}, ()
 
-    @expect.by("dropout")
+    @expect.by(name)
     def apply(params, state, x):
-        expect.float_array(x)
+        expect.float_array(x, rank=rank)
         return jnp.asarray(x)
 
-    @expect.by("dropout")
+    @expect.by(name)
     def fwd(params, state, x, key):
-        expect.float_array(x)
+        expect.float_array(x, rank=rank)
         return drop(expect.key(key), jnp.asarray(x)), state, key
 
-    @expect.by("dropout")
+    @expect.by(name)
     def bwd(params, key, dy, contract=total):
         expect.float_array(dy)
         return {}, drop(key, jnp.asarray(dy))
 
-    return Layer("dropout", init, apply, fwd, bwd)
+    return Layer(name, init, apply, fwd, bwd)

@@ -268,7 +268,8 @@ def test_a_check_that_raises_is_wrong_and_the_others_go_on(run, cases):
 def test_the_list_has_every_case(run):
     status, out, _ = run("--list")
     assert status == 0
-    assert [line[:34].strip() for line in out.splitlines()] == [case.name for case in CASES]
+    for line, case in zip(out.splitlines(), CASES, strict=True):
+        assert line.startswith(f"{case.name}  ")
 
 
 # In processes

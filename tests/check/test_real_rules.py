@@ -155,7 +155,7 @@ SPECIAL = {
     "median of equals": (KINK, jnp.median, at(1, 1, 1, 2)),
     "hinge at its kink": (KINK, lambda x: loss.hinge_loss(x, at(1, -1)), at(1, -1)),
     "simplex at a corner": (KINK, projection.projection_simplex, at(1, 0, 0)),
-    "l2 ball at its edge": (KINK, projection.projection_l2_ball, at(0.6, 0.8)),
+    "l2 ball at its edge": (KINK, projection.projection_l2_ball, at(1, 0)),
     # the rule is right where autodiff of what it replaces is not
     "softplus at 0": (HOLDS, jax.nn.softplus, at(0, 1, -2)),
     "logaddexp of equals": (HOLDS, jnp.logaddexp, at(0, 1), at(0, 1)),

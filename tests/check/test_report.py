@@ -60,7 +60,7 @@ def test_markdown_has_a_row_a_leaf():
 
 def test_what_is_wrong_beside_the_leaves_is_in_the_summary():
     failure = fn.Failure("", "laws", "apply", "apply differs from fwd")
-    assert a_report(leaves=(), failures=(failure,)).summary == "also wrong: apply"
+    assert a_report(leaves=(), failures=(failure,)).summary == "wrong: apply"
     assert "apply differs from fwd (laws, apply)" in str(a_report(failures=(failure,)))
     assert a_report(failures=()).ok
 

@@ -1,4 +1,4 @@
-"""dropout: the rule, the share that is dropped, and the same mask in both directions."""
+"""dropout and its variants: the share that is dropped, what goes as a whole, the same mask in both directions."""
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +86,53 @@ def test_an_input_that_does_not_fit_is_refused(x):
     for call in (layer.init, lambda key, x: layer.apply({}, (), x), lambda key, x: layer.fwd({}, (), x, key)):
         with pytest.raises(fn.InputError, match="floating"):
             call(KEY, x)
+
+
+# Of whole channels and whole examples
+
+WHOLE = {"spatial_dropout": (fn.spatial_dropout, (1, 2)), "drop_path": (fn.drop_path, (1, 2, 3))}
+VARIANTS = pytest.mark.parametrize("name", WHOLE)
+
+
+@VARIANTS
+@RATES
+def test_channels_or_examples_are_dropped_whole_at_the_rate(name, rate):
+    make, axes = WHOLE[name]
+    x = jnp.linspace(1.0, 2.0, 2000 * 2 * 2 * 3).reshape(2000, 2, 2, 3)
+    y, _, saved = make(rate).fwd({}, (), x, KEY)
+    kept = np.asarray(y) != 0
+    np.testing.assert_array_equal(kept.all(axes), kept.any(axes))
+    np.testing.assert_allclose(y, np.where(kept, x / (1 - rate), 0), rtol=1e-6)
+    units = kept.all(axes)
+    assert abs(units.mean() - (1 - rate)) <= 5 * np.sqrt(rate * (1 - rate) / units.size)
+    dparams, dx = make(rate).bwd({}, saved, jnp.ones_like(x))
+    assert dparams == {}
+    np.testing.assert_allclose(dx, kept / (1 - rate), rtol=1e-6)
+    assert jax.random.key_data(saved).nbytes == 8
+
+
+@VARIANTS
+def test_the_variants_drop_nothing_in_evaluation_and_need_a_key_in_training(name):
+    layer, x = WHOLE[name][0](0.5), jnp.ones((4, 2, 3))
+    np.testing.assert_array_equal(layer.apply({}, (), x), x)
+    with pytest.raises(fn.InputError, match="a random key") as error:
+        layer.fwd({}, (), x, None)
+    assert error.value.kind == name
+    with pytest.raises(fn.InputError, match="floating"):
+        layer.apply({}, (), jnp.ones((2, 3), jnp.int32))
+    with pytest.raises(fn.InputError, match="rate"):
+        WHOLE[name][0](1.0)
+
+
+def test_spatial_dropout_needs_channels():
+    with pytest.raises(fn.InputError, match="at least 2 axes"):
+        fn.spatial_dropout(0.5).apply({}, (), jnp.ones(3))
+
+
+def test_drop_path_in_a_skip_lets_examples_go_around_the_block():
+    double = fn.elementwise("double", lambda x: 2 * x, lambda x: 2 * jnp.ones_like(x))
+    layer, x = fn.skip(fn.serial(double, fn.drop_path(0.5))), jnp.ones((64, 3))
+    params, state = layer.init(KEY, x)
+    y = layer.fwd(params, state, x, KEY)[0]
+    assert set(np.asarray(y).ravel().tolist()) == {1.0, 5.0}
+    np.testing.assert_array_equal(y.min(1), y.max(1))

@@ -1,0 +1,182 @@
+"""A convolution, as networks call it: a correlation of each window with a kernel, in any number of spatial axes.
+
+With offsets o in the window, stride s and dilation d, on one axis, channels i and features j:
+
+    y[b, t, j] = sum_oi x[b, s t + d o, i] kernel[o, i, j] + bias[j]
+
+Backward:
+
+    dx[b, p, i]         = sum_otj [p = s t + d o] dy[b, t, j] kernel[o, i, j]
+    dkernel[o, i, j]    = sum_bt x[b, s t + d o, i] dy[b, t, j]                 the factor Window(x, dy, geometry)
+    dbias[j]            = sum_bt dy[b, t, j]                                    the factor Shift(dy)
+
+so dx is dy, dilated by the stride, correlated with the flipped kernel whose channels and features are exchanged. With
+groups, features of group g see the channels of group g alone.
+
+A depthwise convolution (a group for each channel, a feature for each group) is a sum of shifted products, one for each
+entry of the window, both ways: XLA's CPU backend is slow at it otherwise.
+
+Residuals: x [B, *spatial, C].  The kernel is not among them: `bwd` is handed the parameters.
+Numerics: sums run in float32 for half-precision inputs, then round once.
+Source: LeCun et al. 1989, "Backpropagation applied to handwritten zip code recognition"; Dumoulin and Visin 2016,
+arXiv:1603.07285 (strides); Yu and Koltun 2016, arXiv:1511.07122 (dilation).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.nn import initializers
+
+from funcnet import expect
+from funcnet.expect import InputError
+from funcnet.factors import Shift, Window, wide
+from funcnet.layer import Layer, stateless
+from funcnet.layers.dense import Initializer
+from funcnet.window import Padding, Sizes, Windows, entries, sliding
+
+
+def conv(
+    features: int,
+    kernel_size: Sizes,
+    strides: Sizes = 1,
+    padding: Padding = "SAME",
+    dilation: Sizes = 1,
+    groups: int = 1,
+    use_bias: bool = True,
+    *,
+    kernel_init: Initializer = initializers.lecun_normal(),
+    bias_init: Initializer = initializers.zeros,
+) -> Layer[dict[str, Array], tuple[()], Array]:
+    """[B, *spatial, C] -> [B, *outputs, F]; params kernel [*window, C / groups, F], Flax's order, and bias [F].
+
+    Args:
+        features: F, the size of the output's last axis.
+        kernel_size: the window, for all spatial axes (1, 2, 3 or more) or one for each.
+        strides: from one window to the next.
+        padding: zeros around x: "SAME", "VALID", a number for both ends of every axis or a pair (low, high) for each.
+        dilation: from one entry of a window to the next.
+        groups: into which channels and features are split; the number of channels for a depthwise convolution.
+        use_bias: whether to add a bias.
+        kernel_init, bias_init: as in `jax.nn.initializers`, `(key, shape, dtype) -> array`. LeCun's normal keeps the
+            variance of its input.
+
+    Raises:
+        expect.InputError: if x is not floating, has another number of axes or channels, its dtype is not the
+            parameters', no window fits in, or the groups do not divide channels and features.
+    """
+    features, groups = expect.count(features, "features"), expect.count(groups, "groups")
+    over = sliding(kernel_size, strides, padding, dilation)
+    if features % groups:
+        raise InputError(f"features that {groups} groups divide", f"features={features}", "ask for a multiple of them")
+
+    def laid(x: Any) -> tuple[Windows, dict[str, tuple[int, ...]]]:
+        """The windows on x, and the shapes of the parameters."""
+        windows = over(x)
+        if x.shape[-1] % groups:
+            remedy = "for a depthwise convolution give as many groups as channels"
+            raise InputError(f"channels that {groups} groups divide", expect.describe(x), remedy)
+        shapes = {"kernel": (*windows.window, x.shape[-1] // groups, features), "bias": (features,)}
+        return windows, shapes if use_bias else {"kernel": shapes["kernel"]}
+
+    def init(key: Array, x: Any) -> dict[str, Array]:
+        expect.key(key)
+        inits = {"kernel": kernel_init, "bias": bias_init}
+        return {name: inits[name](key, shape, expect.dtype(x)) for name, shape in laid(x)[1].items()}
+
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
+        windows, shapes = laid(x)
+        expect.fields(params, x.dtype, shapes)
+        y = (_depthwise if groups == x.shape[-1] == features else _correlate)(x, params["kernel"], windows)
+        y = y.astype(x.dtype)
+        return (y + _row(params["bias"], y.ndim) if use_bias else y), x
+
+    def bwd(params, x, dy, contract):
+        windows, shapes = laid(x)
+        expect.fields(params, x.dtype, shapes)
+        dy = expect.cotangent(dy, (x.shape[0], *windows.outputs, features), x.dtype)
+        pull = _pull_depthwise if groups == x.shape[-1] == features else _pull
+        dx = pull(dy, params["kernel"], windows, groups).astype(x.dtype)
+        dparams = {"kernel": contract(Window(x, dy, windows), params["kernel"])}
+        if use_bias:
+            dparams["bias"] = contract(Shift(dy), params["bias"])
+        return dparams, dx
+
+    return stateless("conv", init, fwd, bwd)
+
+
+def _correlate(x: Array, kernel: Array, windows: Windows) -> Array:
+    """y, in the accumulation dtype."""
+    return lax.conv_general_dilated(
+        _high(x),
+        _high(kernel),
+        windows.strides,
+        windows.padding,
+        rhs_dilation=windows.dilation,
+        dimension_numbers=_channels_last(x.ndim - 2),
+        feature_group_count=x.shape[-1] // kernel.shape[-2],
+    )
+
+
+def _pull(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
+    """dx: dy, dilated by the strides, correlated with the flipped kernel."""
+    n = dy.ndim - 2
+    each = zip(windows.inputs, windows.outputs, windows.window, windows.strides, windows.dilation, strict=True)
+    # what dy, dilated, lacks so that as many windows fit in as x has entries
+    room = [i - (o - 1) * s - 1 + (k - 1) * d for i, o, k, s, d in each]
+    lows = [(k - 1) * d - low for (low, _), k, d in zip(windows.padding, windows.window, windows.dilation, strict=True)]
+    return lax.conv_general_dilated(
+        _high(dy),
+        lax.rev(_exchanged(_high(kernel), groups), range(n)),
+        (1,) * n,
+        [(low, r - low) for low, r in zip(lows, room, strict=True)],
+        lhs_dilation=windows.strides,
+        rhs_dilation=windows.dilation,
+        dimension_numbers=_channels_last(n),
+        feature_group_count=groups,
+    )
+
+
+def _exchanged(kernel: Array, groups: int) -> Array:
+    """[*window, C / groups, F] -> [*window, F / groups, C], group by group."""
+    *window, channels, features = kernel.shape
+    split = kernel.reshape(*window, channels, groups, features // groups)
+    return jnp.swapaxes(split, -1, -3).reshape(*window, features // groups, groups * channels)
+
+
+def _depthwise(x: Array, kernel: Array, windows: Windows) -> Array:
+    """y of one channel a group, in the accumulation dtype."""
+    taps = _high(kernel).reshape(-1, kernel.shape[-1])
+    y = jnp.zeros((), taps.dtype)
+    for entry, tap in zip(entries(windows, x), taps, strict=True):
+        y = y + _high(entry) * _row(tap, x.ndim)
+    return y
+
+
+def _pull_depthwise(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
+    """dx of one channel a group, in the accumulation dtype: for each tap dy times it, put where its entries were."""
+    taps = _high(kernel).reshape(-1, groups)
+    dy, dx = _high(dy), jnp.zeros((), taps.dtype)
+    each = list(zip(windows.inputs, windows.outputs, windows.strides, windows.dilation, windows.padding, strict=True))
+    for offset, tap in zip(np.ndindex(*windows.window), taps, strict=True):
+        starts = [o * d - low for o, (_, _, _, d, (low, _)) in zip(offset, each, strict=True)]
+        pads = [(a, i - a - (n - 1) * s - 1, s - 1) for a, (i, n, s, _, _) in zip(starts, each, strict=True)]
+        placed = lax.pad(dy * _row(tap, dy.ndim), np.zeros((), dy.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+        dx = dx + placed
+    return dx
+
+
+def _channels_last(n: int) -> lax.ConvDimensionNumbers:
+    """B first and C last for x and y, C and F last for the kernel, between or before them n spatial axes."""
+    data = (0, n + 1, *range(1, n + 1))
+    return lax.ConvDimensionNumbers(data, (n + 1, n, *range(n)), data)
+
+
+def _high(a: Array) -> Array:
+    return a.astype(wide(a.dtype))
+
+
+def _row(v: Array, rank: int) -> Array:
+    """v [F] with leading axes of size one, since ranks are never promoted silently."""
+    return v.reshape((1,) * (rank - 1) + v.shape)

@@ -1,0 +1,161 @@
+"""Normalisation over groups of channels, and to unit length.
+
+Group norm, with mean and variance over all positions of an example and the C / G channels of a group:
+
+    x_hat = (x - mean(x)) * rstd        rstd = 1 / sqrt(var(x) + eps)        y = scale * x_hat + bias
+
+Backward, with g = scale * dy and the same means, as in layer norm:
+
+    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+
+dscale is the factor Scale(x_hat, dy), dbias the factor Shift(dy). Instance norm is group norm with a channel a group.
+To unit length, over the last axis:
+
+    y = x / |x|        dx = (dy - y <y, dy>) / |x|        both 0 at x = 0, where there is no direction
+
+Residuals: x_hat [B, .., C] in x's dtype and rstd [B, 1, G, 1] in that of the statistics; y and |x| [.., 1].
+Numerics: statistics and sums in float32 for half precision. Group norm centres twice, so that values far from zero lose
+nothing. |x| is taken of x / max |x|, so that no square overflows or vanishes.
+Source: Wu and He 2018, arXiv:1803.08494; Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from funcnet import expect
+from funcnet.expect import InputError, describe
+from funcnet.factors import Scale, Shift, placed, wide
+from funcnet.layer import Layer, no_params, stateless
+from funcnet.layers.norm import Normalised
+
+
+class Direction(NamedTuple):
+    """Residuals of `l2_normalize`: y [.., D] and |x| [.., 1]."""
+
+    y: Array
+    length: Array
+
+
+def group_norm(groups: int, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Normalised]:
+    """Normalise groups of adjacent channels over all positions of an example: x [B, .., C] with params scale, bias [C].
+
+    Args:
+        groups: G, which divides C.
+        eps: added to the variance, inside the root.
+
+    Raises:
+        expect.InputError: if x is not floating of at least two axes, C is not the parameters' or no multiple of G, or
+            the dtype is not theirs.
+    """
+    return _group_norm("group_norm", expect.count(groups, "groups"), eps)
+
+
+def instance_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Normalised]:
+    """Normalise each channel of an example over its positions: x [B, .., C] with params scale, bias [C].
+
+    Without positions, or with one, every value is its own mean: y = bias, and dx = 0.
+
+    Args:
+        eps: added to the variance, inside the root.
+
+    Raises:
+        expect.InputError: as `group_norm`.
+    """
+    return _group_norm("instance_norm", None, eps)
+
+
+def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
+    """`groups` None for as many as there are channels."""
+    if not eps > 0:
+        raise InputError("a positive eps", f"eps={eps}", "use the default, 1e-6")
+
+    def check(x: Any, channels: int | None = None) -> None:
+        expect.float_array(x, rank=2, features=channels)
+        if x.shape[-1] % (groups or 1):
+            remedy = "choose a number of groups that divides the channels"
+            raise InputError(f"channels on the last axis in {groups} groups of one size", describe(x), remedy)
+
+    def grouped(x: Array) -> Array:
+        """x [B, .., C] as [B, N, G, C / G]."""
+        count = groups or x.shape[-1]
+        return x.reshape(x.shape[0], -1, count, x.shape[-1] // count)
+
+    def init(key: Array, x: Any) -> dict[str, Array]:
+        check(x)
+        return {"scale": jnp.ones(x.shape[-1], expect.dtype(x)), "bias": jnp.zeros(x.shape[-1], expect.dtype(x))}
+
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Normalised]:
+        check(x, expect.size(params, "scale"))
+        expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
+        high = grouped(x.astype(wide(x.dtype)))
+        high = high - _mean(high)
+        high = high - _mean(high)  # takes off the rounding error of the first mean
+        rstd = lax.rsqrt(_mean(jnp.square(high)) + eps)
+        x_hat = (high * rstd).astype(x.dtype).reshape(x.shape)
+        y = x_hat * _row(params["scale"], x.ndim) + _row(params["bias"], x.ndim)
+        return y, Normalised(x_hat, rstd)
+
+    def bwd(params, residuals, dy, contract):
+        x_hat, rstd = residuals
+        expect.fields(params, x_hat.dtype, dict.fromkeys(("scale", "bias"), x_hat.shape[-1:]))
+        dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
+        x_high, g = (grouped(a.astype(rstd.dtype)) for a in (x_hat, dy * _row(params["scale"], dy.ndim)))
+        dx = (rstd * (g - _mean(g) - x_high * _mean(g * x_high))).reshape(dy.shape)
+        dparams = {
+            "scale": contract(Scale(x_hat, dy), params["scale"]),
+            "bias": contract(Shift(dy), params["bias"]),
+        }
+        return dparams, placed(dx.astype(dy.dtype), x_hat)
+
+    return stateless(name, init, fwd, bwd)
+
+
+def l2_normalize() -> Layer[dict, tuple[()], Direction]:
+    """y = x / |x| over the last axis of x [.., D], |x| the Euclidean length; 0 with gradient 0 where x is 0.
+
+    Raises:
+        expect.InputError: if x is not floating.
+    """
+
+    def fwd(params: dict, x: Array) -> tuple[Array, Direction]:
+        expect.float_array(x)
+        y, length = unit(x)
+        y = y.astype(x.dtype)
+        return y, Direction(y, length)
+
+    def bwd(params, residuals, dy, contract):
+        y, length = residuals
+        dy = expect.cotangent(dy, y.shape, y.dtype)
+        return {}, unit_pullback(y.astype(length.dtype), length, dy.astype(length.dtype)).astype(dy.dtype)
+
+    return stateless("l2_normalize", no_params, fwd, bwd)
+
+
+def unit(x: Array) -> tuple[Array, Array]:
+    """x / |x| [.., D] and |x| [.., 1] over the last axis, in float32 or wider; 0 and 0 where x is 0."""
+    x = x.astype(wide(x.dtype))
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    zero = largest == 0
+    largest = jnp.where(zero, 1.0, largest)
+    x = x / largest
+    length = jnp.sqrt(jnp.where(zero, 1.0, jnp.sum(jnp.square(x), axis=-1, keepdims=True)))
+    return jnp.where(zero, 0.0, x / length), jnp.where(zero, 0.0, length * largest)
+
+
+def unit_pullback(y: Array, length: Array, dy: Array) -> Array:
+    """The cotangent of x in y = x / |x|: what of dy is at right angles to y, divided by |x|; 0 where x is 0."""
+    zero = length == 0
+    across = dy - y * jnp.sum(y * dy, axis=-1, keepdims=True)
+    return jnp.where(zero, 0.0, across / jnp.where(zero, 1.0, length))
+
+
+def _mean(x: Array) -> Array:
+    """Over positions and the channels of a group: [B, N, G, K] to [B, 1, G, 1]."""
+    return jnp.mean(x, axis=(1, 3), keepdims=True)
+
+
+def _row(v: Array, rank: int) -> Array:
+    """v [C] with leading axes of size one, since ranks are never promoted silently."""
+    return v.reshape((1,) * (rank - 1) + v.shape)

@@ -1,0 +1,78 @@
+"""Mutants that are no mistake, or none that a gradient can show, and why.
+
+A mutant's key is its function and its text (`tests.check.mutate.Mutant.key`).
+"""
+
+_BY_REASON = {
+    "a product, and a sum of products, is the same with its factors exchanged": [
+        "total: Scale(dy, x_hat)",
+        "_per_example: Scale(dy, x_hat)",
+        '_norm: dparams = {"scale": contract((Scale(dy, x_hat)), params["scale"])}',
+        'squared_norm: (dy, x) = _wide_examples(factor.x, "squared_norm"), _wide_examples(factor.dy, "squared_norm")',
+        "squared_norm: x, dy = ((_wide_examples(factor.dy, 'squared_norm'), _wide_examples(factor.x, 'squared_norm')))",
+        'squared_norm: gram = [jnp.einsum("bsi,bti->bst", a, a) for a in ((dy, x))]',
+    ],
+    "a Gram matrix is symmetric, and all of it is summed": [
+        "squared_norm: gram = [jnp.einsum('bti,bsi->bst', a, a) for a in (x, dy)]",
+        "squared_norm: gram = [jnp.einsum('bsi,bti->bts', a, a) for a in (x, dy)]",
+        "squared_norm: return jnp.sum(gram[0] * gram[1], axis=((2, 1)))",
+    ],
+    "to exchange the first two axes is its own inverse": ["per_example: lambda answer: (jnp.moveaxis(answer, 1, 0))"],
+    "min(max(low, x), high) does not tell which of low and x is the bound": [
+        "huber: lambda r: (jnp.clip(-delta, r, delta))",
+        "_gelu_tanh_slope: x = (jnp.clip(-10.0, x, 10.0))",
+    ],
+    "beyond 10 the slope is 0 or 1 to within rounding, and x^3 is far from overflow at 20": [
+        "_gelu_tanh_slope: x = jnp.clip(x, -20.0, 10.0)",
+        "_gelu_tanh_slope: x = jnp.clip(x, -10.0, 20.0)",
+    ],
+    "the arms are equal where the comparisons differ, at x = 0": [
+        "silu: s, rest = jnp.where((x > 0), large, e * large), jnp.where(x >= 0, e * large, large)",
+        "silu: s, rest = jnp.where(x >= 0, large, e * large), jnp.where((x > 0), e * large, large)",
+        "mish: t = jnp.where((x > 0), (1 + 2 * u) / above, (2 * u + u * u) / below)",
+        "mish: return t + x * (4 * (1 + u) * jnp.where((x > 0), jnp.square(u / above), u / jnp.square(below)))",
+    ],
+    "they differ at a kink alone, where either side's slope is right; test_activation.py says which it is": [
+        "elu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), y + alpha)",
+        "celu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), 1 + y / alpha)",
+        "selu: lambda y: jnp.where((y >= 0), s * jnp.ones_like(y), y + s * a)",
+        "hard_silu: lambda x: jnp.where((x < -3), 0.0, jnp.where(x >= 3, 1.0, (2 * x + 3) / 6))",
+        "hard_silu: lambda x: jnp.where(x <= -3, 0.0, jnp.where((x > 3), 1.0, (2 * x + 3) / 6))",
+    ],
+    "min(x, -x) is min(-x, x)": ["mish: u = jnp.exp((jnp.minimum(-x, x)))"],
+    "a square has no sign": [
+        "mish: return t + x * (4 * (1 + u) * jnp.where(x >= 0, jnp.square((-(u / above))), u / jnp.square(below)))",
+        "squareplus: lambda y: 1 / (1 + jnp.square((-(math.sqrt(b) / 2 / y))))",
+        "squareplus: lambda y: 1 / (1 + jnp.square((-(math.sqrt(b) / 2)) / y))",
+    ],
+    "a factor of ones": [
+        "selu: lambda y: jnp.where(y > 0, (s / jnp.ones_like(y)), y + s * a)",
+        "selu: lambda y: jnp.where(y > 0, (s), y + s * a)",
+    ],
+    "q of an integer label sums to one": ["cross_entropy: mass = (jnp.sum(q, axis=-1, keepdims=True))"],
+    "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
+        "cross_entropy: dlogits = jnp.where(factor == -1, 0.0, factor * dy * slope)",
+        "cross_entropy: dlogits = jnp.where(factor == 0, 0.0, (dy) * slope)",
+    ],
+    "a floating target of another dtype than the prediction is refused": [
+        "binary_cross_entropy: return {}, (dz, (-g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
+    ],
+    "without a mesh there is one sharding; test_factors.py has meshes": [
+        "total: answer = (jnp.sum(dy.reshape(-1, *param.shape), axis=0, dtype=wide(dy.dtype)))",
+        "total: answer = (jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0))",
+        "_norm: return dparams, ((rstd * dx).astype(dy.dtype))",
+    ],
+    "few terms in half precision are summed as well as half precision can tell; test_factors.py has long sums": [
+        "total: answer = placed((jnp.sum(dy.reshape(-1, *param.shape), axis=0)), param)",
+        "_wide_examples: return (a.reshape(a.shape[0], -1, *a.shape[a.ndim - rank:]))",
+    ],
+    "what fwd returned has these lengths": [
+        "parallel: (zip(parts.items(), dys))",
+        "parallel: zip(parts.items(), dys, strict=False)",
+        "repeat: dx, dparams = (lax.scan(body, dy, (params, residuals), reverse=True))",
+    ],
+}
+EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys}
+
+# Conditions that choose between two formulas for the same number.
+CHOICES = {"squared_norm: 2 * x.shape[1] ** 2 <= x.shape[2] * dy.shape[2]"}

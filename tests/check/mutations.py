@@ -1,0 +1,274 @@
+"""Every mistake that a machine can make in funcnet's own backward code, and whether the checker refuses it.
+
+    python -m tests.check.mutations [--files norm losses] [--sample 100] [--seed 0] [--processes 2]
+
+One mutant at a time (`tests.check.mutate`) stands in its file's place while funcnet is imported anew, and is checked on
+the cases (`funcnet.check.cases`) that run its line: by autodiff in float64 and bfloat16, then by the other oracles. It
+is refused if the report is not ok, or if it raises an error. What survives is to be in `tests.check.equivalent`, with a
+reason.
+"""
+
+import argparse
+import importlib
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import CodeType, ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import funcnet as fn
+from funcnet.check.cases import Case
+from funcnet.check.spec import drawn, settled, specs
+from funcnet.transform import cast
+from tests.check.equivalent import CHOICES, EQUIVALENT
+from tests.check.mutate import Mutant, mutants
+
+PACKAGE = Path(fn.__file__).parent
+FILES = [
+    "layer.py",
+    "factors.py",
+    "losses.py",
+    "combine.py",
+    "transform.py",
+    *sorted(f"layers/{path.name}" for path in (PACKAGE / "layers").glob("[a-z]*.py")),
+]
+MANY, FEW = 12, 4  # cases that are asked about a mutant: by autodiff, and by the other oracles
+REFUSED, RAISED, SURVIVED = "refused by a report", "refused by an error", "survived"
+
+
+class _Loader(SourceFileLoader):
+    """Loads a file, once compiled, or a mutant of it."""
+
+    def __init__(self, name: str, path: str, mutant: Mutant):
+        super().__init__(name, path)
+        self.mutant = mutant
+
+    def get_code(self, fullname: str) -> CodeType:
+        mutated = Path(self.path) == PACKAGE / self.mutant.file
+        return compile(self.mutant.source, self.path, "exec") if mutated else _code(self.path)
+
+
+@cache
+def _code(path: str) -> CodeType:
+    return compile(Path(path).read_text(), path, "exec")
+
+
+class _Finder:
+    """Finds funcnet with a mutant in it."""
+
+    def __init__(self, mutant: Mutant):
+        self.mutant = mutant
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if _ours(name) else None
+        if spec is not None:
+            spec.loader = _Loader(name, spec.origin, self.mutant)
+        return spec
+
+
+def _ours(name: str) -> bool:
+    return name.split(".")[0] == "funcnet"
+
+
+@dataclass(frozen=True)
+class Library:
+    """A funcnet: its checker and its cases by name."""
+
+    checker: ModuleType
+    cases: dict[str, Case]
+
+
+def library() -> Library:
+    """The funcnet that is imported now."""
+    cases = importlib.import_module("funcnet.check.cases").CASES
+    return Library(importlib.import_module("funcnet.check.checker"), {case.name: case for case in cases})
+
+
+@contextmanager
+def imported(mutant: Mutant) -> Iterator[Library]:
+    """funcnet with this mutant in it."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _ours(name)}
+    finder = _Finder(mutant)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield library()
+    finally:
+        sys.meta_path.remove(finder)
+        for name in filter(_ours, list(sys.modules)):
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+OURS = library()
+
+
+def prepare(cache_folder: str) -> None:
+    """The rules that the tests run under (conftest.py); what was compiled for one mutant serves the next."""
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_compilation_cache_dir", cache_folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def verdict(mutant: Mutant, names: Sequence[str]) -> str:
+    """What the checker says of a mutant on the cases of these names."""
+    try:
+        with imported(mutant) as mutated:
+            for question in _questions(names):
+                word = _refused(mutated, *question)
+                if word and _holds(*question):
+                    return word
+    except Exception:
+        return RAISED
+    return SURVIVED
+
+
+def _questions(names: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What to ask on these cases, the cheapest first: (name, dtype, oracles)."""
+    first = [(name, OURS.cases[name].dtypes[0]) for name in names]
+    half = [(name, "bfloat16") for name in names if "bfloat16" in OURS.cases[name].dtypes]
+    return [
+        *((*point, ("autodiff",)) for point in first[:MANY] + half[:MANY]),
+        *((*point, ("laws",)) for point in first[:FEW] + half[:FEW]),
+        *((*point, ("algebra", "numerical")) for point in first[:FEW]),
+    ]
+
+
+def _refused(given: Library, name: str, dtype: str, oracles: tuple[str, ...]) -> str:
+    try:
+        subject = subject_of(given, name, dtype)
+        return "" if given.checker.examine(subject, oracles, 0, 2, explain=False).ok else REFUSED
+    except Exception:
+        return RAISED
+
+
+def subject_of(given: Library, name: str, dtype: str, seed: int = 0) -> Any:
+    """A case at a point."""
+    checker, case = given.checker, given.cases[name]
+    x = checker.settled(checker.specs(case.x), seed)
+    return checker._layer(case.layer, x, None, None, jnp.dtype(dtype), seed)
+
+
+@cache
+def _holds(name: str, dtype: str, oracles: tuple[str, ...]) -> bool:
+    """Whether a case passes without a mutant: else its refusals say nothing."""
+    return not _refused(OURS, name, dtype, oracles)
+
+
+def lines_run(case: Case) -> set[tuple[str, int]]:
+    """The lines of funcnet that a case's passes run, as (file, line)."""
+    found = set()
+
+    def line(frame, event, _):
+        found.add((frame.f_code.co_filename, frame.f_lineno))
+        return line
+
+    def call(frame, event, _):
+        return line if frame.f_code.co_filename.startswith(str(PACKAGE)) else None
+
+    with jax.enable_x64(case.dtypes[0] == "float64"):
+        key, x = jax.random.key(0), cast(drawn(settled(specs(case.x), 0), 0), case.dtypes[0])
+        params, state = jax.eval_shape(case.layer.init, key, x)
+        sys.settrace(call)
+        try:
+            jax.eval_shape(lambda *args: _passes(case.layer, *args), params, state, x, key)
+        finally:
+            sys.settrace(None)
+    return {(str(Path(file).relative_to(PACKAGE)), number) for file, number in found}
+
+
+def _passes(layer: fn.Layer, params: Any, state: Any, x: Any, key: Any) -> Any:
+    y, _, residuals = layer.fwd(params, state, x, key)
+    dy = jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, y)
+    pull = lambda contract: layer.bwd(params, residuals, dy, contract)
+    with suppress(fn.InputError):  # an input without an axis of examples
+        jax.tree.map(fn.total, pull(fn.keep)[0], params, is_leaf=fn.is_factor)
+        return pull(fn.total), pull(fn.per_example), pull(fn.squared_norm)
+
+
+def _nearest(mutant: Mutant, run: dict[str, set[tuple[str, int]]]) -> list[str]:
+    """The cases that run a mutant's line, the shortest first; if none does, those that run the most of its file."""
+    direct = [name for name in run if any((mutant.file, line) in run[name] for line in mutant.lines)]
+    share = {name: sum(file == mutant.file for file, _ in run[name]) for name in run}
+    return sorted(direct, key=lambda name: len(run[name])) or sorted(run, key=lambda name: -share[name])
+
+
+def judged(chosen: Sequence[Mutant], processes: int, progress: bool = False) -> list[tuple[Mutant, str]]:
+    """Every mutant with what became of it."""
+    run = {name: lines_run(case) for name, case in OURS.cases.items()}
+    names = [_nearest(mutant, run) for mutant in chosen]
+    found = []
+    with (
+        TemporaryDirectory() as folder,
+        ProcessPoolExecutor(processes, get_context("spawn"), prepare, (folder,)) as pool,
+    ):
+        for mutant, word in zip(chosen, pool.map(verdict, chosen, names, chunksize=4), strict=True):
+            found.append((mutant, word))
+            if progress and not len(found) % 20:
+                print(f"{len(found)} of {len(chosen)}", file=sys.stderr, flush=True)
+    return found
+
+
+def explained(mutant: Mutant) -> bool:
+    """Whether it is known to be no mistake."""
+    return mutant.key in EQUIVALENT or f"{mutant.where}: {mutant.before}" in CHOICES
+
+
+def unexplained(found: Sequence[tuple[Mutant, str]]) -> list[Mutant]:
+    """Mutants that survived though they are mistakes."""
+    return [mutant for mutant, word in found if word == SURVIVED and not explained(mutant)]
+
+
+def stale(found: Sequence[tuple[Mutant, str]]) -> list[str]:
+    """Explanations of mutants that did not survive."""
+    return sorted({mutant.key for mutant, word in found if word != SURVIVED} & EQUIVALENT.keys())
+
+
+def sampled(everything: list[Mutant], size: int | None, seed: int = 0) -> list[Mutant]:
+    return everything if size is None else random.Random(seed).sample(everything, min(size, len(everything)))
+
+
+def table(found: Sequence[tuple[Mutant, str]]) -> str:
+    """Counts by file."""
+    counts = Counter((mutant.file, word) for mutant, word in found)
+    words = (REFUSED, RAISED, SURVIVED)
+    rows = [["file", "mutants", *words, "of these explained"]]
+    for file in dict.fromkeys(mutant.file for mutant, _ in found):
+        known = sum(m.file == file and w == SURVIVED and explained(m) for m, w in found)
+        each = [counts[file, word] for word in words]
+        rows.append([file, *map(str, (sum(each), *each, known))])
+    rows.append(["all", *(str(sum(int(row[i]) for row in rows[1:])) for i in range(1, len(rows[0])))])
+    return "\n".join(f"{row[0]:24}" + "".join(f"{cell:>21}" for cell in row[1:]) for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", nargs="*", default=[""], help="only files with one of these in their names")
+    parser.add_argument("--sample", type=int, help="how many mutants, drawn by the seed; by default all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    chosen = [m for m in mutants(PACKAGE, FILES) if any(part in m.file for part in args.files)]
+    found = judged(sampled(chosen, args.sample, args.seed), args.processes, progress=True)
+    print("", table(found), sep="\n")
+    for mutant in unexplained(found):
+        print("survived", mutant)
+    for key in stale(found):
+        print("explained, but refused", key)
+
+
+if __name__ == "__main__":
+    main()
