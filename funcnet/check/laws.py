@@ -155,7 +155,7 @@ def _contractions(point: Point) -> list[Failure]:
     try:
         kept, each, norms, last = (host(leaves_of(t, "params")) for t in quickly(all_of_them)(params, x))
     except InputError as error:
-        if _mixes(point, host(alone), count):
+        if error.expected.startswith("an example axis") or _mixes(point, host(alone), count):
             point.notes.append(f"per-example contractions are refused: {error.expected}")
             return []
         message = f"bwd refuses per-example contractions of examples that have no part in each other: {error.expected}"

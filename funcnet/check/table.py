@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from funcnet.progress import progress
 
 MOST_JOBS = 8  # by default: each has JAX of its own in memory
 WORST = 5  # leaves listed
+CLEARED = 20  # checks after which JAX's caches are cleared
+_DONE = count(1)  # checks of this process
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,8 @@ def _check(i: int, dtype: str, options: Mapping[str, Any]) -> Check:
     except Exception as error:
         failure = Failure("", "checker", "error", f"the check itself raises {type(error).__name__}: {error}")
         report = Report("", failures=(failure,))
-    jax.clear_caches()  # no program is used again, and hundreds of them take gigabytes
+    if next(_DONE) % CLEARED == 0:
+        jax.clear_caches()  # hardly a program is used again, and hundreds of them take gigabytes
     title = f"{case.name}, {dtype}, seed {options.get('seed', 0)}"
     repeat = "" if report.ok else _again(case, dtype, report, options)
     return Check(i, dtype, replace(report, title=title, repeat=repeat, arrays={}), time.perf_counter() - start)
