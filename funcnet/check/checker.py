@@ -15,7 +15,7 @@ from funcnet.check.function import function
 from funcnet.check.judge import Leaf, blank, leaves_of, wide
 from funcnet.check.numerical import Numerical, numerical
 from funcnet.check.plain import trace
-from funcnet.check.report import Failure, Report
+from funcnet.check.report import Report
 from funcnet.check.shrink import as_code, smallest
 from funcnet.check.spec import drawn, settled, specs
 from funcnet.check.subject import Point, Subject
@@ -248,6 +248,3 @@ def _array(leaf: Any) -> Any:
 
 def _moved(leaf: Any, rng: np.random.Generator) -> Any:
     return leaf + (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype) if is_floating(leaf) else leaf
-
-
-__all__ = ["Failure", "check_layer", "check_vjp"]

@@ -137,6 +137,15 @@ def test_kinks_are_told_apart_from_mistakes():
     assert [failure.kind for failure in report.failures] == ["beyond both sides"]
 
 
+@pytest.mark.parametrize(("factor", "ok"), [(1.0, True), (2.0, False)])
+def test_many_kinks_do_not_hide_a_mistake_elsewhere(factor, ok):
+    slope = lambda x, dy: jnp.where(x > 0, jnp.asarray(factor, dy.dtype) * dy, 0.0)
+    relu = ruled(lambda x: jnp.maximum(x, 0.0), lambda x: (jnp.maximum(x, 0.0), x), lambda x, dy: (slope(x, dy),))
+    x = np.random.default_rng(0).normal(size=300).astype(np.float32)
+    x[:100] = 0
+    assert fn.check_vjp(relu, x, shrink=False).ok == ok
+
+
 def test_a_gradient_that_is_not_finite_is_wrong_where_the_function_has_slopes():
     report = fn.check_vjp(jnp.linalg.norm, np.zeros(3, np.float32), oracles=("numerical",), shrink=False)
     assert [failure.kind for failure in report.failures] == ["not finite"]
