@@ -156,8 +156,9 @@ def adjoint(point: Point, finder: Numerical) -> list[Failure]:
         if not np.isfinite(gradient).all() or not np.isfinite(by_forward):
             continue
         ours = _pairing(gradient, v[path])[0]
-        room = 2 * float(np.linalg.norm((point.room(path) * np.abs(v[path])).ravel())) + 2.0**-40 * size
-        if abs(ours - by_forward) > room and not _excused(finder, path, v[path], by_forward):
+        rooms = (np.linalg.norm((room * np.abs(v[path])).ravel()) for room in point.rooms(path))
+        near = any(abs(ours - by_forward) <= 2 * room + 2.0**-40 * size for room in rooms)
+        if not near and not _excused(finder, path, v[path], by_forward):
             message = f"<pull(u), v> is {ours:.9g} by the rule, <u, J v> is {by_forward:.9g} by forward mode"
             failures.append(Failure(path, ORACLE, "adjoint", message, (), ours, by_forward))
     return failures
@@ -183,7 +184,7 @@ def modes(point: Point) -> list[Failure]:
     failures = []
     with point.subject.mode():
         wanted = [point.rule[0], host(point.compiled(values[1], point.dys[1])[1])]
-        stacked = [{k: jnp.stack([a[k], b[k]]) for k in a} for a, b in (values, point.dys)]
+        stacked = [{k: _stack(a[k], b[k]) for k in a} for a, b in (values, point.dys)]
         pull = lambda v, dy: {k: g for k, g in point.pull(v, dy)[1].items() if k in point.sound}
         ways = {
             "vmap": lambda v, dy: jax.vmap(pull)(v, dy),
@@ -196,9 +197,14 @@ def modes(point: Point) -> list[Failure]:
                 del ways[way]
         found = quickly(lambda *pair: {way: mapped(*pair) for way, mapped in ways.items()})(*stacked)
     for way, got in found.items():
-        pairs = [(k, np.asarray(got[k][i]), wanted[i][k]) for k in got for i in range(2)]
+        got = host(got)
+        pairs = [(k, got[k][i], wanted[i][k]) for k in got for i in range(2)]
         failures += _differences(point, way, pairs)
     return failures
+
+
+def _stack(a: Any, b: Any) -> Any:
+    return np.stack([a, b]) if isinstance(a, np.ndarray) else jnp.stack([a, b])  # NumPy has nothing to compile
 
 
 def _twice(point: Point, values: dict[str, Any], dys: dict[str, Any]) -> dict[str, Any]:

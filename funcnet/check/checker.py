@@ -18,7 +18,7 @@ from funcnet.check.plain import trace
 from funcnet.check.report import Report
 from funcnet.check.shrink import as_code, smallest
 from funcnet.check.spec import drawn, settled, specs
-from funcnet.check.subject import Point, Subject
+from funcnet.check.subject import Point, Subject, quickly
 from funcnet.expect import InputError, is_floating
 from funcnet.layer import Layer, a_layer
 from funcnet.transform import cast
@@ -228,18 +228,24 @@ def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: i
         x = cast(jax.tree.map(np.asarray, drawn(x, seed)), dtype)
         params = drawn(params, seed)
         if params is None or state is None:
-            fresh, fresh_state = jax.jit(layer.init)(key, x)
+            fresh, fresh_state = quickly(layer.init)(key, x)
             params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else params
             state = fresh_state if state is None else state
         params, state = (cast(jax.tree.map(_array, tree), dtype) for tree in (params, state))
         plain = trace(lambda params, x: layer.fwd(params, state, x, key)[0], params, x)
+
+    return Subject(layer.name, (params, x), ("params", "x"), pulling(layer, state, key), plain, x64, layer, state, key)
+
+
+def pulling(layer: Layer, state: Tree, key: Any) -> Callable[[tuple], tuple[Tree, Callable[[Tree], tuple]]]:
+    """(params, x) -> (y, pullback), by the layer's own rule."""
 
     def pull(args):
         params, x = args
         y, _, residuals = layer.fwd(params, state, x, key)
         return y, lambda dy: layer.bwd(params, residuals, dy)
 
-    return Subject(layer.name, (params, x), ("params", "x"), pull, plain, x64, layer, state, key)
+    return pull
 
 
 def _array(leaf: Any) -> Any:
@@ -247,4 +253,4 @@ def _array(leaf: Any) -> Any:
 
 
 def _moved(leaf: Any, rng: np.random.Generator) -> Any:
-    return leaf + (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype) if is_floating(leaf) else leaf
+    return np.asarray(leaf) + (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype) if is_floating(leaf) else leaf

@@ -54,9 +54,10 @@ class Numerical:
 
     def __init__(self, point: Point):
         self.point = point
+        finite = self._finite()
         with jax.enable_x64(True):
             self.center = point.wide(point.values)
-            self.dy = point.wide({k: np.where(finite, point.dys[0][k], 0) for k, finite in self._finite().items()})
+            self.dy = point.wide({k: np.where(finite[k], point.dys[0][k], 0) for k in finite})
         narrow = point.subject.plain.narrow  # a part, such as a Pallas kernel, runs in float32 at best
         self.steps, self.unit = (4 * STEPS, 2.0**-23) if narrow else (STEPS, 2.0**-50)
 
@@ -80,9 +81,11 @@ class Numerical:
     def backs(self, path: str, direction: np.ndarray, other: float) -> bool:
         """Whether the function is smooth along a direction, and has the rule's slope there, not the `other`."""
         slope, ours = self.slope(path, direction), slope_of(wide(self.gradients[path]), direction)
-        apart, room = abs(ours - other), 2 * _norm(self.point.room(path) * direction)
+        apart = abs(ours - other)
         sure = slope.kind == "smooth" and np.isfinite(slope.value) and 8 * slope.error < apart
-        return bool(sure and abs(ours - slope.value) <= min(room + 4 * slope.error, apart / 4))
+        off = abs(ours - slope.value)
+        near = any(off <= 2 * _norm(room * direction) + 4 * slope.error for room in self.point.rooms(path))
+        return bool(sure and off <= apart / 4 and near)
 
     @cached_property
     def _along(self) -> Any:
@@ -230,12 +233,10 @@ def _leaf(point: Point, finder: Numerical, path: str) -> tuple[str, Failure | No
             slope = finder.slope(path, direction)
         if (kinked | lost).all():
             break
-        ours = slope_of(gradient, direction)
-        allowed = 2 * _norm(point.room(path) * direction) + 4 * slope.error
-        reach = max(_norm(gradient * direction), abs(slope.value))
-        if slope.kind != "smooth" or not np.isfinite(slope.value) or 4 * slope.error > max(ENOUGH * reach, allowed / 2):
-            unsure = True
-        elif abs(ours - slope.value) > allowed + 1e-9 * reach:
+        word = _word(point, path, gradient, direction, slope)
+        unsure |= word == "unsure"
+        if word == "WRONG":
+            ours = slope_of(gradient, direction)
             message = f"along a random direction the slope is {ours:.9g} by the rule, {slope.value:.9g} numerically"
             return "WRONG", Failure(path, "numerical", "slope", message, (), ours, slope.value)
     if kinked.any():
@@ -248,6 +249,20 @@ def _leaf(point: Point, finder: Numerical, path: str) -> tuple[str, Failure | No
     return "-" if unsure else "ok", None
 
 
+def _word(point: Point, path: str, gradient: np.ndarray, direction: np.ndarray, slope: Slope) -> str:
+    """The rule's slope along a direction against the numerical one: "ok", "WRONG", or "unsure"."""
+    if slope.kind != "smooth" or not np.isfinite(slope.value):
+        return "unsure"
+    off, sure = abs(slope_of(gradient, direction) - slope.value), False
+    reach = max(_norm(gradient * direction), abs(slope.value))
+    for room in point.rooms(path):
+        allowed = 2 * _norm(room * direction) + 4 * slope.error
+        sure = 4 * slope.error <= max(ENOUGH * reach, allowed / 2)
+        if sure and off <= allowed + 1e-9 * reach:
+            return "ok"
+    return "WRONG" if sure else "unsure"
+
+
 def _beyond_the_sides(
     point: Point, finder: Numerical, path: str, gradient: np.ndarray, kinked: np.ndarray
 ) -> Failure | None:
@@ -258,11 +273,13 @@ def _beyond_the_sides(
         direction = np.where(mask, finder.scale(path), 0)
         slope, ours = finder.slope(path, direction), slope_of(gradient, direction)
         low, high = sorted((slope.left, slope.right))
-        room = 2 * _norm(point.room(path) * direction) + 1e-5 * (high - low) + 8 * min(slope.error, ENOUGH * abs(ours))
-        if slope.kind != "kink" or low - room <= ours <= high + room:
-            continue
-        low, high = _beside(point, finder, path, direction)
-        if not low - room <= ours <= high + room:
+        more = 1e-5 * (high - low) + 8 * min(slope.error, ENOUGH * abs(ours))
+
+        def within(low, high, ours=ours, direction=direction, more=more):
+            rooms = (2 * _norm(room * direction) + more for room in point.rooms(path))
+            return any(low - room <= ours <= high + room for room in rooms)
+
+        if slope.kind == "kink" and not within(low, high) and not within(*_beside(point, finder, path, direction)):
             size = _norm(direction)
             message = (
                 f"at a kink, {_listed(mask)}, the slope is {ours / size:.9g} by the rule, {slope.left / size:.9g} "

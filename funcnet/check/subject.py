@@ -1,6 +1,6 @@
 """What is checked: a rule at a point, and everything that is computed there more than once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -186,6 +186,10 @@ class Point:
         return quickly(partial(self.vjp, wide=False))
 
     @cached_property
+    def _outputs(self) -> Any:
+        return quickly(partial(self.outputs_of, wide=False))
+
+    @cached_property
     def coarse(self) -> bool:
         """Whether the program computes in less than float64 anywhere."""
         return self.subject.plain.coarse or any(jnp.finfo(v.dtype).bits < 64 for v in self.values.values())
@@ -231,15 +235,11 @@ class Point:
     @cached_property
     def plain_output(self) -> Values:
         """The plain program's outputs, in its own dtypes."""
-        dy = self.dys[0]
-        if not self.reverses:
+        if self.coarse or not self.reverses:
             with self.subject.mode():
-                return host(quickly(partial(self.outputs_of, wide=False))(self.values))
-        if self.coarse:
-            with self.subject.mode():
-                return host(self._honest(self.values, dy)[0])
+                return host(self._outputs(self.values))
         with jax.enable_x64(True):
-            return host(self._reference(self.wide(self.values), self.wide(dy))[0])
+            return host(self._reference(self.wide(self.values), self.wide(self.dys[0]))[0])
 
     @cached_property
     def honest(self) -> Values:
@@ -286,15 +286,23 @@ class Point:
     def measured(
         self, path: str, got: Any, wanted: Any, factor: float = 1.0, size: float = 0.0, skip: Any = None
     ) -> Leaf:
-        """A leaf against its reference, with `factor` times what is allowed, and more if its terms have this `size`."""
+        """A leaf against its reference, with `factor` times what is allowed, and more if its terms have this `size`.
+
+        `honest` takes many runs of the program: it is asked for only where the error is not within the rest already.
+        """
         allowed = factor * tolerance(got.dtype, self.terms)
+        leaf = measure(path, got, wanted, allowed, allowed * size, skip)
+        if leaf.within:
+            return leaf
         return measure(path, got, wanted, allowed, factor * self.honest[path] + allowed * size, skip)
 
-    def room(self, path: str) -> np.ndarray:
-        """What every element of a leaf may be off for the first dy, absolutely."""
+    def rooms(self, path: str) -> Iterator[np.ndarray]:
+        """What every element of a leaf may be off for the first dy, absolutely: without `honest`, then with it."""
         wanted = self.references[0][path]
         scale = float(np.abs(wanted).max(initial=0.0, where=np.isfinite(wanted))) or 1.0
-        return scale * tolerance(self.values[path].dtype, self.terms) + self.honest[path]
+        room = np.full(np.shape(wanted), scale * tolerance(self.values[path].dtype, self.terms))
+        yield room
+        yield room + self.honest[path]
 
 
 def host(values: dict[str, Any]) -> Values:

@@ -67,8 +67,6 @@ _BY_REASON = {
         "_wide_examples: return (a.reshape(a.shape[0], -1, *a.shape[a.ndim - rank:]))",
     ],
     "what fwd returned has these lengths": [
-        "parallel: (zip(parts.items(), dys))",
-        "parallel: zip(parts.items(), dys, strict=False)",
         "repeat: dx, dparams = (lax.scan(body, dy, (params, residuals), reverse=True))",
     ],
 }
