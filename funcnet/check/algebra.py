@@ -12,7 +12,7 @@ import numpy as np
 from funcnet.check.judge import leaves_of, measure, mismatch, tolerance, wide
 from funcnet.check.numerical import Numerical
 from funcnet.check.plain import is_inexact
-from funcnet.check.report import Failure, values_failure
+from funcnet.check.report import Failure, said, values_failure
 from funcnet.check.subject import Point, Values, host, laid, quickly
 
 ORACLE = "algebra"
@@ -32,7 +32,7 @@ def structure(point: Point) -> list[Failure]:
     if isinstance(raised, Exception):
         point.raises = True
         point.broken |= set(point.values)
-        return [Failure("", ORACLE, "structure", f"the rule raises {type(raised).__name__}: {_first_line(raised)}")]
+        return [Failure("", ORACLE, "structure", f"the rule raises {said(raised)}")]
     y, got = raised
     failures = []
     if jax.tree.structure(y) != jax.tree.structure(point.y_shape):
@@ -65,10 +65,6 @@ def _attempt(f: Callable[[], Any]) -> Any:
         return f()
     except Exception as error:
         return error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n\n")[0].split())
 
 
 def _unlike(path: str, got: Any, leaf: Any) -> list[Failure]:
@@ -119,7 +115,7 @@ def repeatable(point: Point) -> list[Failure]:
     with point.subject.mode():
         eagerly = [_attempt(once), _attempt(once)]
     if raised := [e for e in eagerly if isinstance(e, Exception)]:
-        message = f"without jit the rule raises {type(raised[0]).__name__}: {_first_line(raised[0])}"
+        message = f"without jit the rule raises {said(raised[0])}"
         return [Failure("", ORACLE, "eager", message)]
     failures = [
         Failure(path, ORACLE, "repeatable", f"two {how} calls with the same arguments give different gradients")
@@ -149,7 +145,7 @@ def adjoint(point: Point, finder: Numerical) -> list[Failure]:
             with jax.enable_x64(True):
                 out = forward(point.wide(values), point.wide(v))[1]
         except Exception as error:
-            point.notes.append(f"forward mode is not to be had: {_first_line(error)[:200]}")
+            point.notes.append(f"forward mode is not to be had: {said(error)}")
             return []
         gradient, terms = wide(point.rule[0][path]), [_pairing(point.dys[0][k], out[k]) for k in out]
         by_forward, size = sum(t for t, _ in terms), sum(s for _, s in terms)
@@ -221,9 +217,9 @@ def _unmappable(point: Point, way: str, error: Exception, stacked: list[dict[str
     try:
         jax.eval_shape(jax.vmap(plain), *stacked)
     except Exception:
-        point.notes.append(f"neither the rule nor the plain program runs under {way}: {_first_line(error)[:200]}")
+        point.notes.append(f"neither the rule nor the plain program runs under {way}: {said(error)}")
         return []
-    return [Failure("", ORACLE, way, f"under {way} the rule raises {type(error).__name__}: {_first_line(error)}")]
+    return [Failure("", ORACLE, way, f"under {way} the rule raises {said(error)}")]
 
 
 def _differences(point: Point, way: str, pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Failure]:

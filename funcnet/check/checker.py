@@ -70,7 +70,7 @@ def check_layer(
         InputError: for a point that the layer cannot be checked at.
     """
     a_layer(layer)
-    dtype = jnp.dtype(dtype)
+    dtype = _floating(dtype)
 
     def build(tree):
         return _layer(layer, tree["x"], tree.get("params"), state, dtype, seed)
@@ -246,6 +246,16 @@ def pulling(layer: Layer, state: Tree, key: Any) -> Callable[[tuple], tuple[Tree
         return y, lambda dy: layer.bwd(params, residuals, dy)
 
     return pull
+
+
+def _floating(dtype: Any) -> Any:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise InputError("a floating dtype", repr(dtype), "name one, such as float64, float32, bfloat16 or float16")
+    return found
 
 
 def _array(leaf: Any) -> Any:

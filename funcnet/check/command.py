@@ -17,6 +17,7 @@ from funcnet.check.named import again, arguments, function_or_layer, named, near
 from funcnet.check.report import Report
 from funcnet.expect import InputError
 from funcnet.layer import Layer
+from funcnet.train.plots import pyplot
 
 ABOUT = """\
 Is a hand-written backward rule the derivative of its forward pass?
@@ -145,6 +146,8 @@ def _one(options: argparse.Namespace) -> tuple[bool, str]:
         raise InputError("one name with --arg, or with a colon", f"{options.names}", "check one after the other")
     target = options.names[0]
     thing = function_or_layer(target) if ":" in target else _layer_of_case(target)
+    if options.plot:
+        _drawable(options.plot)
     args = arguments(options.arg, options.args)
     if not args:
         raise InputError(f"the input of {target}", "no --arg", 'add --arg "f32[8,16]", once for each argument')
@@ -154,6 +157,13 @@ def _one(options: argparse.Namespace) -> tuple[bool, str]:
     if options.plot:
         report.plot(options.plot)
     return report.ok, _shown(options, report)
+
+
+def _drawable(path: Path) -> None:
+    """Refuse a picture that could not be drawn before anything is checked."""
+    if not path.absolute().parent.is_dir():
+        raise InputError("a file in a folder that is there", f"--plot {path}", "make the folder first")
+    pyplot()
 
 
 def _layer_of_case(name: str) -> Layer:

@@ -10,6 +10,7 @@ import numpy as np
 
 from funcnet.check.judge import wide
 from funcnet.check.plain import Plain, is_inexact, trace
+from funcnet.check.report import said
 from funcnet.check.spec import drawn
 from funcnet.check.subject import Subject
 from funcnet.expect import InputError, describe
@@ -67,7 +68,7 @@ def _program(f: Callable, args: tuple) -> Plain:
         raise
     except Exception as error:
         remedy = "call it once with these arguments under jax.jit; use jax.numpy, jax.lax.cond and jax.lax.scan inside"
-        raise InputError(f"a function that JAX can trace, {name}", _said(error), remedy) from error
+        raise InputError(f"a function that JAX can trace, {name}", said(error), remedy) from error
     effects = getattr(first.jaxpr, "effects", ())
     if effects:
         received = ", ".join(sorted(map(str, effects)))
@@ -82,10 +83,6 @@ def _program(f: Callable, args: tuple) -> Plain:
         shown = ", ".join(str(aval) for aval in outputs) or "nothing"
         raise InputError(f"at least one floating output of {name}", shown, "return floats; integers have no gradient")
     return first
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: " + " ".join(str(error).split("\n\n")[0].split())[:300]
 
 
 def _alike(a: Plain, b: Plain) -> bool:
@@ -120,7 +117,7 @@ def _differentiable(f: Callable, args: tuple, program: Plain) -> None:
         jax.eval_shape(everything, *args)
     except Exception as error:
         remedy = "give it a jax.custom_vjp, or use jax.lax.scan for a while loop; then check it again"
-        raise InputError("a function that JAX can differentiate", _said(error), remedy) from error
+        raise InputError("a function that JAX can differentiate", said(error), remedy) from error
 
 
 def _raw(f: Any) -> Callable | None:

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import Any
 
+from funcnet.check.report import said
 from funcnet.expect import InputError, describe
 from funcnet.layer import Layer
 
@@ -29,7 +30,7 @@ def named(text: str) -> Any:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         remedy = f'run "import {module}" in Python, from the same directory, and mend what it says'
-        raise InputError(f"the module {module}", _said(error), remedy) from error
+        raise InputError(f"the module {module}", said(error), remedy) from error
     try:
         return reduce(getattr, name.split("."), found)
     except AttributeError:
@@ -92,7 +93,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A remedy for a name that is not known."""
     near = get_close_matches(name, sorted(set(known)), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"name one of {', '.join(sorted(set(known)))}"
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -178,6 +178,11 @@ def _number(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+def said(error: BaseException, most: int = 300) -> str:
+    """The first paragraph of an error on one line, its kind in front."""
+    return f"{type(error).__name__}: " + " ".join(str(error).split("\n\n")[0].split())[:most]
+
+
 def values_failure(leaf: Leaf, oracle: str, kind: str = "value", what: str = "the gradient") -> Failure:
     """The failure of a leaf whose worst element is off by more than is allowed."""
     if np.isfinite(leaf.wanted) and not np.isfinite(leaf.got):

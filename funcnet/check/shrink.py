@@ -1,6 +1,7 @@
 """A failure made small: the same failure on smaller arrays, and the code that says which."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from funcnet.check.spec import Spec, resized, sizes_of
@@ -38,9 +39,19 @@ def as_code(tree: Tree, name: str) -> str:
         return f'"{tree}"'
     if isinstance(tree, Mapping):
         return "{" + ", ".join(f"{key!r}: {as_code(value, f'{name}[{key!r}]')}" for key, value in tree.items()) + "}"
+    if names := _fields(tree):
+        inner = ", ".join(f"{each}={as_code(getattr(tree, each), f'{name}.{each}')}" for each in names)
+        return f"{type(tree).__name__}({inner})"
     if isinstance(tree, (tuple, list)):
         inner = ", ".join(as_code(value, f"{name}[{i}]") for i, value in enumerate(tree))
-        return f"({inner}{',' * (len(tree) == 1)})"
+        return f"[{inner}]" if isinstance(tree, list) else f"({inner}{',' * (len(tree) == 1)})"
     if tree is None or not hasattr(tree, "ndim") or not tree.ndim:
         return name
     return f"{name}[{', '.join(f':{size}' for size in tree.shape)}]"
+
+
+def _fields(tree: Tree) -> tuple[str, ...]:
+    """The names of the fields of a NamedTuple or a dataclass."""
+    if is_dataclass(tree):
+        return tuple(field.name for field in fields(tree) if field.init)
+    return getattr(tree, "_fields", ())

@@ -123,7 +123,13 @@ def _spec(leaf: Any) -> Any:
 
 
 def settled(tree: Tree, seed: int) -> Tree:
-    """The tree with a size for every letter, drawn from the seed."""
+    """The tree with a size for every letter, drawn from the seed.
+
+    Raises:
+        InputError: if the seed is no whole number from 0.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0:
+        raise InputError("a seed, a whole number from 0", repr(seed), "leave it out for 0")
     found = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Spec)]
     letters = sorted({size for leaf in found for size in leaf.sizes if isinstance(size, str)})
     sizes = dict(zip(letters, np.random.default_rng([seed, 2]).integers(1, 8, len(letters)).tolist(), strict=True))

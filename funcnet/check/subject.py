@@ -12,6 +12,7 @@ import numpy as np
 
 from funcnet.check.judge import HONEST, Leaf, leaves_of, measure, tolerance, wide
 from funcnet.check.plain import Plain, is_inexact, reduction_length
+from funcnet.check.report import said
 
 Tree = Any
 NEARBY = 16  # points, a unit of rounding apart, that say how well a gradient is known
@@ -227,8 +228,9 @@ class Point:
             with jax.enable_x64(True):
                 self._reference.trace(self.wide(self.values), self.wide(self.dys[0]))
         except Exception as error:
-            said = " ".join(str(error).split("\n\n")[0].split())[:200]
-            self.notes.append(f"autodiff has no word: reverse mode does not go through the plain program ({said})")
+            self.notes.append(
+                f"autodiff has no word: reverse mode does not go through the plain program ({said(error)})"
+            )
             return False
         return True
 

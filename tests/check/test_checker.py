@@ -333,6 +333,12 @@ def _refuse(message, *_):
     raise ValueError(message)
 
 
+@pytest.mark.parametrize("options", [{"dtype": "float33"}, {"dtype": "int32"}, {"seed": -1}, {"seed": 0.5}])
+def test_options_that_mean_nothing_are_refused(options):
+    with pytest.raises(fn.InputError, match=r"floating dtype|a seed"):
+        fn.check_layer(fn.relu(), SQUARE, **options)
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [(S((3,), jnp.int32), "values for an integer input"), ([1.0, 2.0], "expected  arrays"), ("f32[", "an array like")],

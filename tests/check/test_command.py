@@ -179,6 +179,7 @@ REFUSED = {
     "an error in a layer": (["mine:broken", "--arg", "f32[3]"], "ZeroDivisionError"),
     "a case": (["layer_nrm"], "did you mean 'layer_norm'"),
     "half a case with --arg": (["dense/no", "--arg", "f32[3]"], "'dense/no bias'"),
+    "a picture in no folder": (["mine:good", *TWO, "--plot", "none/a.png"], "folder"),
     "a picture of the cases": (["dense", "--plot", "a.png"], "--plot"),
     "a dtype that no case has": (["mixed", "--dtype", "bfloat16"], "leave --dtype out"),
 }

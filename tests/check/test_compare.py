@@ -72,9 +72,8 @@ def test_the_report_as_text_names_the_leaf_the_place_and_both_values():
         (None, "no gradient for float32[4]"),
         (BIAS[None], "the gradient float32[1, 4] for float32[4]"),
         (BIAS[:3], "the gradient float32[3] for float32[4]"),
-        (BIAS.astype(np.float64), "the gradient float64[4] for float32[4]"),
-        (jnp.asarray(BIAS, jnp.bfloat16), "the gradient bfloat16[4] for float32[4]"),
-        (1.0, "the gradient float for float32[4]"),
+        (1.0, "the gradient float64[] for float32[4]"),
+        (np.int32([1, 2, 3, 4]), "the gradient int32[4]; a gradient is floating, or None"),
     ],
 )
 def test_structure_shape_and_dtype_must_match(got, problem):
@@ -82,6 +81,21 @@ def test_structure_shape_and_dtype_must_match(got, problem):
     assert [leaf.leaf for leaf in wrong(report)] == ["['dense']['bias']"]
     assert [(failure.kind, failure.message) for failure in report.failures] == [("structure", problem)]
     assert problem in str(report)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, jnp.bfloat16])
+def test_two_dtypes_are_compared_when_it_is_said_with_whose_rounding(dtype):
+    other = BIAS.astype(dtype)
+    report = fn.compare_grads(other, BIAS)
+    assert not report.ok
+    assert report.failures[0].message.startswith(f"the gradient {other.dtype}[4] for float32[4]; to compare them")
+    assert fn.compare_grads(other, BIAS, dtype=other.dtype if dtype == jnp.bfloat16 else "float32").ok
+    assert not fn.compare_grads(other + other, BIAS, dtype="bfloat16").ok
+
+
+def test_numbers_are_compared_too():
+    assert fn.compare_grads({"x": 1.5}, {"x": np.float64(1.5)}).ok
+    assert not fn.compare_grads({"x": 1.5}, {"x": 1.25}).ok
 
 
 def test_a_leaf_too_many_is_wrong():

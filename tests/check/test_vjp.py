@@ -207,7 +207,14 @@ def test_what_cannot_be_checked_is_refused_with_a_remedy(name):
 
 @pytest.mark.parametrize(
     "options",
-    [{"oracles": ("autograd",)}, {"oracles": "autodiff"}, {"oracles": ()}, {"oracles": ("laws",)}, {"directions": 0}],
+    [
+        {"oracles": ("autograd",)},
+        {"oracles": "autodiff"},
+        {"oracles": ()},
+        {"oracles": ("laws",)},
+        {"directions": 0},
+        {"seed": -1},
+    ],
 )
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(fn.InputError):
