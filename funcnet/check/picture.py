@@ -20,7 +20,7 @@ def draw(leaf: Leaf, got: np.ndarray, wanted: np.ndarray, path: str | Path) -> N
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     figure.suptitle(f"{leaf.leaf}  {leaf.dtype}[{','.join(map(str, leaf.shape))}]  {leaf.diagnosis}", fontsize=10)
     beyond = _beyond(leaf, got, wanted)
-    reach = max(1.0, float(np.abs(beyond).max(initial=0.0)))
+    reach = max(1.0, float(beyond.max(initial=0.0)))
     shown = left.imshow(beyond, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
     left.set(xlabel="last axis", ylabel="other axes, flattened" if got.ndim > 2 else "first axis")
     left.set_title("error over what is allowed, log10 (above 0: wrong)")
