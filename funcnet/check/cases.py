@@ -200,6 +200,7 @@ CASES: tuple[Case, ...] = (
     Case("identity", identity(), "f32[5]>-8<8"),
     Case("relu", relu(), "f32[4,5]>-8<8"),
     Case("relu6", relu6(), "f32[4,9]>-8<8"),
+    Case("relu6/near zero", relu6(), "f32[9]>-1<1"),
     Case("leaky_relu", leaky_relu(), "f32[3,1,5]>-8<8"),
     Case("leaky_relu/slope 0.3", leaky_relu(0.3), "f32[4,5]>-8<8"),
     Case("leaky_relu/slope 0", leaky_relu(0.0), "f32[4,5]>-8<8"),
@@ -210,6 +211,8 @@ CASES: tuple[Case, ...] = (
     Case("selu", selu(), "f32[4,5]>-8<8"),
     Case("gelu", gelu(), "f32[4,5]>-8<8"),
     Case("gelu/approximate", gelu(approximate=True), "f32[4,5]>-8<8"),
+    # Where a cube overflows.
+    Case("gelu/approximate, far away", gelu(approximate=True), "f32[7]>-1e30<1e30", ("float32", "bfloat16")),
     Case("silu", silu(), "f32[4,5]>-8<8"),
     Case("mish", mish(), "f32[4,5]>-8<8"),
     Case("softplus", softplus(), "f32[4,5]>-8<8"),
