@@ -58,18 +58,13 @@ from funcnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_
 from funcnet.layers.recurrent import bidirectional, gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
-from funcnet.losses import (
-    Loss,
-    binary_cross_entropy,
-    cosine,
-    cross_entropy,
-    focal,
-    hinge,
-    huber,
-    kl_divergence,
-    mae,
-    mse,
-)
+from funcnet.losses.binary import binary_cross_entropy, focal
+from funcnet.losses.cross_entropy import cross_entropy
+from funcnet.losses.divergence import kl_divergence
+from funcnet.losses.loss import Loss
+from funcnet.losses.margin import hinge
+from funcnet.losses.regression import huber, mae, mse
+from funcnet.losses.similarity import cosine
 from funcnet.summary import Row, Summary, summary
 from funcnet.train.finite import NotFiniteError
 from funcnet.train.layerwise import layerwise_step

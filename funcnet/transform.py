@@ -51,7 +51,7 @@ def rerun(layer: Layer, params: Tree, saved: Rerun, dy: Tree) -> Tree:
 
 
 class Mixed(NamedTuple):
-    """Residuals of `mixed`: the layer's own, and an empty array of the dtype of each of its outputs, as it returned it."""
+    """Residuals of `mixed`: the layer's own, and for each of its outputs an empty array of the dtype it returned."""
 
     residuals: Tree
     outputs: Tree
@@ -102,7 +102,8 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
 
     def bwd(params, saved, dy, contract=total):
         in_param_dtype = replace(contract, of=lambda factor, p: contract.of(factor, p.astype(param)))
-        if jax.tree.structure(dy, lambda leaf: leaf is None) == jax.tree.structure(saved.outputs):  # else layer complains
+        fits = jax.tree.structure(dy, lambda leaf: leaf is None) == jax.tree.structure(saved.outputs)
+        if fits:  # else the layer inside says what is wrong
             dy = jax.tree.map(lambda like, leaf: cast(leaf, like.dtype), saved.outputs, dy)
         dparams, dx = layer.bwd(cast(params, compute), saved.residuals, dy, in_param_dtype)
         return dparams, cast(dx, output)

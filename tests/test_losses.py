@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 
 import funcnet as fn
-from funcnet.losses import as_loss
+from funcnet.losses.loss import as_loss
 
 S = jax.ShapeDtypeStruct
 RNG = np.random.default_rng(0)

@@ -237,7 +237,9 @@ def test_mixed_is_transparent_and_leaves_integers_alone():
     assert fn.mixed(fn.flatten()).bwd({}, residuals, None) == ({}, None)
 
 
-@pytest.mark.parametrize("loss", [fn.cross_entropy(), fn.binary_cross_entropy(), fn.mse(), fn.cosine()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize(
+    "loss", [fn.cross_entropy(), fn.binary_cross_entropy(), fn.mse(), fn.cosine()], ids=lambda loss: loss.name
+)
 @pytest.mark.parametrize("wrap", [fn.mixed, lambda loss: fn.remat(fn.mixed(loss))], ids=["mixed", "in remat"])
 def test_mixed_around_a_loss_gives_float32_values_and_gradients_of_half_precision_predictions(wrap, loss):
     """The values are float32 already, and so must their cotangent be: rounded to bfloat16, 1/3 is off by 1e-3."""

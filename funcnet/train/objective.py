@@ -17,7 +17,7 @@ from jax import Array
 from funcnet.expect import InputError, at, describe, is_array, is_floating
 from funcnet.factors import Contraction, total
 from funcnet.layer import Layer, a_layer
-from funcnet.losses import Loss, as_loss
+from funcnet.losses.loss import Loss, as_loss
 
 Tree = Any
 Batch = tuple[Any, Any]
