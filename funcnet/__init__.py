@@ -9,6 +9,7 @@ from funcnet.combine import parallel, repeat, serial, skip
 from funcnet.expect import InputError
 from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
 from funcnet.factors import (
+    Blocks,
     Contraction,
     Gather,
     Outer,
@@ -61,6 +62,7 @@ from funcnet.layers.softmax import log_softmax, softmax
 from funcnet.losses.binary import binary_cross_entropy, focal
 from funcnet.losses.cross_entropy import cross_entropy
 from funcnet.losses.divergence import kl_divergence
+from funcnet.losses.linear import linear_cross_entropy
 from funcnet.losses.loss import Loss
 from funcnet.losses.margin import hinge
 from funcnet.losses.regression import huber, mae, mse
@@ -76,6 +78,7 @@ from funcnet.worked import WORKED, Worked
 
 __all__ = [
     "WORKED",
+    "Blocks",
     "ChainRule",
     "Contraction",
     "Explanation",
@@ -148,6 +151,7 @@ __all__ = [
     "layer_norm",
     "layerwise_step",
     "leaky_relu",
+    "linear_cross_entropy",
     "log_sigmoid",
     "log_softmax",
     "lstm",

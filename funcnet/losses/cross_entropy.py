@@ -98,9 +98,7 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
         return {}, (dlogits.astype(logits.dtype), dtarget.astype(target.dtype) if floating else None)
 
     def counted(target):
-        if expect.is_floating(target):
-            return jnp.ones(target.shape[:-1], bool)
-        return jnp.ones(target.shape, bool) if ignore_index is None else target != ignore_index
+        return jnp.ones(target.shape[:-1], bool) if expect.is_floating(target) else counts(target, ignore_index)
 
     def accuracy(logits, target):
         label = jnp.argmax(target, axis=-1) if expect.is_floating(target) else jnp.asarray(target)
@@ -117,8 +115,6 @@ def _finite_where_zero(minus_log_p: Array, q: Array) -> Array:
 def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
     """Refuse labels of the wrong shape or dtype and, where they can be read, of a value out of range."""
     classes = logits.shape[-1]
-    if not expect.is_array(target):
-        raise InputError("labels as an array", describe(target), "convert them with jnp.asarray")
     if expect.is_floating(target):
         wanted = f"integer labels {list(logits.shape[:-1])} or soft labels like the logits, {describe(logits)}"
         if target.shape != logits.shape:
@@ -130,11 +126,21 @@ def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
                 "soft labels that are not negative", f"a least value of {np.min(target)}", "give probabilities"
             )
         return
-    if target.shape != logits.shape[:-1] or not jnp.issubdtype(target.dtype, jnp.integer):
-        remedy = "give one integer for each row of logits"
-        raise InputError(
-            f"integer labels {list(logits.shape[:-1])} for logits {describe(logits)}", describe(target), remedy
-        )
+    integer_labels(target, logits.shape[:-1], classes, f"logits {describe(logits)}", ignore_index)
+
+
+def counts(label: Array, ignore_index: int | None) -> Array:
+    """Which integer labels count."""
+    return jnp.ones(label.shape, bool) if ignore_index is None else label != ignore_index
+
+
+def integer_labels(target: Any, shape: tuple[int, ...], classes: int, given: str, ignore_index: int | None) -> None:
+    """Refuse labels that are no integers of this shape or, where they can be read, out of range."""
+    if not expect.is_array(target):
+        raise InputError("labels as an array", describe(target), "convert them with jnp.asarray")
+    if target.shape != shape or not jnp.issubdtype(target.dtype, jnp.integer):
+        remedy = "give one integer for each row"
+        raise InputError(f"integer labels {list(shape)} for {given}", describe(target), remedy)
     if expect.is_concrete(target):
         labels = np.asarray(target)
         bad = (labels < 0) | (labels >= classes)
@@ -144,6 +150,4 @@ def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             received = f"label {labels[where]} at index {where}, and {int(bad.sum()) - 1} more"
             remedy = "correct the labels, widen the last layer, or name the value as ignore_index"
-            raise InputError(
-                f"labels from 0 to {classes - 1}, since the logits are {describe(logits)}", received, remedy
-            )
+            raise InputError(f"labels from 0 to {classes - 1}, for {given}", received, remedy)

@@ -8,7 +8,7 @@ input; an integer target gets None.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,6 +23,19 @@ def one_an_example(target: Any) -> Array:
     return jnp.ones(jnp.shape(target)[:1], bool)
 
 
+class Ahead(NamedTuple):
+    """Both passes of a loss in one, for a cotangent that is known before the values are, as the weights of a mean.
+
+    Attributes:
+        run: (params, x, dy) -> (values, (dparams, dx)): what `fwd`, and then `bwd` with `fn.total`, give.
+        fwd, bwd: those that it stands for.
+    """
+
+    run: Callable[[Any, Any, Any], tuple[Array, tuple[Any, Any]]]
+    fwd: Callable
+    bwd: Callable
+
+
 @dataclass(frozen=True, eq=False)
 class Loss(Layer):
     """A layer over (prediction, target), and what a training step wants to know about its values.
@@ -32,11 +45,19 @@ class Loss(Layer):
         metrics: name -> (prediction, target) -> one number for each value, to be averaged as the loss is.
         check: (prediction, target) raises `InputError` for shapes, dtypes and, where the target is not traced, values
             that do not fit. Only shape and dtype of the prediction are read.
+        ahead: both passes in one; None for a loss that gains nothing by it. Of no effect after `replace` of fwd or bwd.
     """
 
     counted: Callable[[Any], Array] = one_an_example
     metrics: Mapping[str, Callable[[Any, Any], Array]] = field(default_factory=dict)
     check: Callable[[Any, Any], None] = lambda prediction, target: None
+    ahead: Ahead | None = None
+
+    @property
+    def at_once(self) -> Callable[[Any, Any, Any], tuple[Array, tuple[Any, Any]]] | None:
+        """`ahead.run`, if it stands for this loss's own fwd and bwd."""
+        ahead = self.ahead
+        return ahead.run if ahead and ahead.fwd is self.fwd and ahead.bwd is self.bwd else None
 
 
 def as_loss(layer: Layer) -> Loss:
