@@ -61,12 +61,13 @@ from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
 from funcnet.losses.binary import binary_cross_entropy, focal
 from funcnet.losses.cross_entropy import cross_entropy
+from funcnet.losses.ctc import ctc
 from funcnet.losses.divergence import kl_divergence
 from funcnet.losses.linear import linear_cross_entropy
 from funcnet.losses.loss import Loss
-from funcnet.losses.margin import hinge
+from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
-from funcnet.losses.similarity import cosine
+from funcnet.losses.similarity import contrastive, cosine
 from funcnet.summary import Row, Summary, summary
 from funcnet.train.finite import NotFiniteError
 from funcnet.train.layerwise import layerwise_step
@@ -111,9 +112,11 @@ __all__ = [
     "check_vjp",
     "compare_grads",
     "contraction",
+    "contrastive",
     "conv",
     "cosine",
     "cross_entropy",
+    "ctc",
     "dense",
     "derivative",
     "drop_path",
@@ -194,5 +197,6 @@ __all__ = [
     "tanh",
     "total",
     "train_step",
+    "triplet",
     "value_and_grad",
 ]

@@ -143,6 +143,7 @@ class Contraction:
         name: how errors call it.
         of: (factor, param) -> answer, for a factor without layer axes.
         stacked: answer with a layer axis in front -> the answer for the stacked parameter.
+        by_example: whether it answers for each example by itself.
         joined: (answers, param) -> the answer for a parameter, from those for the blocks of its last axis, stacked in
             front; None for a contraction that makes nothing of the numbers themselves, and takes `Blocks` as they are.
     """
@@ -150,6 +151,7 @@ class Contraction:
     name: str
     of: Callable[[Any, Array], Any]
     stacked: Callable[[Any], Any] = lambda answer: answer
+    by_example: bool = False
     joined: Callable[[Any, Array], Any] | None = None
 
     def __call__(self, factor: Any, param: Array) -> Any:
@@ -167,10 +169,19 @@ class Contraction:
 
 def contraction(
     stacked: Callable[[Any], Any] = lambda answer: answer,
+    by_example: bool = False,
     joined: Callable[[Any, Array], Any] | None = None,
 ) -> Callable[[Callable[[Any, Array], Any]], Contraction]:
-    """A decorator that makes a contraction of a function of (factor, param); the rest as in `Contraction`."""
-    return lambda of: Contraction(getattr(of, "__name__", "contraction"), of, stacked, joined)
+    """A decorator that makes a contraction of a function of (factor, param); the options are those of `Contraction`."""
+    return lambda of: Contraction(getattr(of, "__name__", "contraction"), of, stacked, by_example, joined)
+
+
+def mixing(contract: Contraction) -> None:
+    """Refuse a contraction that answers for each example by itself: the `bwd` of a layer that mixes them calls this."""
+    if contract.by_example:
+        wanted = "a contraction over the whole batch: each example's output depends on all others here, so none has a"
+        remedy = "use total or keep, or a layer that looks at one example at a time, such as group_norm"
+        raise InputError(f"{wanted} gradient of its own", contract.name, remedy)
 
 
 def blocks(param: Array, size: int) -> Array:
@@ -319,7 +330,7 @@ def total(factor: Factor, param: Array) -> Array:
     return answer.astype(param.dtype)
 
 
-@contraction(lambda answer: jnp.moveaxis(answer, 0, 1), columns)
+@contraction(lambda answer: jnp.moveaxis(answer, 0, 1), by_example=True, joined=columns)
 def per_example(factor: Factor, param: Array) -> Array:
     """One gradient an example, [B, *param] ([B, L, *param] under `repeat`), in the parameter's dtype."""
     return _per_example(factor, param, "per_example").astype(param.dtype)
@@ -342,7 +353,9 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
             raise _unknown(factor, name)
 
 
-@contraction(lambda answer: jnp.sum(answer, axis=0), lambda answers, param: jnp.sum(answers, axis=0))
+@contraction(
+    lambda answer: jnp.sum(answer, axis=0), by_example=True, joined=lambda answers, param: jnp.sum(answers, axis=0)
+)
 def squared_norm(factor: Factor, param: Array) -> Array:
     """One squared gradient norm an example, [B], in float32 or wider; summed over the layers of `repeat`.
 
