@@ -2,21 +2,22 @@
 
 An alignment gives each of T steps a class or blank; without repeats, and then without blanks, it reads as the labels
 l_1 .. l_N. With blanks around and between them these are the states s = 0 .. 2N, of class c_s, and an alignment is a
-walk that starts at s <= 1, ends at s >= 2N - 1, and in each step stays, moves on by one, or by two where a label follows
-another one. With log p = log softmax(z), forward and backward in time:
+walk that starts at s <= 1, ends at s >= 2N - 1, and in each step stays, moves on by one, or by two where a label
+follows another one. With log p = log softmax(z), forward and backward in time:
 
     a_t(s) = log p_t(c_s) + log(e^a_{t-1}(s) + e^a_{t-1}(s-1) + [skip s] e^a_{t-1}(s-2))
     b_t(s) = log(e^{b_{t+1}(s) + log p_{t+1}(c_s)} + .. (s+1) + [skip s+2] .. (s+2))
     l      = -log(e^a_T(2N) + e^a_T(2N-1))
 
 Backward, with g = dy of that example: the share of the alignments that is in state s at step t is
-e^(a_t(s) + b_t(s) + l), and
 
-    dz_t(v) = g (softmax(z_t)(v) - sum_s [c_s = v] e^(a_t(s) + b_t(s) + l))
+    r_t(s) = e^(a_t(s) + b_t(s) + l) = softmax over s of a_t + b_t
+    dz_t   = g (softmax(z_t) - sum_s r_t(s) onehot(c_s))
 
 Residuals: z [B, T, V], its log-sums [B, T], a [T, B, 2N + 1], l [B] and the target.  Why these: the backward variables
 b are made on the way back, next to a, in one more scan over time; no array but dz has the size of z.
-Numerics: in float32 for half precision, all in logarithms; states that cannot be reached are at -inf.
+Numerics: in float32 for half precision, all in logarithms; states that cannot be reached are at -inf. r is normalised
+at each step: l, which may be thousands, would bring its rounding with it.
 Source: Graves et al. 2006, "Connectionist temporal classification", section 4.
 """
 
@@ -95,12 +96,12 @@ def ctc(blank: int = 0) -> Loss:
     def states(shape, target):
         labels, n, t = (whole(target[name]).astype(jnp.int32) for name in TARGET)
         batch, most = labels.shape
-        own = jnp.arange(most)[None] < n[:, None]
+        own = jnp.arange(most, dtype=jnp.int32)[None] < n[:, None]
         wrong = own & ((labels < 0) | (labels >= shape[2]) | (labels == blank))
         fits = (n >= 0) & (n <= most) & (t >= 0) & (t <= shape[1]) & ~jnp.any(wrong, axis=1)
         labels = jnp.where(own & ~wrong, labels, blank)
         classes = jnp.full((batch, 2 * most + 1), blank, jnp.int32).at[:, 1::2].set(labels)
-        s = jnp.arange(2 * most + 1)[None]
+        s = jnp.arange(2 * most + 1, dtype=jnp.int32)[None]
         skip = (s >= 2) & (classes != blank) & (classes != _shifted(classes, 2, blank))
         last = (s == 2 * n[:, None]) | ((s == 2 * n[:, None] - 1) & (n[:, None] > 0))
         return States(classes, skip, last, fits), t
@@ -124,7 +125,7 @@ def ctc(blank: int = 0) -> Loss:
 
         # In front of the first step all walks are at the first blank, from where s = 0 and s = 1 are reached.
         start = jnp.where(jnp.arange(of.classes.shape[1]) == 0, 0.0, -jnp.inf).astype(lse.dtype)
-        each = jnp.arange(logits.shape[1]), emitted(logits, lse, of.classes)
+        each = jnp.arange(logits.shape[1], dtype=jnp.int32), emitted(logits, lse, of.classes)
         end, log_a = lax.scan(step, jnp.broadcast_to(start[None], of.classes.shape), each)
         loss = jnp.where(of.fits, -_log_sum(jnp.where(of.last, end, -jnp.inf), 1), jnp.nan)
         return loss, Alignments(logits, lse, log_a, loss, target)
@@ -134,19 +135,19 @@ def ctc(blank: int = 0) -> Loss:
         g = expect.cotangent(dy, loss.shape, loss.dtype)
         of, lengths = states(logits.shape, target)
         end = jnp.where(of.last, 0.0, -jnp.inf).astype(lse.dtype)
-        finite = jnp.where(jnp.isinf(loss), 0.0, loss)[:, None]
 
         def step(b, each):
             t, log_p, a = each
-            share = jnp.exp(a + b + finite)
+            total = _log_sum(a + b, 1)[:, None]
+            share = jnp.exp(a + b - jnp.where(jnp.isneginf(total), 0.0, total))
             after = b + log_p
             ways = after, _shifted(after, -1, -jnp.inf), _shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf)
             return jnp.where((t < lengths)[:, None], _log_sum(jnp.stack(ways), 0), end), share
 
-        each = jnp.arange(logits.shape[1]), emitted(logits, lse, of.classes), log_a
-        _, shares = lax.scan(step, end, each, reverse=True)
+        steps = jnp.arange(logits.shape[1], dtype=jnp.int32)
+        _, shares = lax.scan(step, end, (steps, emitted(logits, lse, of.classes), log_a), reverse=True)
         softmax = jnp.exp(logits.astype(lse.dtype) - lse[..., None])
-        examples, steps = jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1])
+        examples = jnp.arange(logits.shape[0], dtype=jnp.int32)
         place = examples[:, None, None], steps[None, :, None], of.classes[:, None]
         slope = softmax.at[place].add(-jnp.swapaxes(shares, 0, 1))
         counted = (steps[None] < lengths[:, None]) & ~jnp.isinf(loss)[:, None]

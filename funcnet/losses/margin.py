@@ -74,7 +74,7 @@ def hinge() -> Loss:
 
 
 def triplet(margin: float = 1.0) -> Loss:
-    """max(0, |a - p| - |a - n| + margin) over the last axis: an anchor a and (positive, negative), all [.., D], to [..].
+    """max(0, |a - p| - |a - n| + margin) over the last axis: anchor a and (positive, negative), all [.., D], to [..].
 
     The prediction is the anchor, the target the pair of a positive, which is to be nearer, and a negative.
 

@@ -8,8 +8,8 @@ With u = a / |a|, v = b / |b| for B pairs (a_i, b_i), and S = u v^T / temperatur
 
     contrastive    l_i = (log sum_j e^S_ij + log sum_j e^S_ji) / 2 - S_ii
 
-the mean of two cross-entropies: to find b_i for a_i among all b, and a_i for b_i among all a. With p_ij = softmax over j
-of S_ij, q_ij = softmax over i of S_ij:
+the mean of two cross-entropies: to find b_i for a_i among all b, and a_i for b_i among all a. With p_ij the softmax
+over j of S_ij and q_ij that over i:
 
     dS_ij = (g_i p_ij + g_j q_ij) / 2 - [i = j] g_i        du = dS v / temperature        dv = dS^T u / temperature
 
@@ -60,8 +60,8 @@ def cosine() -> Loss:
 def contrastive(temperature: float = 0.07) -> Loss:
     """InfoNCE of B pairs, both ways: a [B, D] and b [B, D] to [B]; the others of the batch are the negatives.
 
-    The cosines of all a_i with all b_j, divided by the temperature, are logits of two cross-entropies: b_i is to be found
-    for a_i, and a_i for b_i; the value of a pair is their mean. A vector of 0 has cosine 0 with all, and gradient 0.
+    The cosines of all a_i with all b_j, divided by the temperature, are logits of two cross-entropies: b_i is to be
+    found for a_i, and a_i for b_i; the value of a pair is their mean. A vector of 0 has cosine 0 with all, gradient 0.
 
     Since a pair's value depends on all others, no example has a gradient of its own: `fn.per_example` and
     `fn.squared_norm` are refused, also for the model in front. Micro-batches (`accumulate`) have their own negatives.

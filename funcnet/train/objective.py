@@ -11,7 +11,7 @@ loss may make both of its passes in one (`Loss.ahead`).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jax import Array
 from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_array, is_floating
 from funcnet.factors import Contraction, total
-from funcnet.layer import Layer, a_layer
+from funcnet.layer import Layer, Made, a_layer
 from funcnet.losses.loss import Loss, as_loss
 
 Tree = Any
@@ -135,6 +135,29 @@ def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
         pair = prediction, targets
         values, loss_state, loss_residuals = objective.loss.fwd(own.loss, states.loss, pair, loss_key(key))
     return values, join(params, model_state, loss_state), (residuals, loss_residuals)
+
+
+def as_layer(objective: Objective) -> Layer:
+    """Model and loss as one layer from a batch (inputs, targets) to the values of the loss."""
+
+    def apply(params, state, batch):
+        own, states = split(params, state)
+        prediction = objective.model.apply(own.model, states.model, batch[0])
+        with at(objective.loss.name):
+            return objective.loss.apply(own.loss, states.loss, (prediction, batch[1]))
+
+    def fwd(params, state, batch, key):
+        return forward(objective, params, state, batch, key)
+
+    def bwd(params, residuals, dy, contract=total):
+        of_model, of_loss = Both(**params) if is_both(params) else Both(params, {})
+        dloss, (dprediction, dtargets) = objective.loss.bwd(of_loss, residuals[1], dy, contract)
+        dmodel, dinputs = objective.model.bwd(of_model, residuals[0], dprediction, contract)
+        return join(params, dmodel, dloss), (dinputs, dtargets)
+
+    parts = {"model": objective.model, "loss": objective.loss}
+    again = lambda parts: as_layer(replace(objective, **parts))
+    return Layer("objective", objective.init, apply, fwd, bwd, parts, again, Made("objective", fwd, bwd))
 
 
 def loss_key(key: Array | None) -> Array | None:

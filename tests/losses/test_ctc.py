@@ -177,11 +177,11 @@ def test_long_sequences_do_not_underflow():
     target = {"labels": labels, "label_lengths": np.array([300]), "logit_lengths": np.array([800])}
     values, dz = pull(logits, target, np.ones(1, np.float32))
     assert 1000 < values[0] < np.inf
-    np.testing.assert_allclose(np.sum(dz, -1), 0, atol=1e-3)  # at each step the shares of the classes sum to one
+    np.testing.assert_allclose(np.sum(dz, -1), 0, atol=1e-5)  # at each step the shares of the classes sum to one
     assert np.abs(dz).max() > 0.5
 
 
-def test_an_objective_trains_with_it():
+def test_an_objective_trains_with_it(standard_promotion):
     objective = fn.objective(fn.dense(V), fn.ctc())
     optimizer = optax.adam(0.1)
     batch = np.float32(LOGITS), TARGET
