@@ -184,6 +184,7 @@ def linear_cross_entropy(
             factors = {"kernel": Outer(x, dz), "bias": Shift(dz)}
             return dx, {name: contract(factors[name], head[name]) for name in names}
 
+        answers: Any
         dx, answers = lax.scan(body, jnp.zeros(flat(x).shape, lse.dtype), blocks(params["kernel"], size))
         if contract.joined is None:
             factors = {"kernel": Blocks(saved, outer, size), "bias": Blocks(saved, shift, size)}

@@ -52,7 +52,7 @@ class Objective:
             own = self.loss.init(jax.random.fold_in(key, LAST), (prediction, expect.shapes(targets)))
         if not jax.tree.leaves(own):
             return params, state
-        return tuple({"model": a, "loss": b} for a, b in zip((params, state), own, strict=True))
+        return {"model": params, "loss": own[0]}, {"model": state, "loss": own[1]}
 
 
 def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, Any], Array]] | None = None) -> Objective:
@@ -192,18 +192,19 @@ def start(
     own, states = split(params, state)
     prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
     pair = prediction, targets
-    at_once = loss.at_once if contract is total else None
-    with at(loss.name):
-        if at_once is not None:
-            values, (dloss, (dprediction, _)) = at_once(own.loss, pair, weights)
-            loss_state = states.loss
-        else:
-            values, loss_state, loss_residuals = loss.fwd(own.loss, states.loss, pair, loss_key(key))
-    weights = weights.astype(values.dtype)
-    sums = weighted_sums(objective, prediction, targets, values, weights)
-    if at_once is None:
+
+    def summed(values):
+        return weighted_sums(objective, prediction, targets, values, weights.astype(values.dtype))
+
+    if loss.at_once is not None and contract is total:
         with at(loss.name):
-            dloss, (dprediction, _) = loss.bwd(own.loss, loss_residuals, weights, contract)
+            values, (dloss, (dprediction, _)) = loss.at_once(own.loss, pair, weights)
+        return Start(summed(values), join(params, model_state, states.loss), residuals, dprediction, dloss)
+    with at(loss.name):
+        values, loss_state, loss_residuals = loss.fwd(own.loss, states.loss, pair, loss_key(key))
+    sums = summed(values)  # refuses values of a wrong shape, which bwd would not understand
+    with at(loss.name):
+        dloss, (dprediction, _) = loss.bwd(own.loss, loss_residuals, weights.astype(values.dtype), contract)
     return Start(sums, join(params, model_state, loss_state), residuals, dprediction, dloss)
 
 

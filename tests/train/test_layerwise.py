@@ -236,7 +236,4 @@ def test_a_loss_with_parameters_is_updated_first(name):
     chex.assert_trees_all_equal_structs(plain, layerwise)
     chex.assert_trees_all_close(layerwise, plain, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
-    start = fn.init_train_state(
-        fn.objective(model, fn.linear_cross_entropy(5)), optax.sgd(1.0), jax.random.key(0), BATCH
-    )
-    assert np.abs(layerwise.params["loss"]["bias"] - start.params["loss"]["bias"]).max() > 1e-3
+    assert np.abs(layerwise.params["loss"]["bias"]).max() > 1e-3  # it began at 0

@@ -261,9 +261,8 @@ def test_fit_and_evaluate_take_a_loss_with_parameters():
 
 def test_a_layer_that_is_not_finite_is_named_before_a_loss_with_parameters():
     state = fresh(HEAD)
-    kernel = state.params["model"]["dense"]["kernel"].at[0, 0].set(np.inf)
-    params = state.params | {
-        "model": state.params["model"] | {"dense": state.params["model"]["dense"] | {"kernel": kernel}}
-    }
-    with pytest.raises(fn.train.finite.NotFiniteError, match="output that is not finite: dense"):
+    model = state.params["model"]
+    bad = model | {"dense": model["dense"] | {"bias": model["dense"]["bias"].at[0].set(np.inf)}}
+    params = state.params | {"model": bad}
+    with pytest.raises(fn.NotFiniteError, match="output that is not finite: dense"):
         fn.fit(HEAD, OPTIMIZER, replace(state, params=params), batches(), 1)

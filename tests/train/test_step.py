@@ -299,9 +299,8 @@ def test_a_loss_with_parameters_trains_as_a_model_that_ends_with_its_head(accumu
         state, metrics = steps[0](state, BATCH)
         other, wanted = steps[1](other, BATCH)
         chex.assert_trees_all_close(metrics, wanted, rtol=1e-4)
-    chex.assert_trees_all_close(
-        state.params["model"] | {"head": state.params["loss"]}, other.params, rtol=1e-3, atol=1e-5
-    )
+    params = state.params["model"] | {"head": state.params["loss"]}
+    chex.assert_trees_all_close(params, other.params, rtol=1e-3, atol=1e-5)
 
 
 def test_a_fresh_state_refuses_labels_that_the_loss_with_parameters_has_no_class_for():
