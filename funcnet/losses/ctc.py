@@ -138,8 +138,9 @@ def ctc(blank: int = 0) -> Loss:
 
         def step(b, each):
             t, log_p, a = each
-            total = _log_sum(a + b, 1)[:, None]
-            share = jnp.exp(a + b - jnp.where(jnp.isneginf(total), 0.0, total))
+            share = jnp.exp(a + b - _highest(a + b, 1))
+            total = jnp.sum(share, axis=1, keepdims=True)
+            share = share / jnp.where(total == 0, 1.0, total)
             after = b + log_p
             ways = after, _shifted(after, -1, -jnp.inf), _shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf)
             return jnp.where((t < lengths)[:, None], _log_sum(jnp.stack(ways), 0), end), share
@@ -167,10 +168,15 @@ def _shifted(a: Array, by: int, fill: float) -> Array:
 
 def _log_sum(a: Array, axis: int) -> Array:
     """log sum e^a, -inf where all are; its derivatives there are 0, not NaN."""
-    top = lax.stop_gradient(jnp.max(a, axis=axis, keepdims=True))
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    top = _highest(a, axis)
     total = jnp.sum(jnp.exp(a - top), axis=axis)
     return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)) + jnp.squeeze(top, axis))
+
+
+def _highest(a: Array, axis: int) -> Array:
+    """The maximum, a constant for derivatives, as an axis of one; 0 in place of -inf."""
+    top = lax.stop_gradient(jnp.max(a, axis=axis, keepdims=True))
+    return jnp.where(jnp.isneginf(top), 0.0, top)
 
 
 def _structure(logits: Any, target: Any) -> None:

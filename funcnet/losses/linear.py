@@ -30,6 +30,7 @@ from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax, nn
 from jax.nn import initializers
@@ -207,7 +208,7 @@ def linear_cross_entropy(
         return Shift(dz_of(saved, i, size)[1])
 
     def both(params, pair, weights):
-        x, label, rows, labels = entered(params, pair)
+        x, label, rows, labels = entered(params, jax.tree.map(jnp.asarray, pair))
         high, width = wide(x.dtype), even(vocab, COLUMNS)
         g = expect.cotangent(weights, label.shape, weights.dtype).astype(high).reshape(-1)
         size = even(len(rows), chunk // vocab)
