@@ -76,7 +76,8 @@ def hinge() -> Loss:
 def triplet(margin: float = 1.0) -> Loss:
     """max(0, |a - p| - |a - n| + margin) over the last axis: anchor a and (positive, negative), all [.., D], to [..].
 
-    The prediction is the anchor, the target the pair of a positive, which is to be nearer, and a negative.
+    The prediction is the anchor, the target the pair of a positive, which is to be nearer, and a negative. Where models
+    make all three, loss and models are one layer: `fn.serial(fn.parallel(f, fn.parallel(g, h)), fn.triplet())`.
 
     Args:
         margin: by how much nearer, positive; its unit is that of the distances.

@@ -63,6 +63,9 @@ def contrastive(temperature: float = 0.07) -> Loss:
     The cosines of all a_i with all b_j, divided by the temperature, are logits of two cross-entropies: b_i is to be
     found for a_i, and a_i for b_i; the value of a pair is their mean. A vector of 0 has cosine 0 with all, gradient 0.
 
+    Where a model makes both, loss and model are one layer with a value for each pair:
+    `fn.serial(fn.parallel(f, g), fn.contrastive())`.
+
     Since a pair's value depends on all others, no example has a gradient of its own: `fn.per_example` and
     `fn.squared_norm` are refused, also for the model in front. Micro-batches (`accumulate`) have their own negatives.
 

@@ -79,3 +79,11 @@ def test_contrastive_in_half_precision_is_float32_rounded(dtype):
     assert [x.dtype for x in got] == [jnp.float32, dtype, dtype]
     for x, y in zip(got, wanted, strict=True):
         np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [fn.contrastive(), fn.triplet()], ids=lambda loss: loss.name)
+def test_behind_models_that_make_both_sides_it_is_one_layer_with_them(loss):
+    other = fn.dense(3) if loss.name == "contrastive" else fn.parallel(fn.dense(3), fn.dense(3))
+    whole = fn.serial(fn.parallel(fn.dense(3), other), loss)
+    x = "f32[4,5]", "f32[4,2]" if loss.name == "contrastive" else ("f32[4,2]", "f32[4,3]")
+    fn.check_layer(whole, x, oracles=("autodiff",)).raise_for_failure()
