@@ -214,9 +214,15 @@ def linear_cross_entropy(
         size = even(len(rows), chunk // vocab)
 
         def chunks(a):
-            """[N, ..] as [chunks, size, ..]; what is added at the end has weight 0."""
+            """[N, ..] as [chunks, size, ..], what is added at the end with weight 0.
+
+            A chunk has every so-maniest position, so that a batch that is cut along a mesh stays so.
+            """
             padded = jnp.pad(a, [(0, -len(a) % size)] + [(0, 0)] * (a.ndim - 1))
-            return padded.reshape(-1, size, *a.shape[1:])
+            return jnp.moveaxis(padded.reshape(size, -1, *a.shape[1:]), 1, 0)
+
+        def joined(a):
+            return jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])[: len(rows)]
 
         def chunk_of(grads, each):
             x, label, g = each
@@ -239,8 +245,7 @@ def linear_cross_entropy(
         zeros = {name: jnp.zeros(params[name].shape, high) for name in names}
         grads, (loss, dx) = lax.scan(chunk_of, zeros, (chunks(rows), chunks(labels), chunks(g)))
         dparams = {name: grads[name].astype(params[name].dtype) for name in names}
-        loss, dx = loss.reshape(-1)[: len(rows)], dx.reshape(-1, x.shape[-1])[: len(rows)]
-        return loss.reshape(label.shape), (dparams, (dx.reshape(x.shape), None))
+        return joined(loss).reshape(label.shape), (dparams, (joined(dx).reshape(x.shape), None))
 
     loss = as_loss(stateless("linear_cross_entropy", init, fwd, bwd))
     return replace(loss, counted=lambda t: counts(t, ignore_index), check=check, ahead=Ahead(both, loss.fwd, loss.bwd))

@@ -1,6 +1,10 @@
 """linear_cross_entropy against the logits of `dense` and their loss, by optax and PyTorch; both of its ways agree."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ import pytest
 
 import funcnet as fn
 
+ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 N, D, V = 7, 5, 11
 X, KERNEL, BIAS = RNG.normal(size=(N, D)), RNG.normal(size=(D, V)), RNG.normal(size=V)
@@ -216,6 +221,31 @@ def test_logits_are_never_whole(way):
     args = {"kernel": jnp.ones((2, classes)), "bias": jnp.ones(classes)}, jnp.ones((positions, 2))
     label = jnp.zeros(positions, jnp.int32)
     assert largest_array(partial(way, loss), *args, label, jnp.ones(positions)) <= chunk < positions * classes
+
+
+CUT = """
+import jax, numpy as np, funcnet as fn
+rng = np.random.default_rng(0)
+batch = rng.standard_normal((16, 4)).astype(np.float32), rng.integers(0, 50, 16).astype(np.int32)
+objective = fn.objective(fn.dense(8), fn.linear_cross_entropy(50, chunk=200))
+params, state = objective.init(jax.random.key(0), batch)
+f = jax.jit(fn.value_and_grad(objective))
+wanted = f(params, state, batch)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+at = lambda *axes: jax.sharding.NamedSharding(mesh, jax.P(*axes))
+args = jax.device_put(params, at()), state, jax.device_put(batch, at("data"))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), f(*args), wanted)
+program = f.lower(*args).compile().as_text()
+assert "all-reduce" in program
+assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
+"""
+
+
+def test_a_batch_that_is_cut_along_a_mesh_stays_so_in_the_chunks():
+    """Data-parallel, on two simulated devices: gradients are summed over them, features and labels stay where they are."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", CUT], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_at_once_stands_for_the_losss_own_passes_alone():
