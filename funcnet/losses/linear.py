@@ -216,7 +216,7 @@ def linear_cross_entropy(
         def chunks(a):
             """[N, ..] as [chunks, size, ..], what is added at the end with weight 0.
 
-            A chunk has every so-maniest position, so that a batch that is cut along a mesh stays so.
+            A chunk has every n-th position, n the number of chunks, so that a batch that is cut along a mesh stays so.
             """
             padded = jnp.pad(a, [(0, -len(a) % size)] + [(0, 0)] * (a.ndim - 1))
             return jnp.moveaxis(padded.reshape(size, -1, *a.shape[1:]), 1, 0)

@@ -242,7 +242,7 @@ assert not any(word in program for word in ("all-gather", "all-to-all", "collect
 
 
 def test_a_batch_that_is_cut_along_a_mesh_stays_so_in_the_chunks():
-    """Data-parallel, on two simulated devices: gradients are summed over them, features and labels stay where they are."""
+    """Data-parallel, on two simulated devices: gradients are summed over them, all else stays where it is."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", CUT], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
