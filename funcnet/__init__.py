@@ -9,6 +9,7 @@ from funcnet.combine import parallel, repeat, serial, skip
 from funcnet.expect import InputError
 from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
 from funcnet.factors import (
+    Blocks,
     Contraction,
     Gather,
     Outer,
@@ -58,18 +59,15 @@ from funcnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_
 from funcnet.layers.recurrent import bidirectional, gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
-from funcnet.losses import (
-    Loss,
-    binary_cross_entropy,
-    cosine,
-    cross_entropy,
-    focal,
-    hinge,
-    huber,
-    kl_divergence,
-    mae,
-    mse,
-)
+from funcnet.losses.binary import binary_cross_entropy, focal
+from funcnet.losses.cross_entropy import cross_entropy
+from funcnet.losses.ctc import ctc
+from funcnet.losses.divergence import kl_divergence
+from funcnet.losses.linear import linear_cross_entropy
+from funcnet.losses.loss import Loss
+from funcnet.losses.margin import hinge, triplet
+from funcnet.losses.regression import huber, mae, mse
+from funcnet.losses.similarity import contrastive, cosine
 from funcnet.summary import Row, Summary, summary
 from funcnet.train.finite import NotFiniteError
 from funcnet.train.layerwise import layerwise_step
@@ -81,6 +79,7 @@ from funcnet.worked import WORKED, Worked
 
 __all__ = [
     "WORKED",
+    "Blocks",
     "ChainRule",
     "Contraction",
     "Explanation",
@@ -113,9 +112,11 @@ __all__ = [
     "check_vjp",
     "compare_grads",
     "contraction",
+    "contrastive",
     "conv",
     "cosine",
     "cross_entropy",
+    "ctc",
     "dense",
     "derivative",
     "drop_path",
@@ -153,6 +154,7 @@ __all__ = [
     "layer_norm",
     "layerwise_step",
     "leaky_relu",
+    "linear_cross_entropy",
     "log_sigmoid",
     "log_softmax",
     "lstm",
@@ -195,5 +197,6 @@ __all__ = [
     "tanh",
     "total",
     "train_step",
+    "triplet",
     "value_and_grad",
 ]

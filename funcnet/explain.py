@@ -21,7 +21,7 @@ import numpy as np
 from funcnet.expect import InputError, describe, is_floating
 from funcnet.factors import total
 from funcnet.layer import Layer, a_layer
-from funcnet.train.objective import Batch, Objective, as_weights, check_batch, start
+from funcnet.train.objective import Batch, Objective, as_weights, check_batch, is_both, split, start
 
 Tree = Any
 LARGEST = 2**28  # bytes of a Jacobian that `layer_jacobians` forms
@@ -169,13 +169,13 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
     """Run one forward and one backward pass and tell what every layer did in them.
 
     The turns of a `repeat` are shown one by one, the layers inside `skip` and `parallel` in the order they run, without
-    a row for the sum. An array that two layers keep counts in both of their rows. The pass is not compiled, so that
-    every number can be looked at; it takes the time and the memory of such a pass. A layer inside `remat` shows the
-    residuals of its second run.
+    a row for the sum; a loss with parameters of its own has the last row. An array that two layers keep counts in both
+    of their rows. The pass is not compiled, so that every number can be looked at; it takes the time and the memory of
+    such a pass. A layer inside `remat` shows the residuals of its second run.
 
     Args:
         objective: from `fn.objective`.
-        params, state: of its model.
+        params, state: of its model, or {"model": .., "loss": ..} as from `objective.init`.
         batch: (inputs, targets).
         key: a `jax.random.key`, or None for a model that draws nothing.
 
@@ -186,9 +186,13 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
         raise InputError("an objective", describe(objective), "make one: fn.objective(model, loss)")
     inputs, targets = check_batch(batch)
     records: dict[tuple[str, ...], dict[str, Any]] = {}
-    watched = replace(objective, model=_watched(objective.model, (), records))
+    model, loss = _watched(objective.model, (), records), objective.loss
+    own, _ = split(params, state)
+    if is_both(params):
+        loss = _noting(loss, (loss.name,), records)
+    watched = replace(objective, model=model, loss=loss)
     begun = start(watched, params, state, batch, key, as_weights(objective, targets, None))
-    watched.model.bwd(params, begun.residuals, begun.dprediction)
+    model.bwd(own.model, begun.residuals, begun.dprediction)
     ends = _rms(inputs), _rms(begun.dprediction)
     steps = tuple(_step(path, record, ends) for path, record in records.items())
     return Explanation(steps, float(begun.sums["loss"]), objective.loss.name, describe(inputs))

@@ -12,6 +12,7 @@ With b over examples and t over positions (every axis between the first and the 
     Scale(x_hat, dy)   dL/dscale[j]     = sum_bt x_hat[b, t, j] dy[b, t, j]
     Gather(ids, dy)    dL/dtable[v, j]  = sum_bt [ids[b, t] = v] dy[b, t, j]
     Window(x, dy)      dL/dkernel[o, i, j] = sum_bt x[b, s t + o, i] dy[b, t, j]        s the stride
+    Blocks(..)         one of these for each block of the parameter's last axis, formed when it is contracted
 
 A contraction is one function of a factor and its parameter, so one backward pass serves them all:
 
@@ -93,7 +94,25 @@ class Window:
     layers: int = _static(0)
 
 
-Factor = Outer | Shift | Scale | Gather | Window
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Blocks:
+    """A factor that is formed block by block, for a parameter whose last axis is too long to form it whole.
+
+    Attributes:
+        saved: arrays, their batch axis in front or shared by all examples.
+        of: (saved, i, size) -> the factor of `block(param, i, size)`, a plain function; what the block has in common
+            with the one before it is zero in it.
+        size: of a block.
+    """
+
+    saved: Any
+    of: Callable[[Any, Array, int], Any] = field(metadata={"static": True})
+    size: int = field(metadata={"static": True})
+    layers: int = _static(0)
+
+
+Factor = Outer | Shift | Scale | Gather | Window | Blocks
 
 
 def is_factor(x: Any) -> bool:
@@ -124,25 +143,74 @@ class Contraction:
         name: how errors call it.
         of: (factor, param) -> answer, for a factor without layer axes.
         stacked: answer with a layer axis in front -> the answer for the stacked parameter.
+        by_example: whether it answers for each example by itself.
+        joined: (answers, param) -> the answer for a parameter, from those for the blocks of its last axis, stacked in
+            front; None for a contraction that makes nothing of the numbers themselves, and takes `Blocks` as they are.
     """
 
     name: str
     of: Callable[[Any, Array], Any]
     stacked: Callable[[Any], Any] = lambda answer: answer
+    by_example: bool = False
+    joined: Callable[[Any, Array], Any] | None = None
 
     def __call__(self, factor: Any, param: Array) -> Any:
         if not hasattr(factor, "layers"):
             raise _unknown(factor, self.name)
         if factor.layers == 0:
-            return self.of(factor, param)
+            if self.joined is None or not isinstance(factor, Blocks):
+                return self.of(factor, param)
+            return self.joined(lax.map(lambda i: self._of_block(factor, param, i), blocks(param, factor.size)), param)
         return self.stacked(jax.vmap(self)(replace(factor, layers=factor.layers - 1), param))
+
+    def _of_block(self, factor: Blocks, param: Array, i: Array) -> Any:
+        return self(factor.of(factor.saved, i, factor.size), block(param, i, factor.size))
 
 
 def contraction(
     stacked: Callable[[Any], Any] = lambda answer: answer,
+    by_example: bool = False,
+    joined: Callable[[Any, Array], Any] | None = None,
 ) -> Callable[[Callable[[Any, Array], Any]], Contraction]:
-    """A decorator that makes a contraction of a function of (factor, param); `stacked` as in `Contraction`."""
-    return lambda of: Contraction(getattr(of, "__name__", "contraction"), of, stacked)
+    """A decorator that makes a contraction of a function of (factor, param); the options are those of `Contraction`."""
+    return lambda of: Contraction(getattr(of, "__name__", "contraction"), of, stacked, by_example, joined)
+
+
+def mixing(contract: Contraction) -> None:
+    """Refuse a contraction that answers for each example by itself: the `bwd` of a layer that mixes them calls this."""
+    if contract.by_example:
+        wanted = "a contraction over the whole batch: each example's output depends on all others here, so none has a"
+        remedy = "use total or keep, or a layer that looks at one example at a time, such as group_norm"
+        raise InputError(f"{wanted} gradient of its own", contract.name, remedy)
+
+
+def blocks(param: Array, size: int) -> Array:
+    """The numbers of the blocks of the last axis."""
+    return jnp.arange(-(-param.shape[-1] // size))
+
+
+def block(param: Array, i: Array, size: int) -> Array:
+    """Block i of the last axis; the last one ends where the axis does, and begins inside the one before it."""
+    return lax.dynamic_slice_in_dim(param, jnp.minimum(i * size, param.shape[-1] - size), size, -1)
+
+
+def add_block(param: Array, a: Array, i: Array, size: int) -> Array:
+    """`param` with `a` added to its block i."""
+    start = jnp.minimum(i * size, param.shape[-1] - size)
+    return lax.dynamic_update_slice_in_dim(param, block(param, i, size) + a, start, -1)
+
+
+def fresh(i: Array, size: int, of: int) -> tuple[Array, Array]:
+    """The entries of block i of an axis, and whether each is in no block before it."""
+    entries = jnp.minimum(i * size, of - size) + jnp.arange(size)
+    return entries, entries >= i * size
+
+
+def columns(answers: Array, param: Array) -> Array:
+    """Blocks [n, .., size] as one array [.., V]; from the last one what is not in the one before it."""
+    n, size = answers.shape[0], answers.shape[-1]
+    first = jnp.moveaxis(answers[:-1], 0, -2).reshape(*answers.shape[1:-1], (n - 1) * size)
+    return jnp.concatenate([first, answers[-1][..., n * size - param.shape[-1] :]], axis=-1)
 
 
 def wide(dtype: Any) -> Any:
@@ -241,7 +309,7 @@ def _touched(ids: Array, dy: Array, size: int) -> Rows:
     return Rows(unique, _table(place, dy, ids.size))
 
 
-@contraction()
+@contraction(joined=columns)
 def total(factor: Factor, param: Array) -> Array:
     """The gradient: summed over examples and positions in float32 or wider, in the parameter's dtype and sharding."""
     match factor:
@@ -262,7 +330,7 @@ def total(factor: Factor, param: Array) -> Array:
     return answer.astype(param.dtype)
 
 
-@contraction(lambda answer: jnp.moveaxis(answer, 0, 1))
+@contraction(lambda answer: jnp.moveaxis(answer, 0, 1), by_example=True, joined=columns)
 def per_example(factor: Factor, param: Array) -> Array:
     """One gradient an example, [B, *param] ([B, L, *param] under `repeat`), in the parameter's dtype."""
     return _per_example(factor, param, "per_example").astype(param.dtype)
@@ -285,7 +353,9 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
             raise _unknown(factor, name)
 
 
-@contraction(lambda answer: jnp.sum(answer, axis=0))
+@contraction(
+    lambda answer: jnp.sum(answer, axis=0), by_example=True, joined=lambda answers, param: jnp.sum(answers, axis=0)
+)
 def squared_norm(factor: Factor, param: Array) -> Array:
     """One squared gradient norm an example, [B], in float32 or wider; summed over the layers of `repeat`.
 
@@ -318,7 +388,7 @@ def _examples_in_table(factor: Gather, name: str) -> tuple[Array, Array]:
     return ids.reshape(dy.shape[:2]), dy
 
 
-@contraction()
+@contraction(joined=columns)
 def rows(factor: Factor, param: Array) -> Array | Rows:
     """The touched rows of a table's gradient, as `Rows`; for every other factor what `total` gives.
 

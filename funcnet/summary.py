@@ -9,6 +9,7 @@ from funcnet import expect
 from funcnet.expect import describe
 from funcnet.layer import Layer, a_layer
 from funcnet.observe import observe, paths
+from funcnet.train.objective import Objective, as_layer
 
 Tree = Any
 
@@ -74,18 +75,18 @@ class Summary:
         return "\n".join([*table, foot])
 
 
-def summary(layer: Layer, x: Any) -> Summary:
-    """Tabulate `layer` for the input `x`: outputs, parameters and residual bytes by layer. `print` it.
+def summary(layer: Layer | Objective, x: Any) -> Summary:
+    """Tabulate a layer, or a model and its loss, for the input `x`: outputs, parameters, residual bytes. `print` it.
 
     Everything is found by abstract evaluation, so a model of any size costs milliseconds and no memory. An array that
     two layers keep, such as a relu's output that is the next layer's input, stands in both rows and counts once in what
     contains them, and in the total.
 
     Args:
-        layer: any layer.
-        x: its input: an array, a `jax.ShapeDtypeStruct`, or a pytree of them.
+        layer: any layer, or an objective.
+        x: its input: an array, a `jax.ShapeDtypeStruct`, or a pytree of them; for an objective (inputs, targets).
     """
-    a_layer(layer)
+    layer = as_layer(layer) if isinstance(layer, Objective) else a_layer(layer)
     x = expect.shapes(x)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, state = jax.eval_shape(layer.init, key, x)

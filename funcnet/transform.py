@@ -50,12 +50,20 @@ def rerun(layer: Layer, params: Tree, saved: Rerun, dy: Tree) -> Tree:
     return layer.fwd(params, saved.state, after(dy, saved.x), saved.key)[2]
 
 
+class Mixed(NamedTuple):
+    """Residuals of `mixed`: the layer's own, and for each of its outputs an empty array of the dtype it returned."""
+
+    residuals: Tree
+    outputs: Tree
+
+
 def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", output: Any = "float32") -> Layer:
     """The same layer with a dtype each for its params, its computation and its input and output.
 
     Floating params and inputs are cast to `compute` on the way in, outputs to `output` on the way out; cotangents go
-    the other way. Gradients are contracted wide and handed out in the params' own dtype, not rounded to `compute`
-    first. Residuals are in `compute`. Names and params are the layer's own.
+    the other way, in the dtype that the layer itself returned: that of a loss's values is float32 whatever it is given.
+    Gradients are contracted wide and handed out in the params' own dtype, not rounded to `compute` first. Residuals are
+    in `compute`. Names and params are the layer's own.
 
     Args:
         param: dtype of the params that `init` makes and `bwd` returns gradients in.
@@ -89,11 +97,15 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
 
     def fwd(params, state, x, key):
         y, state, residuals = layer.fwd(cast(params, compute), state, enter(x), key)
-        return cast(y, output), state, residuals
+        outputs = jax.tree.map(lambda leaf: jnp.zeros((0,), leaf.dtype), y)
+        return cast(y, output), state, Mixed(residuals, outputs)
 
-    def bwd(params, residuals, dy, contract=total):
+    def bwd(params, saved, dy, contract=total):
         in_param_dtype = replace(contract, of=lambda factor, p: contract.of(factor, p.astype(param)))
-        dparams, dx = layer.bwd(cast(params, compute), residuals, cast(dy, compute), in_param_dtype)
+        fits = jax.tree.structure(dy, lambda leaf: leaf is None) == jax.tree.structure(saved.outputs)
+        if fits:  # else the layer inside says what is wrong
+            dy = jax.tree.map(lambda like, leaf: cast(leaf, like.dtype), saved.outputs, dy)
+        dparams, dx = layer.bwd(cast(params, compute), saved.residuals, dy, in_param_dtype)
         return dparams, cast(dx, output)
 
     def again(layer):

@@ -208,3 +208,17 @@ def test_a_layer_of_several_inputs_has_a_jacobian_for_each():
     last = fn.explain(fn.objective(model, fn.cross_entropy()), params, state, (x, BATCH[1])).steps[-1]
     assert last.jacobians == {"x0": "[4, 5, 4, 5]", "x1": "[4, 5, 4, 5]"}
     assert last.jacobian_bytes == 2 * 4 * 20 * 20
+
+
+def test_a_loss_with_parameters_is_the_last_layer():
+    model, loss = fn.serial(fn.dense(6), fn.tanh()), fn.linear_cross_entropy(5)
+    objective = fn.objective(model, loss)
+    params, state = objective.init(jax.random.key(0), BATCH)
+    explanation = fn.explain(objective, params, state, BATCH)
+    assert [step.name for step in explanation.steps] == ["dense", "tanh", "linear_cross_entropy"]
+    (value, _), grads = fn.value_and_grad(objective)(params, state, BATCH)
+    np.testing.assert_allclose(explanation.loss, value, rtol=1e-6)
+    for step, own in zip(explanation.steps[::2], (grads["model"]["dense"], grads["loss"]), strict=True):
+        wanted = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(own)))
+        np.testing.assert_allclose(step.gradient, wanted, rtol=1e-5)
+    assert "linear_cross_entropy  [4]" in str(explanation)

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import funcnet as fn
-from funcnet.factors import flat, wide
+from funcnet.factors import add_block, blocks, columns, flat, fresh, mixing, wide
+from funcnet.factors import block as block_of
 from funcnet.layer import no_params
 
 HALF = [jnp.float16, jnp.bfloat16]
@@ -396,3 +397,44 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     print(json.dumps(check_all_sharded()))
+
+
+def outer_of_columns(saved, i, size):
+    """Block i of Outer(x, dy), as a layer makes it that forms no more of dy at a time."""
+    x, dy = saved
+    new = fresh(i, size, dy.shape[-1])[1]
+    return fn.Outer(x, jnp.where(new, block_of(dy, i, size), 0.0))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7])
+@pytest.mark.parametrize("how", [fn.total, fn.per_example, fn.squared_norm, fn.rows], ids=lambda how: how.name)
+def test_blocks_are_contracted_as_what_they_are_blocks_of(how, size):
+    """Also where `repeat` has stacked them, and where the last block reaches into the one before it."""
+    x, dy, kernel = normal(0, jnp.ones((2, 4, 3, 5))), normal(1, jnp.ones((2, 4, 3, 7))), jnp.ones((2, 5, 7))
+    with jax.numpy_rank_promotion("allow"):
+        alone = how(fn.Blocks((x[0], dy[0]), outer_of_columns, size), kernel[0])
+        stacked = how(fn.Blocks((x, dy), outer_of_columns, size, layers=1), kernel)
+    np.testing.assert_allclose(alone, how(fn.Outer(x[0], dy[0]), kernel[0]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stacked, how(fn.Outer(x, dy, layers=1), kernel), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7])
+def test_blocks_cover_an_axis_once(size):
+    param, added = jnp.arange(14.0).reshape(2, 7), jnp.zeros((2, 7))
+    numbers = blocks(param, size)
+    answers = jnp.stack([block_of(param, i, size) for i in numbers])
+    np.testing.assert_array_equal(columns(answers, param), param)
+    entries = np.concatenate([np.asarray(e)[np.asarray(new)] for e, new in (fresh(i, size, 7) for i in numbers)])
+    np.testing.assert_array_equal(entries, np.arange(7))
+    for i in numbers:
+        new = fresh(i, size, 7)[1][None]
+        added = add_block(added, jnp.where(new, block_of(param, i, size), 0.0), i, size)
+    np.testing.assert_array_equal(added, param)
+
+
+def test_a_layer_that_mixes_examples_refuses_answers_for_each_alone():
+    for how in (fn.per_example, fn.squared_norm):
+        with pytest.raises(fn.InputError, match="depends on all others"):
+            mixing(how)
+    for how in (fn.total, fn.keep, fn.rows, largest):
+        mixing(how)

@@ -57,3 +57,18 @@ def test_it_prints_a_table_with_a_total():
 def test_a_single_layer_is_its_own_row():
     (row,) = fn.summary(fn.dense(3), X).rows
     assert (row.kind, row.parameters) == ("dense", 21)
+
+
+def test_an_objective_is_tabulated_with_its_loss():
+    batch = X, jax.ShapeDtypeStruct((4,), jnp.int32)
+    body = fn.serial(fn.dense(8), fn.relu())
+    head = fn.summary(fn.objective(body, fn.linear_cross_entropy(5)), batch)
+    rows = {row.path: row for row in head.rows}
+    assert list(rows) == [("model",), ("model", "dense"), ("model", "relu"), ("loss",)]
+    assert (rows[("loss",)].kind, rows[("loss",)].output) == ("linear_cross_entropy", "float32[4]")
+    assert rows[("loss",)].parameters == 8 * 5 + 5
+    assert head.parameters == 6 * 8 + 8 + 8 * 5 + 5
+    plain = fn.summary(fn.objective(fn.serial(*body.parts.values(), fn.dense(5)), fn.cross_entropy()), batch)
+    assert plain.parameters == head.parameters
+    assert plain.residual_bytes > 0
+    assert "cross_entropy" in str(plain)

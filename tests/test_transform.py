@@ -237,6 +237,47 @@ def test_mixed_is_transparent_and_leaves_integers_alone():
     assert fn.mixed(fn.flatten()).bwd({}, residuals, None) == ({}, None)
 
 
+@pytest.mark.parametrize(
+    "loss", [fn.cross_entropy(), fn.binary_cross_entropy(), fn.mse(), fn.cosine()], ids=lambda loss: loss.name
+)
+@pytest.mark.parametrize("wrap", [fn.mixed, lambda loss: fn.remat(fn.mixed(loss))], ids=["mixed", "in remat"])
+def test_mixed_around_a_loss_gives_float32_values_and_gradients_of_half_precision_predictions(wrap, loss):
+    """The values are float32 already, and so must their cotangent be: rounded to bfloat16, 1/3 is off by 1e-3."""
+    z, t = normal(0, S((6, 5), jnp.float32)), jax.nn.softmax(normal(1, S((6, 5), jnp.float32)))
+    dy = jnp.arange(1, 7) / 3
+
+    def pull(loss, x):
+        values, _, residuals = loss.fwd({}, (), x, None)
+        return values, loss.bwd({}, residuals, dy)[1]
+
+    got = pull(wrap(loss), (z, t))  # compiled, XLA may leave the rounding to bfloat16 out
+    wanted = pull(loss, cast((z, t), jnp.bfloat16))
+    assert dtypes(got) == {"float32"}
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.astype(jnp.float32), rtol=8e-3), got[1], wanted[1])
+    np.testing.assert_allclose(wrap(loss).apply({}, (), (z, t)), got[0], rtol=1e-6)
+
+
+def test_mixed_passes_a_losses_cotangent_on_unrounded():
+    def fwd(params, x):
+        return jnp.sum(x[0].astype(jnp.float32), 1), x
+
+    loss = fn.stateless("sum", no_params, fwd, lambda params, x, dy, contract: ({}, (dy, None)))
+    saved = fn.mixed(loss).fwd({}, (), (jnp.ones((3, 2)), jnp.arange(3)), None)[2]
+    third = jnp.full(3, 1 / 3)
+    np.testing.assert_array_equal(fn.mixed(loss).bwd({}, saved, third)[1][0], third)
+
+
+def test_a_cotangent_of_another_structure_is_refused_by_the_layer_inside_mixed():
+    layer = fn.mixed(fn.parallel(fn.dense(3), fn.flatten()))
+    x = jnp.ones((2, 5)), jnp.arange(4).reshape(2, 2)
+    params, state = layer.init(KEY, x)
+    saved = layer.fwd(params, state, x, None)[2]
+    assert layer.bwd(params, saved, (jnp.ones((2, 3)), None))[1][0].dtype == jnp.float32
+    with pytest.raises(fn.InputError, match="a tuple of 2 cotangents"):
+        layer.bwd(params, saved, jnp.ones((2, 3)))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_mixed_refuses_an_input_of_another_dtype(dtype):
     model = fn.mixed(fn.dense(3))

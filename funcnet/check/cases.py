@@ -48,7 +48,14 @@ from funcnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_
 from funcnet.layers.recurrent import bidirectional, gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
-from funcnet.losses import binary_cross_entropy, cosine, cross_entropy, focal, hinge, huber, kl_divergence, mae, mse
+from funcnet.losses.binary import binary_cross_entropy, focal
+from funcnet.losses.cross_entropy import cross_entropy
+from funcnet.losses.ctc import ctc
+from funcnet.losses.divergence import kl_divergence
+from funcnet.losses.linear import linear_cross_entropy
+from funcnet.losses.margin import hinge, triplet
+from funcnet.losses.regression import huber, mae, mse
+from funcnet.losses.similarity import contrastive, cosine
 from funcnet.transform import mixed, remat
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -100,6 +107,12 @@ def _softmax() -> Layer:
 
 
 _SEQUENCES = {"x": "f32[3,4,2]", "lengths": "i32[3]<5"}
+
+
+def _aligned(labels: str, label_lengths: str, logit_lengths: str) -> dict[str, str]:
+    """A target of `ctc`."""
+    return {"labels": labels, "label_lengths": label_lengths, "logit_lengths": logit_lengths}
+
 
 _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
 
@@ -277,6 +290,25 @@ CASES: tuple[Case, ...] = (
     Case("focal", focal(), ("f32[6,5]", "f32[6,5]>0<1")),
     Case("focal/integers", focal(0.5, alpha=0.25), ("f32[6,1]", "i32[6,1]<2")),
     Case("focal/gamma 0", focal(0.0, alpha=0.75), ("f32[2,3,2]", "f32[2,3,2]>0<1")),
+    Case("contrastive", contrastive(0.5), ("f32[5,3]", "f32[5,3]")),
+    Case("contrastive/one feature", contrastive(2.0), ("f32[3,1]", "f32[3,1]")),
+    Case("contrastive/one example", contrastive(0.5), ("f32[1,4]", "f32[1,4]")),
+    Case("triplet", triplet(), ("f32[6,5]", ("f32[6,5]", "f32[6,5]"))),
+    Case("triplet/rank 1, margin", triplet(4.0), ("f32[3]", ("f32[3]", "f32[3]"))),
+    Case("triplet/rank 3", triplet(0.2), ("f32[2,3,4]", ("f32[2,3,4]", "f32[2,3,4]"))),
+    Case("ctc", ctc(), ("f32[3,6,4]", _aligned("i32[3,2]>1<4", "i32[3]<3", "i32[3]>3<7"))),
+    Case("ctc/blank", ctc(3), ("f32[2,4,4]", _aligned("u8[2,2]<3", "i8[2]<3", "i32[2]>3<5"))),
+    Case("ctc/repeats", ctc(), ("f32[2,5,2]", _aligned("i32[2,3]>1<2", "i32[2]>1<4", "i32[2]>5<6"))),
+    Case("ctc/no labels", ctc(), ("f32[2,3,2]", _aligned("i32[2,1]>1<2", "i32[2]<1", "i32[2]<4"))),
+    Case("linear_cross_entropy", linear_cross_entropy(7), ("f32[4,5]", "i32[4]<7")),
+    Case("linear_cross_entropy/blocks", linear_cross_entropy(7, chunk=20), ("f32[2,3,4]", "i32[2,3]<7")),
+    Case("linear_cross_entropy/one position", linear_cross_entropy(5, chunk=2), ("f32[3]", "i32[]<5")),
+    Case("linear_cross_entropy/one class", linear_cross_entropy(1, z_loss=0.1), ("f32[3,2]", "u8[3]<1")),
+    Case(
+        "linear_cross_entropy/smoothing, ignored, z-loss, no bias",
+        linear_cross_entropy(6, 0.1, ignore_index=2, z_loss=0.02, use_bias=False, chunk=12),
+        ("f32[5,3]", "i8[5]<6"),
+    ),
     Case("serial", serial(dense(3), tanh(), dense(2)), "f32[4,5]"),
     Case("serial/one layer, named", serial(last=dense(3)), "f32[4,5]"),
     Case("serial/nested, random", serial(serial(dense(3), dropout(0.3)), flatten(), rms_norm()), "f32[4,2,5]"),
@@ -292,6 +324,8 @@ CASES: tuple[Case, ...] = (
     Case("mixed", mixed(serial(dense(3), gelu(), rms_norm())), "f32[4,5]", ("float32",)),
     Case("mixed/float16", mixed(serial(dense(3), tanh()), compute="float16"), "f32[4,5]", ("float32",)),
     Case("mixed/float64", mixed(dense(3), "float64", "float32", "float64"), "f32[4,5]", ("float64",)),
+    Case("mixed/loss", mixed(cross_entropy()), ("f32[4,5]", "i32[4]<5"), ("float32",)),
+    Case("mixed/head and loss", mixed(linear_cross_entropy(7, chunk=20)), ("f32[2,3,4]", "i32[2,3]<7"), ("float32",)),
     Case("mixed/repeated", repeat(mixed(dense(3)), 2), "f32[4,3]", ("float32",)),
 )
 

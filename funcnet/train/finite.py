@@ -8,7 +8,7 @@ from jax import Array
 
 from funcnet.expect import is_concrete, is_floating
 from funcnet.observe import observe
-from funcnet.train.objective import Batch, Objective, value_and_grad
+from funcnet.train.objective import Batch, Objective, split, value_and_grad
 from funcnet.train.step import TrainState
 
 Tree = Any
@@ -66,5 +66,6 @@ def _first_bad_layer(objective: Objective, params: Tree, state: Tree, batch: Bat
         if any(not np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
             found.append("/".join(path) or layer.name)
 
-    observe(objective.model, see).fwd(params, state, batch[0], key)
+    own, states = split(params, state)
+    observe(objective.model, see).fwd(own.model, states.model, batch[0], key)
     return found[0] if found else None

@@ -22,8 +22,9 @@ from funcnet.combine import distinct
 from funcnet.expect import InputError, at
 from funcnet.layer import Layer
 from funcnet.order import after
-from funcnet.train.elementwise import HOLE, join, require_elementwise, split
-from funcnet.train.objective import Objective, as_weights, averages, check_batch, start
+from funcnet.train import elementwise
+from funcnet.train.elementwise import HOLE, require_elementwise
+from funcnet.train.objective import Objective, Start, as_weights, averages, check_batch, is_both, join, start
 from funcnet.train.step import TrainState, TrainStep, a_pair, jitted
 from funcnet.transform import rerun
 
@@ -38,7 +39,7 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
     It gives the parameters of `fn.train_step(objective, optimizer)`, to rounding, and its metrics except the norms,
     which need the whole gradient; it donates its train state likewise. The walk goes through `serial`, `skip`, `repeat`
     and `remat`. Every other layer, also one made by `mixed` or `parallel`, is one step of it, and so is each turn of a
-    `repeat`.
+    `repeat`, and a loss with parameters of its own.
 
     Args:
         objective: from `fn.objective`.
@@ -56,23 +57,43 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
         weights = as_weights(objective, check_batch(batch)[1], weights)
         params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
         with expect.by("layerwise_step"):
-            require_elementwise(optimizer, params, train_state.opt_state, list(_places(objective.model)))
+            require_elementwise(optimizer, params, train_state.opt_state, _steps(objective, params))
         begun = start(objective, params, train_state.state, batch, key, weights)
-        shared, like_params = split(optimizer, train_state.opt_state)
+        shared, like_params = elementwise.split(optimizer, train_state.opt_state)
 
         def update(grads, like_params, params):
-            state = join(shared, like_params)
+            state = elementwise.join(shared, like_params)
             updates, state = optimizer.update(grads, state, params, value=begun.sums["loss"], grad=grads)
-            return optax.apply_updates(params, updates), split(optimizer, state).like_params
+            return optax.apply_updates(params, updates), elementwise.split(optimizer, state).like_params
 
-        nothing = join(shared, [HOLE] * len(like_params))
+        nothing = elementwise.join(shared, [HOLE] * len(like_params))
         _, counted = optimizer.update(HOLE, nothing, HOLE, value=begun.sums["loss"], grad=HOLE)
-        params, like_params, _ = _walk(objective.model, params, like_params, begun.residuals, begun.dprediction, update)
-        opt_state = join(split(optimizer, counted).shared, like_params)
+        params, like_params = _back(objective, params, like_params, begun, update)
+        opt_state = elementwise.join(elementwise.split(optimizer, counted).shared, like_params)
         metrics = averages(begun.sums)
         return TrainState(params, begun.state, opt_state, train_state.key, train_state.step + 1), metrics
 
     return jitted(step)
+
+
+def _steps(objective: Objective, params: Tree) -> list[tuple[Callable, bool]]:
+    """`_places` of the model, and of a loss with parameters."""
+    if not is_both(params):
+        return list(_places(objective.model))
+    return [*_places(objective.model, partial(_at, "model")), (partial(_at, "loss"), False)]
+
+
+def _back(objective: Objective, params: Tree, like_params: list[Tree], begun: Start, update: Update) -> tuple:
+    """The walk through the loss, if it has parameters, and the model: (params, optimizer state like the params)."""
+    rest = begun.residuals, begun.dprediction, update
+    if not is_both(params):
+        return _walk(objective.model, params, like_params, *rest)[:2]
+    of = lambda name: [_at(name, tree) for tree in like_params]
+    loss, loss_like = update(begun.dloss, of("loss"), params["loss"])
+    model, model_like, _ = _walk(objective.model, params["model"], of("model"), *rest)
+    both = zip(like_params, model_like, loss_like, strict=True)
+    like_params = [join(params, *new) if isinstance(tree, Mapping) else tree for tree, *new in both]
+    return join(params, model, loss), like_params
 
 
 def _walk(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:

@@ -19,7 +19,7 @@ from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_floating
 from funcnet.progress import progress
 from funcnet.train.finite import WATCHED, Record, is_finite, not_finite
-from funcnet.train.objective import Batch, Objective, check_batch, weighted_sums
+from funcnet.train.objective import Batch, Objective, check_batch, split, weighted_sums
 from funcnet.train.run import append_metrics, start_run
 from funcnet.train.step import TrainState, TrainStep, jitted, one_step, scan_steps
 
@@ -50,9 +50,10 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
 @partial(jax.jit, static_argnums=0)
 def _sums(objective: Objective, params: Tree, state: Tree, batch: Batch) -> dict[str, Array]:
     inputs, targets = batch
-    prediction = objective.model.apply(params, state, inputs)
+    own, states = split(params, state)
+    prediction = objective.model.apply(own.model, states.model, inputs)
     with at(objective.loss.name):
-        values = objective.loss.apply({}, (), (prediction, targets))
+        values = objective.loss.apply(own.loss, states.loss, (prediction, targets))
     return weighted_sums(objective, prediction, targets, values, objective.loss.counted(targets).astype(values.dtype))
 
 
@@ -214,7 +215,7 @@ def _stack(*leaves: Any) -> Any:
 
 def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[Batch], None]:
     """A function that refuses a batch with NaN or infinity in it, or with targets that do not fit the predictions."""
-    params, state = expect.shapes((params, state))
+    own, states = split(*expect.shapes((params, state)))
     predictions: dict[str, Any] = {}
 
     def check(batch: Batch) -> None:
@@ -225,7 +226,7 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
                     _check_finite(jax.tree_util.keystr(path), leaf)
         shape = describe(inputs)
         if shape not in predictions:
-            predictions[shape] = jax.eval_shape(objective.model.apply, params, state, expect.shapes(inputs))
+            predictions[shape] = jax.eval_shape(objective.model.apply, own.model, states.model, expect.shapes(inputs))
         with at(objective.loss.name):
             objective.loss.check(predictions[shape], targets)
             if not np.any(objective.loss.counted(targets)):

@@ -4,23 +4,30 @@
 
 dL/dl = a, so the weights a are the cotangent that the loss's `bwd` receives, and what that returns for y is the
 cotangent that the model's `bwd` receives. A mean has a_i = 1 / (number of values that count).
+
+Params, state and gradients are the model's, as long as the loss has none of its own. With a loss that has, such as
+`fn.linear_cross_entropy`, all three are dicts {"model": .., "loss": ..}. Since a is known before the forward pass, a
+loss may make both of its passes in one (`Loss.ahead`).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_array, is_floating
 from funcnet.factors import Contraction, total
-from funcnet.layer import Layer, a_layer
-from funcnet.losses import Loss, as_loss
+from funcnet.layer import Layer, Made, a_layer
+from funcnet.losses.loss import Loss, as_loss
 
 Tree = Any
 Batch = tuple[Any, Any]
+PARTS = ("model", "loss")
+LAST = 2**32 - 1  # the loss's own number among the keys that `serial` gives its layers by theirs
 OWN_NAMES = frozenset(("loss", "weight", "step", "grad_norm", "update_norm"))  # of the numbers of every step
 
 
@@ -32,23 +39,42 @@ class Objective:
     loss: Loss
     metrics: Mapping[str, Callable[[Any, Any], Array]]
 
+    def init(self, key: Array, batch: Batch) -> tuple[Tree, Tree]:
+        """Fresh params and state for batches like this one: the model's, or {"model": .., "loss": ..} of both.
+
+        Both, if the loss has parameters or state of its own. The model's parameters are those of `model.init(key, ..)`.
+        """
+        inputs, targets = check_batch(batch)
+        params, state = self.model.init(key, inputs)
+        prediction = jax.eval_shape(self.model.apply, params, state, inputs)
+        with at(self.loss.name):
+            self.loss.check(prediction, targets)
+            own = self.loss.init(jax.random.fold_in(key, LAST), (prediction, expect.shapes(targets)))
+        if not jax.tree.leaves(own):
+            return params, state
+        return {"model": params, "loss": own[0]}, {"model": state, "loss": own[1]}
+
 
 def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, Any], Array]] | None = None) -> Objective:
     """What training minimises: `loss` of the predictions of `model`.
 
     Args:
         model: a layer from inputs to predictions.
-        loss: a layer over (prediction, target) with one value an example, such as `fn.cross_entropy()`.
+        loss: a layer over (prediction, target) with one value an example, such as `fn.cross_entropy()`. It may have
+            parameters and state of its own: then all params are {"model": .., "loss": ..}, and so is all state.
         metrics: replaces the loss's own (accuracy for the cross-entropies); {} for none.
 
     Raises:
-        InputError: for what is no layer, and for a metric whose name a training step needs itself.
+        InputError: for what is no layer, for a metric whose name a training step needs itself, and for a model of two
+            layers called model and loss, whose params could not be told from those of an objective.
     """
     loss = as_loss(a_layer(loss))
+    if set(a_layer(model).parts) == set(PARTS):
+        raise InputError("a model whose layers are not called model and loss", f"{list(model.parts)}", "rename them")
     metrics = dict(loss.metrics if metrics is None else metrics)
     if taken := OWN_NAMES & metrics.keys():
         raise InputError(f"metrics not called {sorted(OWN_NAMES)}", f"{sorted(taken)}", "rename them")
-    return Objective(a_layer(model), loss, metrics)
+    return Objective(model, loss, metrics)
 
 
 class Pass(NamedTuple):
@@ -75,32 +101,111 @@ def as_weights(objective: Objective, targets: Any, weights: Any) -> Array:
     return weights
 
 
+class Both(NamedTuple):
+    """The model's share and the loss's of a tree."""
+
+    model: Tree
+    loss: Tree
+
+
+def is_both(params: Tree) -> bool:
+    """Whether these are the params of a model and of its loss."""
+    return isinstance(params, Mapping) and params.keys() == set(PARTS)
+
+
+def split(params: Tree, state: Tree) -> tuple[Both, Both]:
+    """Params and state of the model and of the loss; of a loss without its own, {} and ()."""
+    if not is_both(params):
+        return Both(params, {}), Both(state, ())
+    expect.named(state, PARTS, "state")
+    return Both(**params), Both(**state)
+
+
+def join(params: Tree, model: Tree, loss: Tree) -> Tree:
+    """A tree of both, laid out as these params are."""
+    return {"model": model, "loss": loss} if is_both(params) else model
+
+
 def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None):
-    """The training forward pass: (prediction, values of the loss, new state, residuals of model and loss)."""
+    """The training forward pass: (values of the loss, new state, residuals of model and loss)."""
     inputs, targets = batch
-    prediction, state, residuals = objective.model.fwd(params, state, inputs, key)
+    own, states = split(params, state)
+    prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
     with at(objective.loss.name):
-        values, _, loss_residuals = objective.loss.fwd({}, (), (prediction, targets), None)
-    return prediction, values, state, (residuals, loss_residuals)
+        pair = prediction, targets
+        values, loss_state, loss_residuals = objective.loss.fwd(own.loss, states.loss, pair, loss_key(key))
+    return values, join(params, model_state, loss_state), (residuals, loss_residuals)
+
+
+def as_layer(objective: Objective) -> Layer:
+    """Model and loss as one layer from a batch (inputs, targets) to the values of the loss."""
+
+    def apply(params, state, batch):
+        own, states = split(params, state)
+        prediction = objective.model.apply(own.model, states.model, batch[0])
+        with at(objective.loss.name):
+            return objective.loss.apply(own.loss, states.loss, (prediction, batch[1]))
+
+    def fwd(params, state, batch, key):
+        return forward(objective, params, state, batch, key)
+
+    def bwd(params, residuals, dy, contract=total):
+        of_model, of_loss = Both(**params) if is_both(params) else Both(params, {})
+        dloss, (dprediction, dtargets) = objective.loss.bwd(of_loss, residuals[1], dy, contract)
+        dmodel, dinputs = objective.model.bwd(of_model, residuals[0], dprediction, contract)
+        return join(params, dmodel, dloss), (dinputs, dtargets)
+
+    parts = {"model": objective.model, "loss": objective.loss}
+    again = lambda parts: as_layer(replace(objective, **parts))
+    return Layer("objective", objective.init, apply, fwd, bwd, parts, again, Made("objective", fwd, bwd))
+
+
+def loss_key(key: Array | None) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, LAST)
 
 
 class Start(NamedTuple):
-    """Where a backward pass starts: sums over the batch, the new state, the model's residuals and output cotangent."""
+    """Where a backward pass starts: sums over the batch, the new state, the model's residuals and output cotangent.
+
+    `dloss` is what became of the gradients of the loss's own parameters.
+    """
 
     sums: dict[str, Array]
     state: Tree
     residuals: Tree
     dprediction: Tree
+    dloss: Tree
 
 
-def start(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None, weights: Array) -> Start:
+def start(
+    objective: Objective,
+    params: Tree,
+    state: Tree,
+    batch: Batch,
+    key: Array | None,
+    weights: Array,
+    contract: Contraction = total,
+) -> Start:
     """The forward pass and the loss's backward pass, the loss and the metrics summed with `weights`."""
-    prediction, values, state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
-    weights = weights.astype(values.dtype)
-    sums = weighted_sums(objective, prediction, batch[1], values, weights)
-    with at(objective.loss.name):
-        _, (dprediction, _) = objective.loss.bwd({}, loss_residuals, weights)
-    return Start(sums, state, residuals, dprediction)
+    inputs, targets = batch
+    loss = objective.loss
+    own, states = split(params, state)
+    prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
+    pair = prediction, targets
+
+    def summed(values):
+        return weighted_sums(objective, prediction, targets, values, weights.astype(values.dtype))
+
+    if loss.at_once is not None and contract is total:
+        with at(loss.name):
+            values, (dloss, (dprediction, _)) = loss.at_once(own.loss, pair, weights)
+        return Start(summed(values), join(params, model_state, states.loss), residuals, dprediction, dloss)
+    with at(loss.name):
+        values, loss_state, loss_residuals = loss.fwd(own.loss, states.loss, pair, loss_key(key))
+    sums = summed(values)  # refuses values of a wrong shape, which bwd would not understand
+    with at(loss.name):
+        dloss, (dprediction, _) = loss.bwd(own.loss, loss_residuals, weights.astype(values.dtype), contract)
+    return Start(sums, join(params, model_state, loss_state), residuals, dprediction, dloss)
 
 
 def weighted_sums(
@@ -135,9 +240,10 @@ def run(
     contract: Contraction,
 ) -> Pass:
     """One pass forward and one back, the loss and the metrics summed with `weights`."""
-    begun = start(objective, params, state, batch, key, weights)
-    grads, _ = objective.model.bwd(params, begun.residuals, begun.dprediction, contract)
-    return Pass(begun.sums, begun.state, grads)
+    begun = start(objective, params, state, batch, key, weights, contract)
+    own, _ = split(params, state)
+    grads, _ = objective.model.bwd(own.model, begun.residuals, begun.dprediction, contract)
+    return Pass(begun.sums, begun.state, join(params, grads, begun.dloss))
 
 
 def averages(sums: dict[str, Array]) -> dict[str, Array]:
@@ -152,6 +258,7 @@ def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tre
 
     Returns a function (params, state, batch, key, *, weights=None, contract=fn.total) -> ((loss, state), grads):
 
+        params, state: the model's; of a loss with its own, {"model": .., "loss": ..}, as `objective.init` makes them.
         batch: (inputs, targets), their first axes equal.
         key: a `jax.random.key`, or None for a model that draws nothing.
         weights: one for each value of the loss; the loss is sum(weights * values). None: the mean over all values that

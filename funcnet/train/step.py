@@ -17,7 +17,7 @@ import optax
 from jax import Array, lax
 
 from funcnet import expect
-from funcnet.expect import InputError, at, describe, is_array
+from funcnet.expect import InputError, describe, is_array
 from funcnet.factors import total, wide
 from funcnet.train.objective import Batch, Objective, Pass, as_weights, averages, check_batch, forward, run
 
@@ -31,8 +31,8 @@ class TrainState:
     """All that training carries: a pytree, to be saved, restored and passed on as it is.
 
     Attributes:
-        params: the model's parameters.
-        state: the model's state, such as running statistics.
+        params: the model's parameters; with a loss that has its own, {"model": .., "loss": ..}.
+        state: the model's state, such as running statistics; laid out like params.
         opt_state: the optimizer's state.
         key: the `jax.random.key` that every step derives its own from, as fold_in(key, step).
         step: how many updates were made, int32.
@@ -95,12 +95,9 @@ def init_train_state(
         InputError: for a key, inputs or targets that do not fit, with the path of the layer that they do not fit.
     """
     a_pair(objective, optimizer)
-    inputs, targets = check_batch(batch)
     init_key, train_key = jax.random.split(expect.key(key))
     # Donated buffers must belong to the train state alone, and no two leaves may share one.
-    params, state = jax.tree.map(_copy, objective.model.init(init_key, inputs))
-    with at(objective.loss.name):
-        objective.loss.check(jax.eval_shape(objective.model.apply, params, state, inputs), targets)
+    params, state = jax.tree.map(_copy, objective.init(init_key, batch))
     opt_state = jax.tree.map(_copy, optimizer.init(params))
     return TrainState(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
 
@@ -186,7 +183,7 @@ def one_step(
         passed = _accumulated(objective, accumulate, params, train_state.state, batch, key, weights)
 
         def value_fn(params):
-            values = forward(objective, params, train_state.state, batch, key)[1]
+            values = forward(objective, params, train_state.state, batch, key)[0]
             return jnp.sum(weights.astype(values.dtype) * values)
 
         updates, opt_state = optimizer.update(

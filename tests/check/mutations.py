@@ -45,10 +45,11 @@ PACKAGE = Path(fn.__file__).parent
 FILES = [
     "layer.py",
     "factors.py",
-    "losses.py",
     "combine.py",
     "transform.py",
-    *sorted(f"layers/{path.name}" for path in (PACKAGE / "layers").glob("[a-z]*.py")),
+    *sorted(
+        f"{family}/{path.name}" for family in ("layers", "losses") for path in (PACKAGE / family).glob("[a-z]*.py")
+    ),
 ]
 MANY, FEW = 12, 3  # cases that are asked about a mutant: by autodiff, and by the other oracles
 AUTODIFF = ("autodiff",)

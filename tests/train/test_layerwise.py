@@ -224,3 +224,16 @@ def test_the_gradient_is_handed_on_to_an_optimizer_that_asks_for_it():
 def test_a_state_that_has_no_entry_for_every_layer_is_refused(optimizer):
     with pytest.raises(fn.InputError, match="treats every number by itself"):
         both(SMALL, optimizer)
+
+
+@pytest.mark.parametrize("name", ["adam", "masked", "injected"])
+def test_a_loss_with_parameters_is_updated_first(name):
+    """Its parameters, the model's and the optimizer's state end where those of the ordinary step end."""
+    model = fn.serial(fn.dense(8), fn.repeat(fn.skip(fn.dense(8)), 2))
+    (plain, metrics), (layerwise, own) = both(model, OPTIMIZERS[name], fn.linear_cross_entropy(5))
+    assert plain.params.keys() == {"model", "loss"}
+    plain, layerwise = (replace(state, key=None) for state in (plain, layerwise))
+    chex.assert_trees_all_equal_structs(plain, layerwise)
+    chex.assert_trees_all_close(layerwise, plain, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
+    assert np.abs(layerwise.params["loss"]["bias"]).max() > 1e-3  # it began at 0

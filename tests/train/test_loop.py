@@ -243,3 +243,26 @@ def test_numpy_s_float64_is_float32_everywhere(loss):
     objective = fn.objective(fn.serial(fn.repeat(fn.dense(6), 2), fn.mixed(fn.dense(3))), loss)
     state = fn.init_train_state(objective, OPTIMIZER, jax.random.key(0), (inputs, targets))
     fn.fit(objective, OPTIMIZER, state, [(inputs, targets)], 1, validation=[(inputs, targets)])
+
+
+HEAD = fn.objective(fn.serial(fn.dense(16), fn.relu()), fn.linear_cross_entropy(3))
+
+
+def test_fit_and_evaluate_take_a_loss_with_parameters():
+    data = [next(batches())]
+    state, history = fn.fit(HEAD, OPTIMIZER, fresh(HEAD), batches(), 40, log_every=20, validation=data)
+    assert history[-1]["loss"] < history[0]["loss"]
+    features = HEAD.model.apply(state.params["model"], state.state["model"], data[0][0])
+    logits = fn.dense(3).apply(state.params["loss"], (), features)
+    wanted = np.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data[0][1]))
+    np.testing.assert_allclose(history[-1]["val_loss"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(fn.evaluate(HEAD, state.params, state.state, data)["loss"], wanted, rtol=1e-5)
+
+
+def test_a_layer_that_is_not_finite_is_named_before_a_loss_with_parameters():
+    state = fresh(HEAD)
+    model = state.params["model"]
+    bad = model | {"dense": model["dense"] | {"bias": model["dense"]["bias"].at[0].set(np.inf)}}
+    params = state.params | {"model": bad}
+    with pytest.raises(fn.NotFiniteError, match="output that is not finite: dense"):
+        fn.fit(HEAD, OPTIMIZER, replace(state, params=params), batches(), 1)

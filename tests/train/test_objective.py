@@ -1,5 +1,7 @@
 """The one pass through model and loss: against jax.grad, with weights, and for every contraction."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import optax
 import pytest
 
 import funcnet as fn
+from funcnet.train.objective import as_layer
 
 MODEL = fn.serial(fn.layer_norm(), fn.dense(8), fn.gelu(), fn.dense(5))
 OBJECTIVE = fn.objective(MODEL, fn.cross_entropy(ignore_index=-1))
@@ -155,3 +158,145 @@ def test_what_does_not_count_has_no_weight_in_a_metric(weights, standard_promoti
     train_state = fn.TrainState(params, state, optimizer.init(params), jax.random.key(0), jnp.zeros((), jnp.int32))
     _, metrics = fn.train_step(OBJECTIVE, optimizer)(train_state, (inputs, labels), weights)
     np.testing.assert_allclose(metrics["accuracy"], right, rtol=1e-6)
+
+
+# A loss with parameters of its own
+
+BODY = fn.serial(fn.dense(6), fn.tanh())
+HEAD = fn.objective(BODY, fn.linear_cross_entropy(5, chunk=12))
+WHOLE = fn.objective(fn.serial(*BODY.parts.values(), head=fn.dense(5)), fn.cross_entropy())
+
+
+def with_head(seed=0):
+    """Params and batch of HEAD, and the same params of WHOLE."""
+    _, _, batch = setup(seed)
+    params, state = HEAD.init(jax.random.key(seed), batch)
+    assert state == {"model": {"dense": (), "tanh": ()}, "loss": ()}
+    return params, state, batch, params["model"] | {"head": params["loss"]}
+
+
+def test_a_loss_with_parameters_makes_params_and_state_pairs():
+    params, _, batch, _ = with_head()
+    assert params.keys() == {"model", "loss"}
+    assert params["loss"]["kernel"].shape == (6, 5)
+    chex.assert_trees_all_equal(params["model"], BODY.init(jax.random.key(0), batch[0])[0])
+    alone, _ = OBJECTIVE.init(jax.random.key(0), batch)
+    chex.assert_trees_all_equal(alone, MODEL.init(jax.random.key(0), batch[0])[0])
+
+
+@pytest.mark.parametrize("contract", [fn.total, fn.per_example, fn.squared_norm, fn.rows])
+def test_loss_and_gradients_are_those_of_a_model_that_ends_with_the_head(contract):
+    params, state, batch, whole = with_head()
+    weights = jnp.linspace(-1.0, 2.0, 6)
+    found = jax.jit(lambda p: fn.value_and_grad(HEAD)(p, state, batch, weights=weights, contract=contract))
+    (loss, new_state), grads = found(params)
+    states = WHOLE.init(jax.random.key(0), batch)[1]
+    (wanted, _), wanted_grads = fn.value_and_grad(WHOLE)(whole, states, batch, weights=weights, contract=contract)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert new_state == state
+    head = wanted_grads.pop("head")
+    chex.assert_trees_all_close(grads, {"model": wanted_grads, "loss": head}, rtol=1e-4, atol=1e-6)
+
+
+def test_with_total_the_passes_of_the_loss_are_made_at_once_and_else_one_by_one():
+    params, state, batch, _ = with_head()
+    calls = []
+
+    def noted(name, f):
+        return lambda *args: calls.append(name) or f(*args)
+
+    loss = HEAD.loss
+    fwd, bwd = noted("fwd", loss.fwd), noted("bwd", loss.bwd)
+    ahead = loss.ahead._replace(run=noted("at once", loss.ahead.run), fwd=fwd, bwd=bwd)
+    objective = dataclasses.replace(HEAD, loss=dataclasses.replace(loss, fwd=fwd, bwd=bwd, ahead=ahead))
+    at_once = fn.value_and_grad(objective)(params, state, batch)
+    assert calls == ["at once"]
+    calls.clear()
+    one_by_one = fn.value_and_grad(objective)(params, state, batch, contract=dataclasses.replace(fn.total))
+    assert calls == ["fwd", "bwd"]
+    chex.assert_trees_all_close(at_once, one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def test_factors_of_the_head_are_kept_like_the_models():
+    params, state, batch, _ = with_head()
+    _, kept = fn.value_and_grad(HEAD)(params, state, batch, contract=fn.keep)
+    _, grads = fn.value_and_grad(HEAD)(params, state, batch)
+    later = jax.tree.map(fn.total, kept, params, is_leaf=fn.is_factor)
+    chex.assert_trees_all_close(later, grads, rtol=1e-5, atol=1e-6)
+
+
+def centre():
+    """A loss with parameters, state and randomness: |y - c + noise|^2, c learnt; its state counts the calls."""
+    base = fn.stateless(
+        "centre",
+        lambda key, x: {"centre": jnp.ones(x[0].shape[1], x[0].dtype)},
+        lambda params, x: (jnp.sum(jnp.square(x[0] - params["centre"][None]), axis=1), x[0]),
+        lambda params, y, dy, contract: (
+            {"centre": contract(fn.Shift(-2 * dy[:, None] * (y - params["centre"][None])), params["centre"])},
+            (2 * dy[:, None] * (y - params["centre"][None]), None),
+        ),
+    )
+
+    def fwd(params, count, x, key):
+        values, _, residuals = base.fwd(params, (), x, None)
+        return values, count + 1, (residuals, jax.random.key_data(key))
+
+    def bwd(params, residuals, dy, contract=fn.total):
+        return base.bwd(params, residuals[0], dy, contract)
+
+    def init(key, x):
+        return base.init(key, x)[0], jnp.zeros((), jnp.int32)
+
+    return dataclasses.replace(base, init=init, fwd=fwd, bwd=bwd)
+
+
+def test_a_losss_state_is_threaded_and_it_has_a_key_of_its_own():
+    _, _, batch = setup()
+    objective = fn.objective(BODY, centre())
+    params, state = objective.init(jax.random.key(0), batch)
+    assert state["loss"] == 0
+    (_, state), grads = fn.value_and_grad(objective)(params, state, batch, jax.random.key(1))
+    assert state["loss"] == 1
+    y = BODY.apply(params["model"], state["model"], batch[0])
+    np.testing.assert_allclose(grads["loss"]["centre"], -2 * np.mean(y - 1, axis=0), rtol=1e-5)
+
+
+def test_params_without_the_losss_are_refused_by_the_loss():
+    params, state, batch, _ = with_head()
+    with pytest.raises(fn.InputError, match="kernel") as caught:
+        fn.value_and_grad(HEAD)(params["model"], state["model"], batch)
+    assert caught.value.path == ("linear_cross_entropy",)
+    with pytest.raises(fn.InputError, match="state for the layers"):
+        fn.value_and_grad(HEAD)(params, state["model"], batch)
+
+
+def test_a_model_of_two_layers_called_model_and_loss_is_refused():
+    with pytest.raises(fn.InputError, match="not called model and loss"):
+        fn.objective(fn.serial(model=fn.dense(2), loss=fn.relu()), fn.mse())
+
+
+def test_mixed_around_a_head_and_its_loss(standard_promotion):
+    _, _, batch = setup()
+    objective = fn.objective(fn.mixed(BODY), fn.mixed(HEAD.loss))
+    params, state = objective.init(jax.random.key(0), batch)
+    (loss, _), grads = fn.value_and_grad(objective)(params, state, batch)
+    (wanted, _), wanted_grads = fn.value_and_grad(HEAD)(params, state, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves((loss, grads, params))} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(loss, wanted, rtol=1e-2)
+    for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
+        np.testing.assert_allclose(g, w, atol=0.03 * np.abs(w).max())
+
+
+def test_no_example_has_a_gradient_of_its_own_where_the_loss_mixes_them():
+    params, state, (inputs, _) = setup()
+    batch = inputs, np.ones((6, 5), np.float32)
+    objective = fn.objective(MODEL, fn.contrastive())
+    assert np.isfinite(fn.value_and_grad(objective)(params, state, batch)[0][0])
+    for contract in (fn.per_example, fn.squared_norm):
+        with pytest.raises(fn.InputError, match="depends on all others"):
+            fn.value_and_grad(objective)(params, state, batch, contract=contract)
+
+
+def test_an_objective_is_a_layer_over_batches():
+    for objective in (HEAD, WHOLE):
+        fn.check_layer(as_layer(objective), ("f32[4,3]", "i32[4]<5"), oracles=("autodiff",)).raise_for_failure()

@@ -280,3 +280,30 @@ def test_a_state_that_was_donated_is_refused():
     step(state, BATCH)
     with pytest.raises(fn.InputError, match="the train state that the last step returned"):
         step(state, BATCH)
+
+
+HEAD = fn.objective(fn.serial(fn.dense(16), fn.relu()), fn.linear_cross_entropy(5, chunk=20))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_loss_with_parameters_trains_as_a_model_that_ends_with_its_head(accumulate):
+    optimizer = optax.adam(1e-2)
+    state = fresh(optimizer, HEAD)
+    assert state.params.keys() == state.state.keys() == {"model", "loss"}
+    whole = fn.objective(fn.serial(fn.dense(16), fn.relu(), head=fn.dense(5)), fn.cross_entropy(), metrics={})
+    other = fresh(optimizer, whole)
+    params = jax.tree.map(jnp.copy, state.params["model"] | {"head": state.params["loss"]})
+    other = replace(other, params=params, opt_state=optimizer.init(params))
+    steps = fn.train_step(HEAD, optimizer, accumulate=accumulate), fn.train_step(whole, optimizer)
+    for _ in range(5):
+        state, metrics = steps[0](state, BATCH)
+        other, wanted = steps[1](other, BATCH)
+        chex.assert_trees_all_close(metrics, wanted, rtol=1e-4)
+    params = state.params["model"] | {"head": state.params["loss"]}
+    chex.assert_trees_all_close(params, other.params, rtol=1e-3, atol=1e-5)
+
+
+def test_a_fresh_state_refuses_labels_that_the_loss_with_parameters_has_no_class_for():
+    with pytest.raises(fn.InputError, match="labels from 0 to 4") as caught:
+        fresh(optax.sgd(0.1), HEAD, (BATCH[0], BATCH[1] + 1))
+    assert caught.value.path == ("linear_cross_entropy",)

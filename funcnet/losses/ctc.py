@@ -1,0 +1,214 @@
+"""Connectionist temporal classification: the likelihood of a sequence of labels, summed over all its alignments.
+
+An alignment gives each of T steps a class or blank; without repeats, and then without blanks, it reads as the labels
+l_1 .. l_N. With blanks around and between them these are the states s = 0 .. 2N, of class c_s, and an alignment is a
+walk that starts at s <= 1, ends at s >= 2N - 1, and in each step stays, moves on by one, or by two where a label
+follows another one. With log p = log softmax(z), forward and backward in time:
+
+    a_t(s) = log p_t(c_s) + log(e^a_{t-1}(s) + e^a_{t-1}(s-1) + [skip s] e^a_{t-1}(s-2))
+    b_t(s) = log(e^{b_{t+1}(s) + log p_{t+1}(c_s)} + .. (s+1) + [skip s+2] .. (s+2))
+    l      = -log(e^a_T(2N) + e^a_T(2N-1))
+
+Backward, with g = dy of that example: the share of the alignments that is in state s at step t is
+
+    r_t(s) = e^(a_t(s) + b_t(s) + l) = softmax over s of a_t + b_t
+    dz_t   = g (softmax(z_t) - sum_s r_t(s) onehot(c_s))
+
+Residuals: z [B, T, V], its log-sums [B, T], a [T, B, 2N + 1], l [B] and the target.  Why these: the backward variables
+b are made on the way back, next to a, in one more scan over time; no array but dz has the size of z.
+Numerics: in float32 for half precision, all in logarithms; states that cannot be reached are at -inf. r is normalised
+at each step: l, which may be thousands, would bring its rounding with it.
+Source: Graves et al. 2006, "Connectionist temporal classification", section 4.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax, nn
+
+from funcnet import expect
+from funcnet.expect import InputError, describe
+from funcnet.factors import whole, wide
+from funcnet.losses.loss import Loss, stateless_loss
+
+TARGET = ("labels", "label_lengths", "logit_lengths")
+
+
+class Alignments(NamedTuple):
+    """Residuals of `ctc`: logits [B, T, V], their log-sums [B, T], a [T, B, 2N + 1], l [B], the target."""
+
+    logits: Array
+    lse: Array
+    log_a: Array
+    loss: Array
+    target: dict[str, Array]
+
+
+class States(NamedTuple):
+    """The states of each example's labels.
+
+    Attributes:
+        classes: [B, S], blank at even s.
+        skip: [B, S], whether s is reached from s - 2.
+        last: [B, S], whether a walk may end at s.
+        fits: [B], whether lengths and labels are in range.
+    """
+
+    classes: Array
+    skip: Array
+    last: Array
+    fits: Array
+
+
+def ctc(blank: int = 0) -> Loss:
+    """-log P(labels | logits) over all alignments: logits [B, T, V] to [B].
+
+    Target, a dict of integers:
+
+        labels          [B, N]   classes other than blank; behind an example's own they are not looked at
+        label_lengths   [B]      how many there are, from 0 to N
+        logit_lengths   [B]      how many steps count, from 0 to T; dz is 0 behind them
+
+    n labels of which r equal the one before them need n + r steps. Too few, like labels and lengths out of range, are
+    refused where the target can be read. Under `jit`, too few steps give a loss of inf and a gradient of 0, since no
+    alignment can be made likelier (PyTorch's gradient there is NaN); what is out of range gives NaN. No metrics.
+
+    Args:
+        blank: the class that stands for no label.
+
+    Raises:
+        InputError: for logits and targets that do not fit, as above.
+    """
+    if isinstance(blank, bool) or not hasattr(blank, "__index__") or blank < 0:
+        raise InputError("blank as a class number", f"{blank!r}", "use the default, 0")
+
+    def check(logits, target):
+        expect.float_array(logits, rank=3)
+        if logits.ndim != 3 or blank >= logits.shape[-1]:
+            remedy = "give logits [B, T, V]; V counts the blank"
+            raise InputError(f"logits of three axes and a class {blank}", describe(logits), remedy)
+        _structure(logits, target)
+        if all(expect.is_concrete(target[name]) for name in TARGET):
+            _values(logits.shape, {name: np.asarray(target[name]) for name in TARGET}, blank)
+
+    def states(shape, target):
+        labels, n, t = (whole(target[name]).astype(jnp.int32) for name in TARGET)
+        batch, most = labels.shape
+        own = jnp.arange(most, dtype=jnp.int32)[None] < n[:, None]
+        wrong = own & ((labels < 0) | (labels >= shape[2]) | (labels == blank))
+        fits = (n >= 0) & (n <= most) & (t >= 0) & (t <= shape[1]) & ~jnp.any(wrong, axis=1)
+        labels = jnp.where(own & ~wrong, labels, blank)
+        classes = jnp.full((batch, 2 * most + 1), blank, jnp.int32).at[:, 1::2].set(labels)
+        s = jnp.arange(2 * most + 1, dtype=jnp.int32)[None]
+        skip = (s >= 2) & (classes != blank) & (classes != _shifted(classes, 2, blank))
+        last = (s == 2 * n[:, None]) | ((s == 2 * n[:, None] - 1) & (n[:, None] > 0))
+        return States(classes, skip, last, fits), t
+
+    def emitted(logits, lse, classes):
+        """log p_t(c_s) as [T, B, S]."""
+        z = jnp.take_along_axis(logits.astype(lse.dtype), classes[:, None], axis=2)
+        return jnp.swapaxes(z - lse[..., None], 0, 1)
+
+    def fwd(params, x):
+        logits, target = x
+        check(logits, target)
+        lse = nn.logsumexp(logits.astype(wide(logits.dtype)), axis=2)
+        of, lengths = states(logits.shape, target)
+
+        def step(a, each):
+            t, log_p = each
+            ways = a, _shifted(a, 1, -jnp.inf), jnp.where(of.skip, _shifted(a, 2, -jnp.inf), -jnp.inf)
+            a = jnp.where((t < lengths)[:, None], log_p + _log_sum(jnp.stack(ways), 0), a)
+            return a, a
+
+        # In front of the first step all walks are at the first blank, from where s = 0 and s = 1 are reached.
+        start = jnp.where(jnp.arange(of.classes.shape[1]) == 0, 0.0, -jnp.inf).astype(lse.dtype)
+        each = jnp.arange(logits.shape[1], dtype=jnp.int32), emitted(logits, lse, of.classes)
+        end, log_a = lax.scan(step, jnp.broadcast_to(start[None], of.classes.shape), each)
+        loss = jnp.where(of.fits, -_log_sum(jnp.where(of.last, end, -jnp.inf), 1), jnp.nan)
+        return loss, Alignments(logits, lse, log_a, loss, target)
+
+    def bwd(params, residuals, dy, contract):
+        logits, lse, log_a, loss, target = residuals
+        g = expect.cotangent(dy, loss.shape, loss.dtype)
+        of, lengths = states(logits.shape, target)
+        end = jnp.where(of.last, 0.0, -jnp.inf).astype(lse.dtype)
+
+        def step(b, each):
+            t, log_p, a = each
+            share = jnp.exp(a + b - _highest(a + b, 1))
+            total = jnp.sum(share, axis=1, keepdims=True)
+            share = share / jnp.where(total == 0, 1.0, total)
+            after = b + log_p
+            ways = after, _shifted(after, -1, -jnp.inf), _shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf)
+            return jnp.where((t < lengths)[:, None], _log_sum(jnp.stack(ways), 0), end), share
+
+        steps = jnp.arange(logits.shape[1], dtype=jnp.int32)
+        _, shares = lax.scan(step, end, (steps, emitted(logits, lse, of.classes), log_a), reverse=True)
+        softmax = jnp.exp(logits.astype(lse.dtype) - lse[..., None])
+        examples = jnp.arange(logits.shape[0], dtype=jnp.int32)
+        place = examples[:, None, None], steps[None, :, None], of.classes[:, None]
+        slope = softmax.at[place].add(-jnp.swapaxes(shares, 0, 1))
+        counted = (steps[None] < lengths[:, None]) & ~jnp.isinf(loss)[:, None]
+        slope = jnp.where(counted[..., None], g[:, None, None] * slope, 0.0)
+        dlogits = jnp.where(of.fits[:, None, None], slope, jnp.nan).astype(logits.dtype)
+        return {}, (dlogits, dict.fromkeys(TARGET))
+
+    return stateless_loss("ctc", fwd, bwd, lambda target: jnp.ones(jnp.shape(target["label_lengths"]), bool), {}, check)
+
+
+def _shifted(a: Array, by: int, fill: float) -> Array:
+    """Entry s of the last axis at s + by; what moves in is `fill`."""
+    pads = [(0, 0)] * (a.ndim - 1) + [(max(by, 0), max(-by, 0))]
+    padded = jnp.pad(a, pads, constant_values=fill)
+    return padded[..., : a.shape[-1]] if by > 0 else padded[..., -a.shape[-1] :]
+
+
+def _log_sum(a: Array, axis: int) -> Array:
+    """log sum e^a, -inf where all are; its derivatives there are 0, not NaN."""
+    top = _highest(a, axis)
+    total = jnp.sum(jnp.exp(a - top), axis=axis)
+    return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)) + jnp.squeeze(top, axis))
+
+
+def _highest(a: Array, axis: int) -> Array:
+    """The maximum, a constant for derivatives, as an axis of one; 0 in place of -inf."""
+    top = lax.stop_gradient(jnp.max(a, axis=axis, keepdims=True))
+    return jnp.where(jnp.isneginf(top), 0.0, top)
+
+
+def _structure(logits: Any, target: Any) -> None:
+    """Refuse a target that is no dict of integers of the right shapes."""
+    batch = logits.shape[0]
+    wanted = f"a target {{labels: int[{batch}, N], label_lengths: int[{batch}], logit_lengths: int[{batch}]}}"
+    if not isinstance(target, Mapping) or target.keys() != set(TARGET):
+        raise InputError(wanted, describe(target), "give all three")
+    for name, rank in zip(TARGET, (2, 1, 1), strict=True):
+        a: Any = target[name]
+        integer = expect.is_array(a) and jnp.issubdtype(a.dtype, jnp.integer)
+        if not integer or a.ndim != rank or a.shape[0] != batch:
+            raise InputError(wanted, f"{name}: {describe(a)}", "give integers, one row for each example")
+
+
+def _values(shape: tuple[int, ...], target: Mapping[str, np.ndarray], blank: int) -> None:
+    """Refuse labels and lengths out of range, and labels that need more steps than there are."""
+    labels, n, t = (target[name].astype(np.int64) for name in TARGET)
+    _, steps, classes = shape
+    for name, lengths, most in (("label_lengths", n, labels.shape[1]), ("logit_lengths", t, steps)):
+        if bad := np.flatnonzero((lengths < 0) | (lengths > most)).tolist():
+            raise InputError(f"{name} from 0 to {most}", f"{lengths[bad[0]]} at index {bad[0]}", "correct the lengths")
+    own = np.arange(labels.shape[1]) < n[:, None]
+    wrong = own & ((labels < 0) | (labels >= classes) | (labels == blank))
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        wanted = f"labels from 0 to {classes - 1} other than the blank, {blank}"
+        raise InputError(wanted, f"label {labels[where]} at index {where}", "correct the labels, or their lengths")
+    again = own[:, 1:] & (labels[:, 1:] == labels[:, :-1])
+    need = n + again.sum(axis=1)
+    if short := np.flatnonzero(need > t).tolist():
+        i = short[0]
+        received = f"{t[i]} steps for {n[i]} labels with {need[i] - n[i]} repeats, at index {i}"
+        remedy = "leave such examples out, or give more steps"
+        raise InputError(f"at least {need[i]} steps: one a label, and a blank between equal ones", received, remedy)

@@ -1,0 +1,118 @@
+"""Losses that are zero once a margin is kept.
+
+With n the entries of an example and g = dy of that example:
+
+    hinge     l = mean(max(0, 1 - t z))        dz = -g t [t z < 1] / n        dt = -g z [t z < 1] / n
+
+With anchor a, positive p, negative n, the unit vectors u = (a - p) / |a - p|, v = (a - n) / |a - n|, and h = g [l > 0]:
+
+    triplet   l = max(0, |a - p| - |a - n| + margin)        da = h (u - v)        dp = -h u        dn = h v
+
+Residuals: z and t; a, p and n.
+Numerics: in float32 for half precision. Slope 0 at the kinks: where the margin is just kept, and in triplet also where
+two vectors are equal and have no direction between them. No square overflows or vanishes.
+Source: Cortes and Vapnik 1995, "Support-vector networks"; Schroff et al. 2015, arXiv:1503.03832; Balntas et al. 2016,
+"Learning local feature descriptors with triplets" (distances, not their squares).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from funcnet import expect
+from funcnet.expect import InputError, describe
+from funcnet.factors import wide
+from funcnet.layers.normalize import unit
+from funcnet.losses.loss import (
+    Loss,
+    mean,
+    one_a_row,
+    one_an_example,
+    same_dtype,
+    same_shape,
+    share_right,
+    spread,
+    stateless_loss,
+)
+
+
+def hinge() -> Loss:
+    """max(0, 1 - t z), the mean over the entries of an example: scores z [B, ..] to [B]; slope 0 at the kink t z = 1.
+
+    Target: like the scores in shape, -1 or 1 as integers, or floats in [-1, 1] of their dtype. Others are refused where
+    they can be read: labels 0 and 1 become these by 2 * t - 1. Metric: accuracy, the share of entries with
+    [z > 0] = [t > 0]. Residuals: z and t.
+    Source: Cortes and Vapnik 1995, "Support-vector networks".
+    """
+
+    def check(z, t):
+        same_shape(z, t)
+        if expect.is_floating(t):
+            same_dtype(z, t)
+        elif not jnp.issubdtype(t.dtype, jnp.signedinteger):
+            raise InputError("targets -1 and 1, integers with a sign or floats", describe(t), "convert with 2 * t - 1")
+        if expect.is_concrete(t):
+            values = np.asarray(t, np.float64)
+            if np.any(np.abs(values) > 1) or (not expect.is_floating(t) and np.any(values == 0)):
+                received = f"values from {values.min()} to {values.max()}"
+                raise InputError("targets -1 and 1", received, "convert labels 0 and 1 with 2 * t - 1")
+
+    def fwd(params, x):
+        check(*x)
+        z, t = (a.astype(wide(x[0].dtype)) for a in x)
+        margin = 1 - t * z
+        return mean(jnp.where(margin <= 0, 0.0, margin)), x
+
+    def bwd(params, x, dy, contract):
+        z, t = (a.astype(wide(x[0].dtype)) for a in x)
+        g = jnp.where(1 - t * z <= 0, 0.0, -spread(dy, z))
+        return {}, ((g * t).astype(x[0].dtype), (g * z).astype(x[1].dtype) if expect.is_floating(x[1]) else None)
+
+    return stateless_loss("hinge", fwd, bwd, one_an_example, {"accuracy": share_right(0.0)}, check)
+
+
+def triplet(margin: float = 1.0) -> Loss:
+    """max(0, |a - p| - |a - n| + margin) over the last axis: anchor a and (positive, negative), all [.., D], to [..].
+
+    The prediction is the anchor, the target the pair of a positive, which is to be nearer, and a negative. Where models
+    make all three, loss and models are one layer: `fn.serial(fn.parallel(f, fn.parallel(g, h)), fn.triplet())`.
+
+    Args:
+        margin: by how much nearer, positive; its unit is that of the distances.
+
+    Target: a tuple (positive, negative), both like the anchor in shape and dtype. Residuals: all three.
+    """
+    if not 0 < margin < float("inf"):
+        raise InputError("a positive margin", f"margin={margin}", "use the default, 1.0")
+
+    def check(anchor: Any, others: Any) -> None:
+        if not isinstance(others, tuple) or len(others) != 2:
+            raise InputError("a target (positive, negative)", describe(others), "give the anchor both as a tuple")
+        for other in others:
+            same_shape(anchor, other)
+            same_dtype(anchor, other)
+
+    def differences(x):
+        """Unit vectors [.., D] and distances [.., 1] from the positive, and from the negative, to the anchor."""
+        anchor, positive, negative = (a.astype(wide(a.dtype)) for a in (x[0], *x[1]))
+        return unit(anchor - positive), unit(anchor - negative)
+
+    def value(near: Array, far: Array) -> Array:
+        excess = (near - far)[..., 0] + margin
+        return jnp.where(excess <= 0, 0.0, excess)
+
+    def fwd(params, x):
+        check(*x)
+        (_, near), (_, far) = differences(x)
+        return value(near, far), x
+
+    def bwd(params, x, dy, contract):
+        (u, near), (v, far) = differences(x)
+        g = expect.cotangent(dy, near.shape[:-1], near.dtype)
+        h = jnp.where(value(near, far) > 0, g, 0.0)[..., None]
+        danchor, dpositive, dnegative = (d.astype(x[0].dtype) for d in (h * (u - v), -h * u, h * v))
+        return {}, (danchor, (dpositive, dnegative))
+
+    return stateless_loss("triplet", fwd, bwd, lambda others: one_a_row(others[0]), {}, check)

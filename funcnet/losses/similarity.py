@@ -1,0 +1,102 @@
+"""Losses of the angle between two vectors.
+
+With c = <p / |p|, t / |t|> and g = dy of that row:
+
+    cosine    l = 1 - c        dp = -g (t / |t| - c p / |p|) / |p|, dt likewise
+
+With u = a / |a|, v = b / |b| for B pairs (a_i, b_i), and S = u v^T / temperature [B, B]:
+
+    contrastive    l_i = (log sum_j e^S_ij + log sum_j e^S_ji) / 2 - S_ii
+
+the mean of two cross-entropies: to find b_i for a_i among all b, and a_i for b_i among all a. With p_ij the softmax
+over j of S_ij and q_ij that over i:
+
+    dS_ij = (g_i p_ij + g_j q_ij) / 2 - [i = j] g_i        du = dS v / temperature        dv = dS^T u / temperature
+
+and da = (du - u <u, du>) / |a|, db likewise. Every gradient has a share of every g: an example has no loss of its own.
+
+Residuals: p and t; a and b.
+Numerics: in float32 for half precision; lengths are taken of x / max |x|, so no square overflows or vanishes.
+Source: van den Oord et al. 2018, arXiv:1807.03748 (InfoNCE); Radford et al. 2021, arXiv:2103.00020 (both directions).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import nn
+
+from funcnet import expect
+from funcnet.expect import InputError, describe
+from funcnet.factors import mixing
+from funcnet.layers.normalize import unit, unit_pullback
+from funcnet.losses.loss import Loss, one_a_row, one_an_example, same_dtype, same_shape, stateless_loss
+
+
+def cosine() -> Loss:
+    """1 - <p, t> / (|p| |t|) over the last axis: prediction p and target t, both [.., D], to [..].
+
+    Where one of them is 0 and has no direction the loss is 1 and both gradients are 0. No square overflows or vanishes.
+    Target: like p in shape and dtype. Residuals: p and t.
+    """
+
+    def check(p, t):
+        same_shape(p, t)
+        same_dtype(p, t)
+
+    def fwd(params, x):
+        check(*x)
+        p, t = (unit(a)[0] for a in x)
+        return 1 - jnp.sum(p * t, axis=-1), x
+
+    def bwd(params, x, dy, contract):
+        p, t = (unit(a) for a in x)
+        g = expect.cotangent(dy, x[0].shape[:-1], p[0].dtype)[..., None]
+        dp, dt = unit_pullback(*p, -g * t[0]), unit_pullback(*t, -g * p[0])
+        return {}, (dp.astype(x[0].dtype), dt.astype(x[1].dtype))
+
+    return stateless_loss("cosine", fwd, bwd, one_a_row, {}, check)
+
+
+def contrastive(temperature: float = 0.07) -> Loss:
+    """InfoNCE of B pairs, both ways: a [B, D] and b [B, D] to [B]; the others of the batch are the negatives.
+
+    The cosines of all a_i with all b_j, divided by the temperature, are logits of two cross-entropies: b_i is to be
+    found for a_i, and a_i for b_i; the value of a pair is their mean. A vector of 0 has cosine 0 with all, gradient 0.
+
+    Where a model makes both, loss and model are one layer with a value for each pair:
+    `fn.serial(fn.parallel(f, g), fn.contrastive())`.
+
+    Since a pair's value depends on all others, no example has a gradient of its own: `fn.per_example` and
+    `fn.squared_norm` are refused, also for the model in front. Micro-batches (`accumulate`) have their own negatives.
+
+    Args:
+        temperature: positive; the smaller, the more the nearest negatives count.
+
+    Target: b, like the prediction a in shape and dtype. No metrics.
+    """
+    if not 0 < temperature < float("inf"):
+        raise InputError("a positive temperature", f"temperature={temperature}", "use the default, 0.07")
+
+    def check(a: Any, b: Any) -> None:
+        same_shape(a, b)
+        same_dtype(a, b)
+        if len(a.shape) != 2:
+            raise InputError("one vector an example, [B, D]", describe(a), "flatten the other axes")
+
+    def fwd(params, x):
+        check(*x)
+        u, v = (unit(a)[0] for a in x)
+        s = u @ v.T / temperature
+        return (nn.logsumexp(s, axis=1) + nn.logsumexp(s, axis=0)) / 2 - jnp.diagonal(s), x
+
+    def bwd(params, x, dy, contract):
+        mixing(contract)
+        (u, a_length), (v, b_length) = (unit(a) for a in x)
+        g = expect.cotangent(dy, u.shape[:1], u.dtype)
+        s = u @ v.T / temperature
+        by_row, by_column = g[:, None] * nn.softmax(s, axis=1), g[None] * nn.softmax(s, axis=0)
+        ds = ((by_row + by_column) / 2 - jnp.diag(g)) / temperature
+        da, db = unit_pullback(u, a_length, ds @ v), unit_pullback(v, b_length, ds.T @ u)
+        return {}, (da.astype(x[0].dtype), db.astype(x[1].dtype))
+
+    return stateless_loss("contrastive", fwd, bwd, one_an_example, {}, check)

@@ -1,0 +1,89 @@
+"""Cosine at 0 and far away; contrastive against two cross-entropies."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+from tests.losses.pairs import RNG, pull, refused, value
+
+
+def test_cosine_has_no_direction_at_0_and_no_overflow_far_away():
+    p = np.float32([[0, 0], [3, 4], [3e30, 4e30], [3e-30, 4e-30]])
+    t = np.float32([[1, 2], [0, 0], [4e30, 3e30], [-3, -4]])
+    values, dp, dt = pull(fn.cosine(), p, t)
+    np.testing.assert_allclose(values, [1, 1, 0.04, 2], rtol=1e-5)
+    assert not dp[:2].any()
+    assert not dt[:2].any()
+    assert all(np.isfinite(a).all() for a in (dp, dt))
+
+
+A, B = RNG.normal(size=(6, 4)), RNG.normal(size=(6, 4))
+DY = np.linspace(-1.0, 2.0, 6)
+
+
+def test_contrastive_is_the_mean_of_two_cross_entropies_of_pytorch(x64):
+    torch = pytest.importorskip("torch")
+    a, b = (torch.tensor(x, requires_grad=True) for x in (A, B))
+    s = torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T / 0.3
+    either = (torch.nn.functional.cross_entropy(z, torch.arange(6), reduction="none") for z in (s, s.T))
+    wanted = sum(either) / 2
+    wanted.backward(torch.tensor(DY))
+    values, da, db = pull(fn.contrastive(0.3), A, B, DY)
+    np.testing.assert_allclose(values, wanted.detach().numpy(), rtol=1e-10)
+    np.testing.assert_allclose(da, a.grad.numpy(), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(db, b.grad.numpy(), rtol=1e-10, atol=1e-12)
+
+
+def test_contrastive_looks_at_directions_alone_and_is_0_for_one_pair():
+    loss = fn.contrastive()
+    far = np.float32([[3e30], [2e-30], [1], [1], [1], [1]]) * np.float32(A)
+    np.testing.assert_allclose(value(loss, far, np.float32(B)), value(loss, np.float32(A), np.float32(B)), rtol=1e-4)
+    for a in pull(loss, np.float32(A[:1]), np.float32(B[:1])):
+        np.testing.assert_allclose(a, np.zeros_like(a), atol=1e-6)
+    nowhere = np.float32(A) * (np.arange(6) != 2)[:, None]
+    values, da, db = pull(loss, nowhere.astype(np.float32), np.float32(B))
+    assert all(np.isfinite(v).all() for v in (values, da, db))
+    assert not np.any(da[2])
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_contrastive_at_any_temperature_is_finite(temperature):
+    assert all(np.isfinite(a).all() for a in pull(fn.contrastive(temperature), np.float32(A), np.float32(B)))
+
+
+def test_contrastive_refuses_what_does_not_fit():
+    a = np.float32(A)
+    refused(fn.contrastive(), a, a[:5], "the prediction's shape")
+    refused(fn.contrastive(), a, a.astype(jnp.bfloat16), "dtype")
+    refused(fn.contrastive(), a.reshape(6, 2, 2), a.reshape(6, 2, 2), "one vector an example")
+    for temperature in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(fn.InputError, match="temperature"):
+            fn.contrastive(temperature)
+
+
+@pytest.mark.parametrize("contract", [fn.per_example, fn.squared_norm])
+def test_contrastive_has_no_gradient_of_one_example(contract):
+    residuals = fn.contrastive().fwd({}, (), (np.float32(A), np.float32(B)), None)[2]
+    for loss in (fn.contrastive(), fn.remat(fn.contrastive())):
+        residuals = loss.fwd({}, (), (np.float32(A), np.float32(B)), None)[2]
+        with pytest.raises(fn.InputError, match="depends on all others"):
+            loss.bwd({}, residuals, jnp.ones(6), contract)
+        assert loss.bwd({}, residuals, jnp.ones(6), fn.keep)[0] == {}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_contrastive_in_half_precision_is_float32_rounded(dtype):
+    a, b = jnp.asarray(A, dtype), jnp.asarray(B, dtype)
+    got, wanted = pull(fn.contrastive(0.5), a, b), pull(fn.contrastive(0.5), *(x.astype(jnp.float32) for x in (a, b)))
+    assert [x.dtype for x in got] == [jnp.float32, dtype, dtype]
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [fn.contrastive(), fn.triplet()], ids=lambda loss: loss.name)
+def test_behind_models_that_make_both_sides_it_is_one_layer_with_them(loss):
+    other = fn.dense(3) if loss.name == "contrastive" else fn.parallel(fn.dense(3), fn.dense(3))
+    whole = fn.serial(fn.parallel(fn.dense(3), other), loss)
+    x = "f32[4,5]", "f32[4,2]" if loss.name == "contrastive" else ("f32[4,2]", "f32[4,3]")
+    fn.check_layer(whole, x, oracles=("autodiff",)).raise_for_failure()
