@@ -83,6 +83,7 @@ from funcnet.train.loop import evaluate, fit
 from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, TrainStep, init_train_state, train_step
 from funcnet.transform import Frozen, freeze, mixed, named, remat
+from funcnet.weights import from_torch, load_params, save_params, to_torch
 from funcnet.worked import WORKED, Worked
 
 __all__ = [
@@ -143,6 +144,7 @@ __all__ = [
     "focal",
     "freeze",
     "from_function",
+    "from_torch",
     "geglu",
     "gelu",
     "global_avg_pool",
@@ -168,6 +170,7 @@ __all__ = [
     "layer_norm",
     "layerwise_step",
     "leaky_relu",
+    "load_params",
     "log_sigmoid",
     "log_softmax",
     "lstm",
@@ -194,6 +197,7 @@ __all__ = [
     "rnn",
     "rotary",
     "rows",
+    "save_params",
     "selu",
     "serial",
     "sigmoid",
@@ -211,6 +215,7 @@ __all__ = [
     "swiglu",
     "tanh",
     "tied",
+    "to_torch",
     "total",
     "train_step",
     "value_and_grad",

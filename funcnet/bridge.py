@@ -30,7 +30,7 @@ Tree = Any
 
 
 def differentiable(layer: Layer) -> Callable[..., Any]:
-    """f(params, x, *, state=None, key=None) -> y, the layer's `fwd` as a JAX function that `jax.grad` undoes by its `bwd`.
+    """f(params, x, *, state=None, key=None) -> y: `fwd` as a JAX function, of which `jax.grad` is the layer's `bwd`.
 
     For layers with a state f returns (y, new state), and needs the state; neither is differentiated, as if by
     `stop_gradient`. `key` is what `fwd` draws from. For evaluation there is `layer.apply`.

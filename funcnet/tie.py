@@ -14,8 +14,8 @@ Numerics: the uses are added in float32 for half precision, and rounded once.
 Source: Press and Wolf 2016, arXiv:1608.05859; Inan, Khosravi and Socher 2016, arXiv:1611.01462.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from funcnet import expect
 from funcnet.expect import InputError, describe
 from funcnet.factors import Contraction, Outer, Sum, is_factor, keep, total
-from funcnet.layer import Layer, a_layer, around
+from funcnet.layer import Layer, Made, a_layer, around
 
 Tree = Any
 Path = tuple[str, ...]
@@ -36,6 +36,14 @@ class Tie(NamedTuple):
     copy: Path
     source: Path
     transposed: bool
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tied(Made):
+    """How a tied model was made, and: its params -> those of the model inside, and back."""
+
+    whole: Callable[[Tree], Tree]
+    apart: Callable[[Tree], Tree]
 
 
 def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
@@ -114,7 +122,8 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
     def again(model):
         return tied(model, ties)
 
-    return around(model, replace(model, init=init, apply=apply, fwd=fwd, bwd=bwd), again, "tied")
+    both = around(model, replace(model, init=init, apply=apply, fwd=fwd, bwd=bwd), again, "tied")
+    return replace(both, made=Tied(**vars(both.made), whole=whole, apart=apart))
 
 
 @expect.by("tied")
@@ -145,7 +154,8 @@ def _keeping(layer: Layer, paths: Sequence[Path]) -> Layer:
         return layer.rebuild(parts)
 
     def bwd(params, residuals, dy, contract=total):
-        factors, dx = layer.bwd(params, residuals, dy, keep)
+        keeping = replace(contract, of=keep.of, stacked=keep.stacked)
+        factors, dx = layer.bwd(params, residuals, dy, keeping)
 
         def one(path, param, factor):
             kept = tuple(entry.key for entry in path) in paths

@@ -14,7 +14,7 @@ from jax import Array
 
 from funcnet import expect
 from funcnet.expect import InputError, describe, is_floating
-from funcnet.factors import Contraction, total
+from funcnet.factors import total
 from funcnet.layer import Layer, a_layer, around
 from funcnet.order import after
 
@@ -154,12 +154,10 @@ def freeze(layer: Layer) -> Layer:
         return y, Frozen(state.params, inner), Unlearned(state.params, residuals)
 
     def bwd(params, residuals, dy, contract=total):
-        return {}, layer.bwd(*residuals, dy, _nothing)[1]
+        nothing = replace(contract, of=lambda factor, param: None, stacked=lambda answer: None)
+        return {}, layer.bwd(*residuals, dy, nothing)[1]
 
     return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), freeze, "freeze")
-
-
-_nothing = Contraction("nothing", lambda factor, param: None)
 
 
 def frozen_as(dtype: Any, state: Tree) -> Tree:
