@@ -22,6 +22,7 @@ which PyTorch reads for momentum=None alone, is 0 on the way there, and left asi
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -55,7 +56,7 @@ def save_params(params: Tree, path: str | os.PathLike) -> None:
     Raises:
         InputError: for leaves that are no arrays of numbers, and for names with a "/", which would not be told apart.
     """
-    content = _safetensors().save(_by_path(params))
+    content = _safetensors().numpy.save(_by_path(params))
     folder = Path(path).absolute().parent
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".saving-")
     try:
@@ -78,12 +79,10 @@ def load_params(path: str | os.PathLike, like: Tree) -> Tree:
     Raises:
         InputError: if the file is none of that kind, or names, shapes or dtypes are not those of `like`.
     """
-    reader = _safetensors()
+    package, content = _safetensors(), Path(path).read_bytes()
     try:
-        arrays = reader.load(Path(path).read_bytes())
-    except OSError:
-        raise
-    except Exception as error:
+        arrays = {name: _decoded(**view) for name, view in package.deserialize(content)}
+    except (package.SafetensorError, KeyError) as error:
         raise InputError("a safetensors file", f"{path}: {error}", "write it with save_params") from error
     _require_same(arrays, {name: expect.shapes(leaf) for name, leaf in _named(like)}, "load params for the same model")
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name, _ in _named(like)])
@@ -95,13 +94,24 @@ def _safetensors() -> Any:
     except ModuleNotFoundError as error:
         remedy = 'install the extra: python -m pip install "funcnet[safetensors]"'
         raise InputError("the package safetensors", "an environment without it", remedy) from error
-    return safetensors.numpy
+    return safetensors
+
+
+# By the format's codes. Its own reader for NumPy knows no bfloat16.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"}
+_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_DTYPES |= {f"{code}{n}": f"{kind}{n}" for code, kind in (("I", "int"), ("U", "uint")) for n in (8, 16, 32, 64)}
+
+
+def _decoded(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    return np.frombuffer(data, jnp.dtype(_DTYPES[dtype])).reshape(shape)
 
 
 def _by_path(tree: Tree) -> Arrays:
     for name, leaf in _named(tree):
-        if not is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise InputError("arrays of numbers", f"{describe(leaf)} at {name}", "leave keys and other objects out")
+        if not is_array(leaf) or str(leaf.dtype) not in _DTYPES.values():
+            wanted = f"arrays of the dtypes {', '.join(sorted(_DTYPES.values()))}"
+            raise InputError(wanted, f"{describe(leaf)} at {name}", "leave keys and other objects out")
     return {name: np.array(leaf, order="C") for name, leaf in _named(tree)}
 
 
@@ -175,8 +185,9 @@ def to_torch(layer: Layer, params: Tree, state: Tree = (), names: Mapping[str, s
     Args:
         layer: made of layers that PyTorch has too.
         params, state: the layer's.
-        names: what other modules are called: {"dense": "0", "blocks": "encoder.layers"}. A name is the beginning of a
-            path with dots, or all of it; the longest one that fits is taken. A copy that is `tied` has a name too.
+        names: what other modules are called: {"dense": "0", "blocks.*.dense": "encoder.layers.*.linear"}. A name is the
+            beginning of a path with dots, or all of it; of those that fit the longest one is taken, and "*" is any
+            part, such as a number, and the same in the other name. A copy that is `tied` has a name too.
 
     Raises:
         InputError: for a layer with params that is none of PyTorch's, and for names that nothing has, or two have.
@@ -217,15 +228,26 @@ def _renamed(arrays: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, s
     """By our name the one that `names` makes of it."""
     renamed, used = {}, set()
     for name in arrays:
-        fitting = [begin for begin in names if f"{name}.".startswith(f"{begin}.")]
-        begin = max(fitting, key=len, default="")
-        used.add(begin)
-        renamed[name] = names[begin] + name[len(begin) :] if fitting else name
+        fitting = {begin: found for begin in names if (found := _begins(name, begin))}
+        used |= fitting.keys()
+        begin = max(fitting, key=lambda begin: fitting[begin].end(), default="")
+        renamed[name] = _filled(names[begin], fitting[begin]) + name[fitting[begin].end() :] if fitting else name
     if unused := sorted(set(names) - used):
         raise InputError(f"names among {sorted(arrays)}", f"{unused}", "write paths with dots, as in that list")
     if len(set(renamed.values())) < len(renamed):
         raise InputError("a name for each array", f"{sorted(renamed.values())}", "give different names")
     return renamed
+
+
+def _begins(name: str, begin: str) -> re.Match | None:
+    """Where `name` begins with the parts of `begin`, of which "*" is any."""
+    return re.match(re.escape(begin).replace(r"\*", "([^.]+)") + r"(?=\.|$)", name)
+
+
+def _filled(other: str, found: re.Match) -> str:
+    """`other` with what the stars were in place of its own, in order."""
+    stars = iter(found.groups())
+    return "".join(next(stars, "*") if part == "*" else part for part in re.split(r"(\*)", other))
 
 
 def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> dict[str, Any]:
