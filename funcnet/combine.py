@@ -7,6 +7,7 @@ randomness from `fold_in(key, i)`, so a layer appended at the end leaves the dra
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
 
 def _reversible_serial(whole: Layer) -> Layer:
     """A `serial` of reversible layers, which keeps the last output alone: each gives the one before it its own."""
-    parts: Mapping[str, Any] = whole.parts
+    parts: dict[str, Any] = dict(whole.parts)
 
     def fwd(params, state, x, key):
         y, state, residuals = whole.fwd(params, state, x, key)
@@ -322,7 +323,7 @@ def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
 
 def _added(*arrays: Array) -> Array:
     """Their sum, wide."""
-    return sum(a.astype(wide(a.dtype)) for a in arrays).astype(arrays[0].dtype)
+    return reduce(jnp.add, [a.astype(wide(a.dtype)) for a in arrays]).astype(arrays[0].dtype)
 
 
 @jax.tree_util.register_dataclass

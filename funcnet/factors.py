@@ -29,7 +29,7 @@ mapped over them. Sums run in float32 for half-precision inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import combinations
 from typing import Any
 
@@ -284,7 +284,7 @@ def total(factor: Factor, param: Array) -> Array:
         case Window(x, dy, geometry):
             answer = placed(_correlation(x, dy, geometry, param), param)
         case Sum(factors):
-            answer = sum(total.of(each, param.astype(wide(param.dtype))) for each in factors)
+            answer = reduce(jnp.add, [total.of(each, param.astype(wide(param.dtype))) for each in factors])
         case Pulled(gradient):
             answer = gradient
         case _:
@@ -312,7 +312,7 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
             by_taps = lambda x, dy: _correlation_by_taps(x[None], dy[None], geometry, param)
             return jax.vmap(by_taps)(x, dy)
         case Sum(factors):
-            return sum(_per_example(each, param, name) for each in factors)
+            return reduce(jnp.add, [_per_example(each, param, name) for each in factors])
         case Pulled():
             return _one_by_one(factor, name, lambda gradient: gradient)
         case _:
@@ -384,10 +384,11 @@ def _inner(a: Factor, b: Factor, param: Array) -> Array:
     of a row of the identity with dy.
     """
     match a, b:
-        case (Outer(), Gather()) | (Gather(), Outer()):
-            outer, gather = (a, b) if isinstance(a, Outer) else (b, a)
-            x, dy = (_wide_examples(leaf, "squared_norm") for leaf in (outer.x, outer.dy))
-            ids, rows = _examples_in_table(gather, "squared_norm")
+        case Gather(), Outer():
+            return _inner(b, a, param)
+        case Outer(), Gather():
+            x, dy = (_wide_examples(leaf, "squared_norm") for leaf in (a.x, a.dy))
+            ids, rows = _examples_in_table(b, "squared_norm")
             picked = jax.vmap(lambda x, ids: x.at[:, ids].get(mode="fill", fill_value=0))(x, ids)  # [B, t, s]
             return jnp.sum(picked * jnp.einsum("btj,bsj->bts", dy, rows), axis=(1, 2))
         case Gather(), Gather():

@@ -129,10 +129,11 @@ def _halves(x: Any) -> Pair:
             expect.float_array(half)
         return jnp.asarray(x[0]), jnp.asarray(x[1])
     expect.float_array(x)
+    x = jnp.asarray(x)
     if x.shape[-1] % 2:
         remedy = "give an even number of features, or a pair of arrays"
         raise InputError("an array whose last axis can be halved", describe(x), remedy)
-    first, second = jnp.split(jnp.asarray(x), 2, axis=-1)
+    first, second = jnp.split(x, 2, axis=-1)
     return first, second
 
 

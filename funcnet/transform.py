@@ -146,11 +146,11 @@ def freeze(layer: Layer) -> Layer:
 
     def apply(params, state, x):
         check(params, state)
-        return layer.apply(*state, x)
+        return layer.apply(state.params, state.state, x)
 
     def fwd(params, state, x, key):
         check(params, state)
-        y, inner, residuals = layer.fwd(*state, x, key)
+        y, inner, residuals = layer.fwd(state.params, state.state, x, key)
         return y, Frozen(state.params, inner), Unlearned(state.params, residuals)
 
     def bwd(params, residuals, dy, contract=total):

@@ -255,10 +255,10 @@ def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> di
     made = layer.made
     match layer.combinator:
         case "repeat" if made:
-            turns = ((*_turn(i, params, state), (*path, str(i))) for i in range(_turns(params, state)))
-            return _joined(_there(made.inner, *turn) for turn in turns)
+            turns = [_turn(i, params, state) for i in range(_turns(params, state))]
+            return _joined(_there(made.inner, p, s, (*path, str(i))) for i, (p, s) in enumerate(turns))
         case "freeze" if made:
-            return _there(made.inner, *state, path)
+            return _there(made.inner, state.params, state.state, path)
         case "tied" if isinstance(made, Tied):
             return _there(made.inner, made.whole(params), state, path)
     if made and made.inner:
@@ -281,20 +281,21 @@ def _back(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...], arrays
     match layer.combinator:
         case "repeat" if made:
             like = jax.eval_shape(partial(_turn, 0), params, state) if _turns(params, state) else (params, state)
-            turns = [_back(made.inner, *like, (*path, str(i)), arrays) for i in range(_turns(params, state))]
+            count = range(_turns(params, state))
+            turns = [_back(made.inner, like[0], like[1], (*path, str(i)), arrays) for i in count]
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *turns) if turns else like
         case "freeze" if made:
-            return params, Frozen(*_back(made.inner, *state, path, arrays))
+            return params, Frozen(*_back(made.inner, state.params, state.state, path, arrays))
         case "tied" if isinstance(made, Tied):
             return _back_tied(made, params, state, path, arrays)
     if made and made.inner:
         return _back(made.inner, params, state, path, arrays)
     if layer.parts:
         both = {}
-        for name, each in _inside(layer, params, state, path).items():
+        for name, (part, own, own_state, inside) in _inside(layer, params, state, path).items():
             backward = layer.name == "bidirectional" and name == "backward"
             cut = {n.removesuffix(_REVERSE): a for n, a in arrays.items() if n.endswith(_REVERSE)}
-            both[name] = _back(*each, cut if backward else arrays)
+            both[name] = _back(part, own, own_state, inside, cut if backward else arrays)
         new_state = {name: new for name, (_, new) in both.items()}
         return {name: new for name, (new, _) in both.items()}, new_state if isinstance(state, Mapping) else state
     get = lambda name: arrays[".".join((*path, name))]

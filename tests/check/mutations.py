@@ -40,7 +40,10 @@ FILES = [
     "layer.py",
     "factors.py",
     "losses.py",
+    "bridge.py",
     "combine.py",
+    "reversible.py",
+    "tie.py",
     "transform.py",
     *sorted(f"layers/{path.name}" for path in (PACKAGE / "layers").glob("[a-z]*.py")),
 ]
