@@ -17,7 +17,7 @@ from jax import Array, lax
 from funcnet import expect
 from funcnet.expect import InputError, at, describe
 from funcnet.factors import total, wide
-from funcnet.layer import Layer, Made, Undone, a_layer, around, child, output, without_x
+from funcnet.layer import Layer, Made, Undone, a_layer, around, child, output, undoing, without_x
 
 Tree = Any
 
@@ -72,12 +72,12 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return dparams, dy
 
     whole = Layer("serial", init, apply, fwd, bwd, parts, lambda parts: serial(**parts), Made("serial", fwd, bwd))
-    return _reversible_serial(whole) if all(layer.undo for layer in parts.values()) else whole
+    return _reversible_serial(whole) if all(map(undoing, parts.values())) else whole
 
 
 def _reversible_serial(whole: Layer) -> Layer:
     """A `serial` of reversible layers, which keeps the last output alone: each gives the one before it its own."""
-    parts: dict[str, Any] = dict(whole.parts)
+    parts: dict[str, Any] = {name: undoing(layer) for name, layer in whole.parts.items()}
 
     def fwd(params, state, x, key):
         y, state, residuals = whole.fwd(params, state, x, key)
@@ -88,9 +88,9 @@ def _reversible_serial(whole: Layer) -> Layer:
             expect.named(params, parts, "params")
             expect.named(residuals.kept, parts, "residuals")
         dparams, x = {}, residuals.y
-        for name, layer in reversed(parts.items()):
+        for name, undo_part in reversed(parts.items()):
             with at(name):
-                dparams[name], x, dy = layer.undo(params[name], Undone(residuals.kept[name], x), dy, contract)
+                dparams[name], x, dy = undo_part(params[name], Undone(residuals.kept[name], x), dy, contract)
         return dparams, x, dy
 
     bwd = without_x(undo)
@@ -204,6 +204,7 @@ def repeat(layer: Layer, times: int) -> Layer:
     """
     a_layer(layer)
     times = expect.count(times, "times")
+    undo_turn: Any = undoing(layer)
 
     def keys(key):
         return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(times))
@@ -273,7 +274,7 @@ def repeat(layer: Layer, times: int) -> Layer:
 
         def body(carry, layers):
             (y, dy), (params, kept) = carry, layers
-            dparams, x, dx = layer.undo(params, Undone(kept, y), dy, contract)  # pyright: ignore[reportOptionalCall]
+            dparams, x, dx = undo_turn(params, Undone(kept, y), dy, contract)
             return (x, dx), dparams
 
         carry, layers = (residuals.y, dy), (params, residuals.kept)
@@ -283,10 +284,10 @@ def repeat(layer: Layer, times: int) -> Layer:
     def again(layer):
         return repeat(layer, times)
 
-    if layer.undo:
+    if undo_turn:
         fwd, bwd = fwd_of_reversible, without_x(undo)
     whole = replace(layer, name="repeat", init=init, apply=apply, fwd=fwd, bwd=bwd)
-    return around(layer, whole, again, "repeat", undo if layer.undo else None)
+    return around(layer, whole, again, "repeat", undo if undo_turn else None)
 
 
 def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:

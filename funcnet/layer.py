@@ -66,13 +66,6 @@ class Layer(Generic[Params, State, Residuals]):
         made = self.made
         return made.combinator if made and made.fwd is self.fwd and made.bwd is self.bwd else ""
 
-    @property
-    def undo(self) -> "Undo | None":
-        """For a reversible layer: its `bwd`, which says its input too. None for others."""
-        if self.made and self.combinator == "named":
-            return self.made.inner.undo
-        return self.made.undo if self.made and self.combinator else None
-
 
 class Undone(NamedTuple):
     """Residuals of a reversible layer: its output, and what else it was called with beside params and input."""
@@ -179,6 +172,13 @@ def around(
     rebuild = inner.rebuild
     again = None if rebuild is None else lambda parts: wrap(rebuild(parts))
     return replace(whole, rebuild=again, made=Made(combinator, whole.fwd, whole.bwd, inner, wrap, undo))
+
+
+def undoing(layer: Layer) -> Undo | None:
+    """For a reversible layer: its `bwd`, which says its input too. None for others."""
+    if layer.made and layer.combinator == "named":
+        return undoing(layer.made.inner)
+    return layer.made.undo if layer.made and layer.combinator else None
 
 
 def without_x(undo: Undo) -> Callable[..., tuple[Any, Any]]:

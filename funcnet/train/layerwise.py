@@ -20,7 +20,7 @@ from jax import Array, lax
 from funcnet import expect
 from funcnet.combine import distinct
 from funcnet.expect import InputError, at
-from funcnet.layer import Layer
+from funcnet.layer import Layer, undoing
 from funcnet.order import after
 from funcnet.train.elementwise import HOLE, join, require_elementwise, split
 from funcnet.train.objective import Objective, as_weights, averages, check_batch, start
@@ -96,7 +96,7 @@ def _walk(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, 
 
 def _walked(layer: Layer) -> str:
     """The combinator that the walk goes through; "" for a layer that is one step of it, as all reversible ones are."""
-    return "" if layer.undo else layer.combinator
+    return "" if undoing(layer) else layer.combinator
 
 
 def _serial(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:
