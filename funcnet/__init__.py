@@ -1,11 +1,12 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
+from funcnet.bridge import differentiable, from_function
 from funcnet.calculus import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
 from funcnet.check.checker import check_layer, check_vjp
 from funcnet.check.compare import compare_grads
 from funcnet.check.judge import Leaf
 from funcnet.check.report import Failure, Report
-from funcnet.combine import parallel, repeat, serial, skip
+from funcnet.combine import branch, parallel, repeat, serial, skip
 from funcnet.expect import InputError
 from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
 from funcnet.factors import (
@@ -13,9 +14,11 @@ from funcnet.factors import (
     Contraction,
     Gather,
     Outer,
+    Pulled,
     Rows,
     Scale,
     Shift,
+    Sum,
     Window,
     contraction,
     is_factor,
@@ -52,6 +55,7 @@ from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
 from funcnet.layers.embedding import embedding, position_embedding, rotary, sinusoidal_positions
 from funcnet.layers.gate import geglu, glu, swiglu
+from funcnet.layers.join import add, concat
 from funcnet.layers.norm import layer_norm, rms_norm
 from funcnet.layers.normalize import group_norm, instance_norm, l2_normalize
 from funcnet.layers.piecewise import maxout, prelu
@@ -68,13 +72,16 @@ from funcnet.losses.loss import Loss
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
+from funcnet.reversible import reversible
 from funcnet.summary import Row, Summary, summary
+from funcnet.tie import tied
 from funcnet.train.finite import NotFiniteError
 from funcnet.train.layerwise import layerwise_step
 from funcnet.train.loop import evaluate, fit
 from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, TrainStep, init_train_state, train_step
-from funcnet.transform import mixed, remat
+from funcnet.transform import Frozen, freeze, mixed, named, remat
+from funcnet.weights import from_torch, load_params, save_params, to_torch
 from funcnet.worked import WORKED, Worked
 
 __all__ = [
@@ -84,6 +91,7 @@ __all__ = [
     "Contraction",
     "Explanation",
     "Failure",
+    "Frozen",
     "Gather",
     "InputError",
     "Layer",
@@ -93,24 +101,29 @@ __all__ = [
     "NotFiniteError",
     "Objective",
     "Outer",
+    "Pulled",
     "Report",
     "Row",
     "Rows",
     "Scale",
     "Shift",
+    "Sum",
     "Summary",
     "TrainState",
     "TrainStep",
     "Window",
     "Worked",
+    "add",
     "avg_pool",
     "bidirectional",
     "binary_cross_entropy",
+    "branch",
     "celu",
     "chain",
     "check_layer",
     "check_vjp",
     "compare_grads",
+    "concat",
     "contraction",
     "contrastive",
     "conv",
@@ -119,6 +132,7 @@ __all__ = [
     "ctc",
     "dense",
     "derivative",
+    "differentiable",
     "drop_path",
     "dropout",
     "elementwise",
@@ -129,6 +143,9 @@ __all__ = [
     "fit",
     "flatten",
     "focal",
+    "freeze",
+    "from_function",
+    "from_torch",
     "geglu",
     "gelu",
     "global_avg_pool",
@@ -155,6 +172,7 @@ __all__ = [
     "layerwise_step",
     "leaky_relu",
     "linear_cross_entropy",
+    "load_params",
     "log_sigmoid",
     "log_softmax",
     "lstm",
@@ -165,6 +183,7 @@ __all__ = [
     "mish",
     "mixed",
     "mse",
+    "named",
     "objective",
     "parallel",
     "per_example",
@@ -175,10 +194,12 @@ __all__ = [
     "remat",
     "repeat",
     "reshape",
+    "reversible",
     "rms_norm",
     "rnn",
     "rotary",
     "rows",
+    "save_params",
     "selu",
     "serial",
     "sigmoid",
@@ -195,6 +216,8 @@ __all__ = [
     "summary",
     "swiglu",
     "tanh",
+    "tied",
+    "to_torch",
     "total",
     "train_step",
     "triplet",

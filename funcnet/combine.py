@@ -7,6 +7,7 @@ randomness from `fold_in(key, i)`, so a layer appended at the end leaves the dra
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from jax import Array, lax
 
 from funcnet import expect
 from funcnet.expect import InputError, at, describe
-from funcnet.factors import total
-from funcnet.layer import Layer, Made, a_layer, around, output
+from funcnet.factors import total, wide
+from funcnet.layer import Layer, Made, Undone, a_layer, around, child, output, undoing, without_x
 
 Tree = Any
 
@@ -27,7 +28,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         y_i = f_i(w_i, y_{i-1})         dw_i, dy_{i-1} = bwd_i(dy_i)   from the last layer to the first
 
     Params, state and residuals are dicts by layer. A layer without a name gets its kind, numbered when repeated:
-    dense, relu, dense_1.
+    dense, relu, dense_1. Of reversible layers alone it is reversible: of all their outputs it keeps the last.
 
     Raises:
         InputError: for no layers at all, and with the layer's path for whatever one of them complains about.
@@ -43,7 +44,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         params, state = {}, {}
         for i, (name, layer) in enumerate(parts.items()):
             with at(name):
-                params[name], state[name] = layer.init(_child(key, i), x)
+                params[name], state[name] = layer.init(child(key, i), x)
                 x = output(layer, params[name], state[name], x)
         return params, state
 
@@ -59,7 +60,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         new_state, residuals = {}, {}
         for i, (name, layer) in enumerate(parts.items()):
             with at(name):
-                x, new_state[name], residuals[name] = layer.fwd(params[name], state[name], x, _child(key, i))
+                x, new_state[name], residuals[name] = layer.fwd(params[name], state[name], x, child(key, i))
         return x, new_state, residuals
 
     def bwd(params, residuals, dy, contract=total):
@@ -70,7 +71,30 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
                 dparams[name], dy = layer.bwd(params[name], residuals[name], dy, contract)
         return dparams, dy
 
-    return Layer("serial", init, apply, fwd, bwd, parts, lambda parts: serial(**parts), Made("serial", fwd, bwd))
+    whole = Layer("serial", init, apply, fwd, bwd, parts, lambda parts: serial(**parts), Made("serial", fwd, bwd))
+    return _reversible_serial(whole) if all(map(undoing, parts.values())) else whole
+
+
+def _reversible_serial(whole: Layer) -> Layer:
+    """A `serial` of reversible layers, which keeps the last output alone: each gives the one before it its own."""
+    parts: dict[str, Any] = {name: undoing(layer) for name, layer in whole.parts.items()}
+
+    def fwd(params, state, x, key):
+        y, state, residuals = whole.fwd(params, state, x, key)
+        return y, state, Undone({name: each.kept for name, each in residuals.items()}, y)
+
+    def undo(params, residuals, dy, contract):
+        with expect.by("serial"):
+            expect.named(params, parts, "params")
+            expect.named(residuals.kept, parts, "residuals")
+        dparams, x = {}, residuals.y
+        for name, undo_part in reversed(parts.items()):
+            with at(name):
+                dparams[name], x, dy = undo_part(params[name], Undone(residuals.kept[name], x), dy, contract)
+        return dparams, x, dy
+
+    bwd = without_x(undo)
+    return replace(whole, fwd=fwd, bwd=bwd, made=Made("serial", fwd, bwd, undo=undo))
 
 
 def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
@@ -96,7 +120,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         params, state = {}, {}
         for i, ((name, layer), x) in enumerate(zip(parts.items(), xs, strict=True)):
             with at(name):
-                params[name], state[name] = layer.init(_child(key, i), x)
+                params[name], state[name] = layer.init(child(key, i), x)
         return params, state
 
     def apply(params, state, xs):
@@ -112,7 +136,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         ys, new_state, residuals = [], {}, {}
         for i, ((name, layer), x) in enumerate(zip(parts.items(), xs, strict=True)):
             with at(name):
-                y, new_state[name], residuals[name] = layer.fwd(params[name], state[name], x, _child(key, i))
+                y, new_state[name], residuals[name] = layer.fwd(params[name], state[name], x, child(key, i))
                 ys.append(y)
         return tuple(ys), new_state, residuals
 
@@ -168,7 +192,8 @@ def repeat(layer: Layer, times: int) -> Layer:
     """The same layer `times` over, with parameters of its own each time: a scan over stacked params [L, ..].
 
     Compiles one copy of the layer however deep the model is. Residuals, state and kept factors are stacked likewise;
-    L is in front of the batch axis. Gradients are contracted a layer at a time, inside the backward scan.
+    L is in front of the batch axis. Gradients are contracted a layer at a time, inside the backward scan. Of a
+    reversible layer it keeps the last output alone, and walks back from it.
 
     Args:
         layer: maps an input to an output of the same shape and dtype.
@@ -179,6 +204,7 @@ def repeat(layer: Layer, times: int) -> Layer:
     """
     a_layer(layer)
     times = expect.count(times, "times")
+    undo_turn: Any = undoing(layer)
 
     def keys(key):
         return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(times))
@@ -232,10 +258,73 @@ def repeat(layer: Layer, times: int) -> Layer:
         dx, dparams = lax.scan(body, dy, (params, residuals), length=times, reverse=True)
         return jax.tree.map(lambda _, answer: contract.stacked(answer), params, dparams), dx
 
+    def fwd_of_reversible(params, state, x, key):
+        check(params)
+
+        def body(x, layers):
+            params, state, key = layers
+            y, state, residuals = layer.fwd(params, state, x, key)
+            return y, (state, residuals.kept)
+
+        y, (state, kept) = lax.scan(body, x, (params, state, keys(key)), length=times)
+        return y, state, Undone(kept, y)
+
+    def undo(params, residuals, dy, contract):
+        check(params)
+
+        def body(carry, layers):
+            (y, dy), (params, kept) = carry, layers
+            dparams, x, dx = undo_turn(params, Undone(kept, y), dy, contract)
+            return (x, dx), dparams
+
+        carry, layers = (residuals.y, dy), (params, residuals.kept)
+        (x, dx), dparams = lax.scan(body, carry, layers, length=times, reverse=True)
+        return jax.tree.map(lambda _, answer: contract.stacked(answer), params, dparams), x, dx
+
     def again(layer):
         return repeat(layer, times)
 
-    return around(layer, replace(layer, name="repeat", init=init, apply=apply, fwd=fwd, bwd=bwd), again, "repeat")
+    if undo_turn:
+        fwd, bwd = fwd_of_reversible, without_x(undo)
+    whole = replace(layer, name="repeat", init=init, apply=apply, fwd=fwd, bwd=bwd)
+    return around(layer, whole, again, "repeat", undo if undo_turn else None)
+
+
+def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
+    """The same input to several layers: x -> (f_1(x), .., f_n(x)); names as in `serial`.
+
+        dx = sum_i bwd_i(dy_i)        summed in float32 for half precision
+
+    Followed by `concat()` or `add()` it is one array again.
+
+    Raises:
+        InputError: for no layers at all, and for what one of them refuses.
+    """
+    each = parallel(*layers, **named)
+
+    def copies(x):
+        return (x,) * len(each.parts)
+
+    def init(key, x):
+        return each.init(key, copies(x))
+
+    def apply(params, state, x):
+        return each.apply(params, state, copies(x))
+
+    def fwd(params, state, x, key):
+        return each.fwd(params, state, copies(x), key)
+
+    def bwd(params, residuals, dys, contract=total):
+        dparams, dxs = each.bwd(params, residuals, dys, contract)
+        return dparams, jax.tree.map(_added, *dxs)
+
+    parts = each.parts
+    return Layer("branch", init, apply, fwd, bwd, parts, lambda parts: branch(**parts), Made("branch", fwd, bwd))
+
+
+def _added(*arrays: Array) -> Array:
+    """Their sum, wide."""
+    return reduce(jnp.add, [a.astype(wide(a.dtype)) for a in arrays]).astype(arrays[0].dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -256,10 +345,6 @@ def distinct(tree: Tree) -> Distinct:
     arrays = {id(leaf): leaf for leaf in leaves}
     position = {key: i for i, key in enumerate(arrays)}
     return Distinct(list(arrays.values()), structure, tuple(position[id(leaf)] for leaf in leaves))
-
-
-def _child(key: Array | None, i: int) -> Any:
-    return None if key is None else jax.random.fold_in(expect.key(key), i)
 
 
 def _by_name(layers: tuple[Layer, ...], named: Mapping[str, Layer]) -> dict[str, Layer]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet.expect import InputError, describe, is_floating
-from funcnet.factors import total
+from funcnet.factors import is_factor, total
 from funcnet.layer import Layer, a_layer
 from funcnet.train.objective import Batch, Objective, as_weights, check_batch, is_both, split, start
 
@@ -217,7 +217,8 @@ def _noting(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
 
     def bwd(params, residuals, dy, contract=total):
         dparams, dx = layer.bwd(params, residuals, dy, contract)
-        records[path] |= {"dy": dy, "dparams": dparams, "dx": dx}
+        gradients = jax.tree.map(lambda p, answer: total(answer, p) if is_factor(answer) else answer, params, dparams)
+        records[path] |= {"dy": dy, "dparams": gradients, "dx": dx}
         return dparams, dx
 
     return replace(layer, fwd=fwd, bwd=bwd)

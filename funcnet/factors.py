@@ -13,6 +13,8 @@ With b over examples and t over positions (every axis between the first and the 
     Gather(ids, dy)    dL/dtable[v, j]  = sum_bt [ids[b, t] = v] dy[b, t, j]
     Window(x, dy)      dL/dkernel[o, i, j] = sum_bt x[b, s t + o, i] dy[b, t, j]        s the stride
     Blocks(..)         one of these for each block of the parameter's last axis, formed when it is contracted
+    Sum(factors)       the sum of theirs: of a parameter that is used several times
+    Pulled(pull)       what `jax.vjp` of a function gives that no factors are known of
 
 A contraction is one function of a factor and its parameter, so one backward pass serves them all:
 
@@ -28,7 +30,8 @@ mapped over them. Sums run in float32 for half-precision inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from itertools import combinations
 from typing import Any
 
 import jax
@@ -112,7 +115,30 @@ class Blocks:
     layers: int = _static(0)
 
 
-Factor = Outer | Shift | Scale | Gather | Window | Blocks
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sum:
+    """The factors of one parameter, one for each of its uses; their `layers` are counted here."""
+
+    factors: tuple[Any, ...]
+    layers: int = _static(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pulled:
+    """gradient [*layers, *param], and `pull(params, x, dy)[leaf]`, which gives it for other cotangents too."""
+
+    gradient: Array
+    params: Any
+    x: Any
+    dy: Any
+    pull: Callable[[Any, Any, Any], list[Array]] = field(metadata={"static": True})
+    leaf: int = field(metadata={"static": True})
+    layers: int = _static(0)
+
+
+Factor = Outer | Shift | Scale | Gather | Window | Blocks | Sum | Pulled
 
 
 def is_factor(x: Any) -> bool:
@@ -325,6 +351,10 @@ def total(factor: Factor, param: Array) -> Array:
             answer = placed(_table(ids.reshape(-1), flat(dy), size), param)
         case Window(x, dy, geometry):
             answer = placed(_correlation(x, dy, geometry, param), param)
+        case Sum(factors):
+            answer = reduce(jnp.add, [total.of(each, param.astype(wide(param.dtype))) for each in factors])
+        case Pulled(gradient):
+            answer = gradient
         case _:
             raise _unknown(factor, "total")
     return answer.astype(param.dtype)
@@ -349,8 +379,31 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
         case Window(x, dy, geometry):
             by_taps = lambda x, dy: _correlation_by_taps(x[None], dy[None], geometry, param)
             return jax.vmap(by_taps)(x, dy)
+        case Sum(factors):
+            return reduce(jnp.add, [_per_example(each, param, name) for each in factors])
+        case Pulled():
+            return _one_by_one(factor, name, lambda gradient: gradient)
         case _:
             raise _unknown(factor, name)
+
+
+def _one_by_one(factor: Pulled, name: str, answer: Callable[[Array], Array]) -> Array:
+    """The answer for each example's gradient, wide: pulled back of its own cotangent, in turn.
+
+    Slow, a whole backward pass an example, but right whatever the function does with its examples.
+    """
+    leaves = jax.tree.leaves(factor.dy)
+    if any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) != 1:
+        remedy = "let the function give outputs with one batch axis, or use total"
+        raise InputError(f"an example axis in front for {name}", describe(factor.dy), remedy)
+    each = jnp.arange(leaves[0].shape[0])
+
+    def one(i: Array) -> Array:
+        own = lambda leaf: jnp.where((each == i).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
+        gradient = factor.pull(factor.params, factor.x, jax.tree.map(own, factor.dy))[factor.leaf]
+        return answer(gradient.astype(wide(gradient.dtype)))
+
+    return lax.map(one, each)
 
 
 @contraction(
@@ -367,7 +420,20 @@ def squared_norm(factor: Factor, param: Array) -> Array:
     clipping. Source: Li et al. 2021, arXiv:2110.05679, section 4; Bu et al. 2022, arXiv:2205.10683.
 
     For a table it never forms G either: the squares are those of its touched rows, the sums over equal ids.
+
+    For a parameter that is used several times G is a sum of G_u, and
+
+        |G|^2 = sum_u |G_u|^2 + 2 sum_{u < v} <G_u, G_v>
+
+    where, of an embedding and a head, no G is formed either. Rounding may leave less than nothing where uses cancel:
+    then it is 0.
     """
+    if isinstance(factor, Sum):
+        squares = [squared_norm.of(each, param) for each in factor.factors]
+        crossed = [2 * _inner(a, b, param) for a, b in combinations(factor.factors, 2)]
+        return jnp.maximum(sum(squares + crossed), 0)
+    if isinstance(factor, Pulled):
+        return _one_by_one(factor, "squared_norm", lambda gradient: jnp.sum(jnp.square(gradient)))
     if isinstance(factor, Outer):
         x, dy = _wide_examples(factor.x, "squared_norm"), _wide_examples(factor.dy, "squared_norm")
         if 2 * x.shape[1] ** 2 <= x.shape[2] * dy.shape[2]:
@@ -379,6 +445,33 @@ def squared_norm(factor: Factor, param: Array) -> Array:
         return jnp.sum(jnp.square(sums), axis=(1, 2))
     gradient = _per_example(factor, param, "squared_norm")
     return jnp.sum(jnp.square(gradient), axis=tuple(range(1, gradient.ndim)))
+
+
+def _inner(a: Factor, b: Factor, param: Array) -> Array:
+    """<G_a, G_b> for each example, [B], of two uses of a parameter.
+
+    Of outer products it is sum_st <x_s, x'_t> <dy_s, dy'_t>, and the row that a table looks up is an outer product too,
+    of a row of the identity with dy.
+    """
+    match a, b:
+        case Gather(), Outer():
+            return _inner(b, a, param)
+        case Outer(), Gather():
+            x, dy = (_wide_examples(leaf, "squared_norm") for leaf in (a.x, a.dy))
+            ids, rows = _examples_in_table(b, "squared_norm")
+            picked = jax.vmap(lambda x, ids: x.at[:, ids].get(mode="fill", fill_value=0))(x, ids)  # [B, t, s]
+            return jnp.sum(picked * jnp.einsum("btj,bsj->bts", dy, rows), axis=(1, 2))
+        case Gather(), Gather():
+            (ids, rows), (others, other_rows) = (_examples_in_table(each, "squared_norm") for each in (a, b))
+            same = (ids[:, :, None] == others[:, None]) & (ids[:, :, None] < a.size)
+            return jnp.sum(jnp.where(same, jnp.einsum("bsj,btj->bst", rows, other_rows), 0), axis=(1, 2))
+        case Outer(), Outer():
+            x, dy, other_x, other_dy = (_wide_examples(leaf, "squared_norm") for leaf in (a.x, a.dy, b.x, b.dy))
+            if 2 * x.shape[1] * other_x.shape[1] <= x.shape[2] * dy.shape[2]:
+                grams = (jnp.einsum("bsi,bti->bst", *pair) for pair in ((x, other_x), (dy, other_dy)))
+                return jnp.sum(jnp.multiply(*grams), axis=(1, 2))
+    gradients = (_per_example(each, param, "squared_norm") for each in (a, b))
+    return jnp.sum(jnp.multiply(*gradients), axis=tuple(range(1, param.ndim + 1)))
 
 
 def _examples_in_table(factor: Gather, name: str) -> tuple[Array, Array]:
@@ -394,7 +487,12 @@ def rows(factor: Factor, param: Array) -> Array | Rows:
 
     Duplicate ids are summed, in float32 or wider, so that squares, moments and clipping of the rows are those of the
     gradient. Their number is that of the ids, whatever the size of the table: no array of the table's size is formed.
+    A table that is looked up several times counts as one of all its ids; one that is a head's kernel too has no rows.
     """
+    if isinstance(factor, Sum) and all(isinstance(each, Gather) for each in factor.factors):
+        ids, dys = zip(*(_in_table(each) for each in factor.factors), strict=True)
+        joined = jnp.concatenate([each.reshape(-1) for each in ids]), jnp.concatenate([flat(dy) for dy in dys])
+        factor = Gather(*joined, param.shape[0])
     if not isinstance(factor, Gather):
         return total.of(factor, param)
     ids, dy = _in_table(factor)

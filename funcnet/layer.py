@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ class Layer(Generic[Params, State, Residuals]):
 
     Attributes:
         name: the layer's kind; `serial` names it so among its parameters.
-        parts: sub-layers by name, for tables and traces; params and state of a layer with parts are dicts over them.
+        parts: sub-layers by name, for tables and traces; params and state of a layer with parts are dicts over them,
+            but for `freeze`, which has both in its state.
         rebuild: the same combinator over other parts of the same names; None for a layer without parts.
         made: by which combinator, and of what; None for a layer not made of others.
     """
@@ -66,6 +67,16 @@ class Layer(Generic[Params, State, Residuals]):
         return made.combinator if made and made.fwd is self.fwd and made.bwd is self.bwd else ""
 
 
+class Undone(NamedTuple):
+    """Residuals of a reversible layer: its output, and what else it was called with beside params and input."""
+
+    kept: Any
+    y: Any
+
+
+Undo = Callable[[Any, Undone, Any, Contraction], tuple[Any, Any, Any]]
+
+
 @dataclass(frozen=True, eq=False)
 class Made:
     """How a layer was made of others, for what walks through a model on a way of its own, such as `layerwise_step`.
@@ -75,6 +86,7 @@ class Made:
         fwd, bwd: those that it gave the layer.
         inner: the one layer that a transparent combinator, such as "skip", is made of.
         wrap: the same transparent combinator around another layer.
+        undo: of a reversible layer, (params, residuals, dy, contract) -> (dparams, x, dx); its residuals are `Undone`.
     """
 
     combinator: str
@@ -82,6 +94,7 @@ class Made:
     bwd: Callable
     inner: Any = None
     wrap: Any = None
+    undo: Undo | None = None
 
 
 def a_layer(given: Any) -> Layer:
@@ -152,8 +165,32 @@ def output(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
     return jax.eval_shape(layer.apply, params, state, x)
 
 
-def around(inner: Layer, whole: Layer, wrap: Callable[[Layer], Layer], combinator: str) -> Layer:
+def around(
+    inner: Layer, whole: Layer, wrap: Callable[[Layer], Layer], combinator: str, undo: Undo | None = None
+) -> Layer:
     """`whole`, a combinator of the one layer `inner`, transparent to its parts; `wrap` makes it of another layer."""
     rebuild = inner.rebuild
     again = None if rebuild is None else lambda parts: wrap(rebuild(parts))
-    return replace(whole, rebuild=again, made=Made(combinator, whole.fwd, whole.bwd, inner, wrap))
+    return replace(whole, rebuild=again, made=Made(combinator, whole.fwd, whole.bwd, inner, wrap, undo))
+
+
+def undoing(layer: Layer) -> Undo | None:
+    """For a reversible layer: its `bwd`, which says its input too. None for others."""
+    if layer.made and layer.combinator == "named":
+        return undoing(layer.made.inner)
+    return layer.made.undo if layer.made and layer.combinator else None
+
+
+def without_x(undo: Undo) -> Callable[..., tuple[Any, Any]]:
+    """The `bwd` of a reversible layer."""
+
+    def bwd(params, residuals, dy, contract=total):
+        dparams, _, dx = undo(params, residuals, dy, contract)
+        return dparams, dx
+
+    return bwd
+
+
+def child(key: Array | None, i: int) -> Any:
+    """The key of child i; None where nothing is drawn."""
+    return None if key is None else jax.random.fold_in(expect.key(key), i)

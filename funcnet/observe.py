@@ -26,7 +26,8 @@ def observe(layer: Layer, see: See, path: Path = ()) -> Layer:
         see(path, layer, params, x, out)
         return out
 
-    return replace(whole, fwd=fwd)
+    made = replace(whole.made, fwd=fwd) if whole.made and whole.combinator else None
+    return replace(whole, fwd=fwd, made=made)
 
 
 def paths(layer: Layer, path: Path = ()) -> Iterator[Path]:

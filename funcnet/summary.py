@@ -1,6 +1,7 @@
 """What a model is made of and what a training step of it keeps in memory, by layer, without computing anything."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,9 +21,9 @@ class Row:
 
     Attributes:
         path: names from the outermost layer inwards; empty for the model itself.
-        kind: the layer's own name.
+        kind: the layer's own name, and whether it is frozen, or differentiated "by jax.vjp" instead of by hand.
         output: its output's dtype and shape; for one turn of a `repeat`.
-        parameters: how many numbers it learns; for one turn of a `repeat`.
+        parameters: how many numbers it learns; for one turn of a `repeat`. What is tied counts in each row of its uses.
         residual_bytes: bytes of the arrays it keeps for its backward pass, each array once.
     """
 
@@ -68,7 +69,7 @@ class Summary:
         table = [_line(head, widths), rule, *(_line(row, widths) for row in cells), rule, _line(total, widths)]
         sizes = f"parameters {_size(self.parameter_bytes)}, residuals of a step {_size(self.residual_bytes)}"
         foot = f"input {self.input}; {sizes}"
-        if any(row.kind == "repeat" for row in self.rows):
+        if any(row.kind.startswith("repeat") for row in self.rows):
             foot += "; rows inside a repeat are for one turn of it"
         if any(a.residual_bytes < b.residual_bytes for a in self.rows for b in self.rows if _inside(b.path, a.path)):
             foot += "; a row with less than a row inside it makes that one's residuals anew in the backward pass"
@@ -91,15 +92,36 @@ def summary(layer: Layer | Objective, x: Any) -> Summary:
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, state = jax.eval_shape(layer.init, key, x)
     rows: dict[tuple[str, ...], Row] = {}
+    frozen: list[tuple[str, ...]] = []
 
     def see(path, part, params, x, out):
         y, _, residuals = out
-        rows[path] = Row(path, part.name, describe(y), _count(params), _bytes(residuals))
+        rows[path] = Row(path, _kind(part), describe(y), _count(params), _bytes(residuals))
+        if "freeze" in _combinators(part):
+            frozen.append(path)
 
     jax.eval_shape(observe(layer, see).fwd, params, state, x, key)
+    for path in [path for path in rows if any(_inside(path, other) for other in frozen)]:
+        rows[path] = replace(rows[path], parameters=0)
     whole = rows[()]
     ordered = tuple(rows[path] for path in paths(layer) if path in rows and path) or (whole,)
     return Summary(ordered, describe(x), whole.parameters, _bytes(params), whole.residual_bytes)
+
+
+def _combinators(layer: Layer) -> Iterator[str]:
+    """The combinators around a layer that have no row of their own, from the outermost one inwards."""
+    inner: Layer | None = layer
+    while inner and inner.combinator and inner.made:
+        yield inner.combinator
+        inner = inner.made.inner
+
+
+def _kind(layer: Layer) -> str:
+    combinators = list(_combinators(layer))
+    while layer.combinator == "named" and layer.made:
+        layer = layer.made.inner
+    frozen, automatic = "freeze" in combinators, "from_function" in combinators
+    return layer.name + ", frozen" * frozen + " by jax.vjp" * automatic
 
 
 def _inside(path: tuple[str, ...], other: tuple[str, ...]) -> bool:

@@ -1,8 +1,10 @@
-"""Combinators that change how a layer runs, not what it computes: `remat` saves memory, `mixed` sets dtypes.
+"""Combinators that change how a layer runs, not what it computes.
 
-Both are transparent: name, params and parts are those of the layer they are given.
+`remat` saves memory, `mixed` sets dtypes, `freeze` keeps parameters from being learned, `named` gives a name. They are
+transparent: name, params and parts are those of the layer they are given, but for what they are there to change.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -63,7 +65,7 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
     Floating params and inputs are cast to `compute` on the way in, outputs to `output` on the way out; cotangents go
     the other way, in the dtype that the layer itself returned: that of a loss's values is float32 whatever it is given.
     Gradients are contracted wide and handed out in the params' own dtype, not rounded to `compute` first. Residuals are
-    in `compute`. Names and params are the layer's own.
+    in `compute`. Names and params are the layer's own; frozen params (`freeze`) are treated alike.
 
     Args:
         param: dtype of the params that `init` makes and `bwd` returns gradients in.
@@ -90,15 +92,15 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
     def init(key, x):
         check(x)
         params, state = layer.init(key, jax.eval_shape(lambda x: cast(x, param), x))
-        return cast(params, param), state
+        return cast(params, param), frozen_as(param, state)
 
     def apply(params, state, x):
-        return cast(layer.apply(cast(params, compute), state, enter(x)), output)
+        return cast(layer.apply(cast(params, compute), frozen_as(compute, state), enter(x)), output)
 
     def fwd(params, state, x, key):
-        y, state, residuals = layer.fwd(cast(params, compute), state, enter(x), key)
+        y, new_state, residuals = layer.fwd(cast(params, compute), frozen_as(compute, state), enter(x), key)
         outputs = jax.tree.map(lambda leaf: jnp.zeros((0,), leaf.dtype), y)
-        return cast(y, output), state, Mixed(residuals, outputs)
+        return cast(y, output), _refrozen(state, new_state), Mixed(residuals, outputs)
 
     def bwd(params, saved, dy, contract=total):
         in_param_dtype = replace(contract, of=lambda factor, p: contract.of(factor, p.astype(param)))
@@ -112,6 +114,94 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
         return mixed(layer, param, compute, output)
 
     return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), again, "mixed")
+
+
+class Frozen(NamedTuple):
+    """State of `freeze`: the params that are not learned, and the layer's own state."""
+
+    params: Tree
+    state: Tree
+
+
+class Unlearned(NamedTuple):
+    """Residuals of `freeze`: the params, which `bwd` has from nowhere else, and the layer's own residuals."""
+
+    params: Tree
+    residuals: Tree
+
+
+def freeze(layer: Layer) -> Layer:
+    """The same layer, whose params are not learned: they are part of its state, and its params are {}.
+
+    So nothing can move them: neither weight decay nor momentum, they count in no norm of a gradient, and an optimizer
+    keeps nothing for them. dx is as before, and statistics such as a batch norm's are still updated. Trained params go
+    into the state by `fn.Frozen(params, state)`, for a layer in a model in that layer's place.
+
+    The frozen params are among the residuals. That costs nothing but under `repeat`, which stacks a copy: prefer
+    freeze(repeat(..)) to repeat(freeze(..)).
+
+    Raises:
+        InputError: if params are not {} or the state is not what init returned.
+    """
+    a_layer(layer)
+
+    @expect.by("freeze")
+    def check(params, state):
+        if jax.tree.leaves(params):
+            raise InputError("no params, {}", describe(params), "pass the params that this model's init returned")
+        if not isinstance(state, Frozen):
+            remedy = "put trained params into the state: fn.Frozen(params, state)"
+            raise InputError("a state Frozen(params, state)", describe(state), remedy)
+
+    def init(key, x):
+        return {}, Frozen(*layer.init(key, x))
+
+    def apply(params, state, x):
+        check(params, state)
+        return layer.apply(state.params, state.state, x)
+
+    def fwd(params, state, x, key):
+        check(params, state)
+        y, inner, residuals = layer.fwd(state.params, state.state, x, key)
+        return y, Frozen(state.params, inner), Unlearned(state.params, residuals)
+
+    def bwd(params, residuals, dy, contract=total):
+        nothing = replace(contract, of=lambda factor, param: None, stacked=lambda answer: None)
+        return {}, layer.bwd(*residuals, dy, nothing)[1]
+
+    return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), freeze, "freeze")
+
+
+def frozen_as(dtype: Any, state: Tree) -> Tree:
+    """`state` with the frozen params in it in `dtype`."""
+    return _over_frozen(lambda frozen: Frozen(cast(frozen.params, dtype), frozen_as(dtype, frozen.state)), state)
+
+
+def _refrozen(old: Tree, new: Tree) -> Tree:
+    """The new state with the frozen params of the old one."""
+    return _over_frozen(lambda a, b: Frozen(a.params, _refrozen(a.state, b.state)), old, new)
+
+
+def _over_frozen(f: Callable[..., Frozen], state: Tree, *others: Tree) -> Tree:
+    """f of each outermost `Frozen` in a state, and of those in its place in others; else the last one's leaves."""
+    is_frozen = lambda node: isinstance(node, Frozen)
+    one = lambda *nodes: f(*nodes) if is_frozen(nodes[0]) else nodes[-1]
+    return jax.tree.map(one, state, *others, is_leaf=is_frozen)
+
+
+def named(name: str, layer: Layer) -> Layer:
+    """The same layer under another name, which it has among the params of `serial`, in tables and in errors.
+
+    serial(dense(8), named("middle", relu()), dense(3)) names one layer where it stands; serial's own keywords name the
+    last ones.
+
+    Raises:
+        InputError: for a name that is no text, is empty or has a "/", which parts the names of a path.
+    """
+    a_layer(layer)
+    if not isinstance(name, str) or not name or "/" in name:
+        raise InputError('a name without "/"', repr(name), 'write named("encoder", layer)')
+    return around(layer, replace(layer, name=name), lambda other: named(name, other), "named")
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:

@@ -76,6 +76,16 @@ PLAIN = {
         (X, X, S((2, 7), jnp.float64)),
         lambda p, x: (dense(p["dense"], x[0]), block(p["serial"], x[1]), x[2]),
     ),
+    "branch": (
+        fn.branch(fn.dense(4), BLOCK, last=fn.identity()),
+        X,
+        lambda p, x: (dense(p["dense"], x), block(p["serial"], x), x),
+    ),
+    "branch of a pair": (
+        fn.branch(fn.parallel(fn.dense(4), fn.tanh()), b=fn.parallel(fn.tanh(), fn.identity())),
+        (X, S((2, 7), jnp.float64)),
+        lambda p, x: ((dense(p["parallel"]["dense"], x[0]), jnp.tanh(x[1])), (jnp.tanh(x[0]), x[1])),
+    ),
     "repeat": (fn.repeat(BLOCK, 3), X, lambda p, x: in_turn(block, p, 3, x)),
     "repeat once": (fn.repeat(fn.dense(5), 1), X, lambda p, x: in_turn(dense, p, 1, x)),
     "repeat without params": (fn.repeat(fn.tanh(), 2), X, lambda p, x: jnp.tanh(jnp.tanh(x))),
@@ -172,7 +182,7 @@ def test_forward_mode_through_the_backward_pass_gives_hessian_vector_products(x6
 # Names and parts
 
 
-@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel])
+@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel, fn.branch])
 @pytest.mark.parametrize(
     ("layers", "named", "expected"),
     [
@@ -189,11 +199,11 @@ def test_names_are_the_kinds_numbered_when_repeated_and_then_the_given_ones(comb
     model = combinator(*layers, **named)
     assert list(model.parts) == expected
     x = S((2, 3), jnp.float32)
-    params, state = jax.eval_shape(model.init, KEY, x if combinator is fn.serial else (x,) * len(expected))
+    params, state = jax.eval_shape(model.init, KEY, (x,) * len(expected) if combinator is fn.parallel else x)
     assert set(params) == set(state) == set(expected)
 
 
-@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel])
+@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel, fn.branch])
 @pytest.mark.parametrize(
     ("layers", "named", "message"),
     [
@@ -221,12 +231,17 @@ def everything(model, params, state, x):
     [
         (fn.serial(fn.dense(4), fn.dense(3)), TWO[0]),
         (fn.parallel(fn.dense(4), tanh=fn.tanh()), TWO),
+        (fn.branch(fn.dense(4), tanh=fn.tanh()), TWO[0]),
         (fn.skip(BLOCK), TWO[0]),
         (fn.repeat(BLOCK, 2), TWO[0]),
         (fn.remat(BLOCK), TWO[0]),
         (fn.mixed(BLOCK), TWO[0]),
+        (fn.freeze(BLOCK), TWO[0]),
+        (fn.named("a", BLOCK), TWO[0]),
+        (fn.reversible(fn.dense(5), fn.tanh()), TWO),
+        (fn.tied(fn.serial(a=fn.dense(5), b=fn.dense(5)), {"b/kernel": "a/kernel"}), TWO[0]),
     ],
-    ids=["serial", "parallel", "skip", "repeat", "remat", "mixed"],
+    ids=["serial", "parallel", "branch", "skip", "repeat", "remat", "mixed", "freeze", "named", "reversible", "tied"],
 )
 def test_rebuilt_of_its_own_parts_a_combinator_is_the_same(model, x):
     rebuilt = model.rebuild(model.parts)
@@ -236,7 +251,10 @@ def test_rebuilt_of_its_own_parts_a_combinator_is_the_same(model, x):
     assert program(rebuilt) == program(model)
 
 
-@pytest.mark.parametrize("wrap", [fn.skip, fn.remat, fn.mixed, lambda layer: fn.repeat(layer, 2)])
+@pytest.mark.parametrize(
+    "wrap",
+    [fn.skip, fn.remat, fn.mixed, fn.freeze, lambda layer: fn.named("a", layer), lambda layer: fn.repeat(layer, 2)],
+)
 def test_rebuilt_of_other_parts_a_combinator_runs_those(wrap):
     others = {"dense": fn.dense(5, use_bias=False), "tanh": fn.gelu()}
     rebuilt, wanted = wrap(BLOCK).rebuild(others), wrap(fn.serial(**others))
@@ -286,6 +304,7 @@ def folded(*path):
         (fn.serial(a=recording(), b=recording()), 1, {"a": folded(0), "b": folded(1)}),
         (fn.serial(fn.dense(2), b=fn.serial(fn.relu(), c=recording())), 1, {"c": folded(1, 1)}),
         (fn.parallel(a=recording(), b=recording()), 2, {"a": folded(0), "b": folded(1)}),
+        (fn.branch(a=recording(), b=recording()), 1, {"a": folded(0), "b": folded(1)}),
         (fn.skip(fn.serial(a=recording())), 1, {"a": folded(0)}),
         (fn.repeat(recording(), 2), 1, {"": [folded(0), folded(1)]}),
         (fn.serial(a=fn.repeat(fn.serial(b=recording()), 2)), 1, {"b": [folded(0, 0, 0), folded(0, 1, 0)]}),
@@ -335,6 +354,7 @@ STATEFUL = {
     "repeat": (fn.repeat(fn.serial(counting(), fn.tanh()), 3), TWO[0]),
     "parallel": (fn.parallel(counting(), counting()), TWO),
     "remat": (fn.remat(fn.serial(counting(), fn.tanh(), counting())), TWO[0]),
+    "branch": (fn.branch(counting(), fn.serial(fn.tanh(), counting())), TWO[0]),
 }
 
 
@@ -469,6 +489,9 @@ def test_refusals_name_the_layer_what_was_expected_what_came_and_the_remedy(name
         (lambda layer: fn.serial(body=fn.repeat(layer, 2)), "body/dense"),
         (lambda layer: fn.serial(fn.remat(layer)), "serial/dense"),
         (lambda layer: fn.serial(fn.mixed(layer)), "serial/dense"),
+        (lambda layer: fn.serial(fn.freeze(layer)), "serial/dense"),
+        (lambda layer: fn.serial(fn.named("a", layer)), "a/dense"),
+        (lambda layer: fn.serial(fn.branch(layer)), "branch/serial/dense"),
         (lambda layer: fn.serial(fn.repeat(fn.skip(fn.remat(fn.serial(deep=layer))), 2)), "repeat/deep/dense"),
     ],
 )
@@ -504,7 +527,7 @@ def test_init_refuses_an_input_that_does_not_suit_the_combinator(model, x, messa
         model.init(KEY, x)
 
 
-@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel])
+@pytest.mark.parametrize("combinator", [fn.serial, fn.parallel, fn.branch])
 def test_what_is_no_layer_is_refused(combinator):
     for layers, named in (((fn.relu,), {}), ((fn.relu(), None), {}), ((), {"a": fn.tanh})):
         with pytest.raises(fn.InputError, match="relu\\(\\), not relu"):
@@ -566,6 +589,10 @@ NO_LAYERS = {
     "repeat": lambda layer: fn.repeat(layer, 2),
     "remat": fn.remat,
     "mixed": fn.mixed,
+    "freeze": fn.freeze,
+    "named": lambda layer: fn.named("a", layer),
+    "branch": fn.branch,
+    "tied": lambda layer: fn.tied(layer, {"a/b": "c/d"}),
     "summary": lambda layer: fn.summary(layer, S((2, 3), jnp.float32)),
     "check_layer": lambda layer: fn.check_layer(layer, S((2, 3), jnp.float32)),
 }

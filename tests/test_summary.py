@@ -72,3 +72,26 @@ def test_an_objective_is_tabulated_with_its_loss():
     assert plain.parameters == head.parameters
     assert plain.residual_bytes > 0
     assert "cross_entropy" in str(plain)
+
+
+def test_frozen_layers_learn_nothing_and_named_ones_keep_their_kind():
+    frozen = fn.freeze(fn.serial(fn.dense(8), fn.named("bend", fn.relu())))
+    table = fn.summary(fn.serial(frozen, fn.named("head", fn.freeze(fn.dense(2))), fn.dense(3)), X)
+    rows = [(row.path, row.kind, row.parameters) for row in table.rows]
+    assert rows == [
+        (("serial",), "serial, frozen", 0),
+        (("serial", "dense"), "dense", 0),
+        (("serial", "bend"), "relu", 0),
+        (("head",), "dense, frozen", 0),
+        (("dense",), "dense", 9),
+    ]
+    assert table.parameters == 9
+
+
+def test_a_stack_of_reversible_layers_keeps_less_than_its_layers_do():
+    block = fn.reversible(fn.dense(3), fn.dense(3))
+    table = fn.summary(fn.serial(fn.serial(block, block), fn.repeat(block, 2)), X)
+    kept = {row.path: row.residual_bytes for row in table.rows}
+    y, key = 4 * 6 * 4, 8
+    assert kept[("serial", "reversible")] == y + key
+    assert kept[("serial",)] == kept[("repeat",)] == y + 2 * key

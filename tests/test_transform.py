@@ -1,8 +1,9 @@
-"""`remat` computes the same in less memory; `mixed` the same in other dtypes."""
+"""What `remat`, `mixed`, `freeze` and `named` change, and what they leave alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import funcnet as fn
@@ -296,3 +297,136 @@ def test_cast_changes_floating_arrays_only():
     out = cast(tree, jnp.bfloat16)
     assert out["x"].dtype == jnp.bfloat16
     assert all(out[name] is tree[name] for name in ("ids", "mask", "key", "none"))
+
+
+# freeze
+
+
+def test_frozen_params_are_state_and_the_rest_is_as_before(x64):
+    layer = fn.serial(fn.dense(4), fn.tanh(), fn.dense(3))
+    params, state, x = draw(layer, (5, 2), jnp.float64)
+    frozen = fn.freeze(layer)
+    assert (frozen.name, frozen.parts) == (layer.name, layer.parts)
+    assert_equal(frozen.init(KEY, x), ({}, fn.Frozen(*layer.init(KEY, x))))
+    y, _, residuals = layer.fwd(params, state, x, None)
+    z, new, frozen_residuals = frozen.fwd({}, fn.Frozen(params, state), x, None)
+    assert_equal((z, frozen.apply({}, new, x)), (y, y))
+    assert_equal(new, fn.Frozen(params, state))
+    for contract in (fn.total, fn.per_example, fn.squared_norm, fn.keep):
+        assert_equal(frozen.bwd({}, frozen_residuals, y, contract), ({}, layer.bwd(params, residuals, y)[1]))
+
+
+def test_nothing_moves_frozen_params_not_even_weight_decay_and_the_others_move_as_they_would(standard_promotion):
+    """Against the same model in which optax masks them, with a decay that would move them."""
+    base, head = fn.serial(fn.dense(4), fn.tanh()), fn.dense(3)
+    x = normal(3, S((6, 2), jnp.float32)), jnp.arange(6) % 3
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-1, weight_decay=0.5))
+    runs = []
+    for first in (fn.freeze(base), base):
+        objective = fn.objective(fn.serial(first, head), fn.cross_entropy())
+        chosen = optimizer
+        if first is base:
+            labels = lambda params: {"serial": jax.tree.map(lambda _: "frozen", params["serial"]),
+                                     "dense": jax.tree.map(lambda _: "trained", params["dense"])}  # fmt: skip
+            chosen = optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+        state = fn.init_train_state(objective, chosen, KEY, x)
+        before = jax.tree.map(np.array, (state.params, state.state))
+        step = fn.train_step(objective, chosen, accumulate=2)
+        for _ in range(3):
+            state, _ = step(state, x)
+        runs.append((before, state))
+    (before, frozen), (_, masked) = runs
+    assert_equal(frozen.state["serial"], before[1]["serial"])
+    assert_equal(frozen.state["serial"].params, masked.params["serial"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), frozen.params["dense"], masked.params["dense"]
+    )
+    assert frozen.params["serial"] == {}
+
+
+def test_a_frozen_layers_own_state_goes_on():
+    counting = fn.Layer(
+        "counting",
+        lambda key, x: ({}, jnp.zeros(())),
+        lambda params, n, x: x,
+        lambda params, n, x, key: (x, n + 1, ()),
+        lambda params, residuals, dy, contract=fn.total: ({}, dy),
+    )
+    layer = fn.freeze(fn.serial(fn.dense(2), counting))
+    params, state = layer.init(KEY, S((3, 2), jnp.float32))
+    new = layer.fwd(params, state, jnp.ones((3, 2)), None)[1]
+    assert_equal(new, fn.Frozen(state.params, {"dense": (), "counting": jnp.ones(())}))
+
+
+def test_mixed_casts_frozen_params_for_the_computation_and_keeps_them_as_they_are():
+    model = fn.mixed(fn.serial(fn.freeze(fn.serial(fn.dense(4), fn.freeze(fn.dense(3)))), fn.dense(2)))
+    params, state, x = draw(model, (5, 2))
+    assert dtypes(state) == {"float32"}
+    y, new, residuals = model.fwd(params, state, x, None)
+    assert_equal(new, state)
+    assert dtypes(residuals) == {"bfloat16"}
+    assert_equal(model.apply(params, state, x), y)
+    wanted = fn.serial(fn.serial(fn.dense(4), fn.dense(3)), fn.dense(2))
+    halved = cast(
+        params | {"serial": state["serial"].params | {"dense_1": state["serial"].state["dense_1"].params}}, "bfloat16"
+    )
+    leafless = jax.eval_shape(wanted.init, KEY, x)[1]
+    assert_equal(y, wanted.apply(halved, leafless, x.astype("bfloat16")).astype("float32"))
+
+
+def test_layerwise_and_explain_pass_a_frozen_layer_and_a_named_one():
+    model = fn.serial(fn.dense(4), fn.freeze(fn.dense(4)), fn.named("middle", fn.serial(fn.tanh(), fn.dense(3))))
+    objective = fn.objective(model, fn.cross_entropy())
+    batch, optimizer = (normal(3, S((6, 2), jnp.float32)), jnp.arange(6) % 3), optax.sgd(0.1, momentum=0.9)
+    fresh = lambda: fn.init_train_state(objective, optimizer, KEY, batch)
+    wanted = fn.train_step(objective, optimizer)(fresh(), batch)[0]
+    got = fn.layerwise_step(objective, optimizer)(fresh(), batch)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got.params, wanted.params)
+    steps = fn.explain(objective, wanted.params, wanted.state, batch).steps
+    gradients = {step.name: step.gradient for step in steps}
+    assert list(gradients) == ["dense", "dense_1", "middle/tanh", "middle/dense"]
+    assert gradients["dense_1"] is None
+    assert gradients["dense"] > 0
+
+
+@pytest.mark.parametrize(
+    ("params", "state", "message"),
+    [
+        ({"kernel": 1.0}, None, "no params, {}"),
+        ({}, (), "a state Frozen"),
+        ({}, {"params": {}}, r"fn.Frozen\(params, state\)"),
+    ],
+)
+def test_freeze_refuses_params_and_another_state(params, state, message):
+    layer = fn.freeze(fn.dense(3))
+    x = jnp.ones((2, 3))
+    state = layer.init(KEY, x)[1] if state is None else state
+    for call in (lambda: layer.apply(params, state, x), lambda: layer.fwd(params, state, x, None)):
+        with pytest.raises(fn.InputError, match=message):
+            call()
+
+
+# named
+
+
+def test_named_changes_the_name_alone():
+    layer = fn.dense(3)
+    other = fn.named("middle", layer)
+    assert (other.name, other.fwd, other.bwd, other.init, other.apply) == (
+        "middle",
+        layer.fwd,
+        layer.bwd,
+        layer.init,
+        layer.apply,
+    )
+    model = fn.serial(fn.relu(), other, fn.named("middle", fn.tanh()), last=layer)
+    assert list(model.parts) == ["relu", "middle", "middle_1", "last"]
+    params, state = model.init(KEY, S((2, 3), jnp.float32))
+    with pytest.raises(fn.InputError, match=r"middle \(dense\)"):
+        model.apply(params, state, jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", None, fn.relu()])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(fn.InputError, match="a name without"):
+        fn.named(name, fn.relu())

@@ -11,9 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.nn import initializers as _init
 
+from funcnet.bridge import from_function
 from funcnet.check.checker import ORACLES, check_layer
 from funcnet.check.report import Report
-from funcnet.combine import parallel, repeat, serial, skip
+from funcnet.combine import branch, parallel, repeat, serial, skip
 from funcnet.layer import Layer, elementwise, no_params, stateless
 from funcnet.layers.activation import (
     celu,
@@ -41,6 +42,7 @@ from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
 from funcnet.layers.embedding import embedding, position_embedding, sinusoidal_positions
 from funcnet.layers.gate import geglu, glu, swiglu
+from funcnet.layers.join import add, concat
 from funcnet.layers.norm import layer_norm, rms_norm
 from funcnet.layers.normalize import group_norm, instance_norm, l2_normalize
 from funcnet.layers.piecewise import maxout, prelu
@@ -56,7 +58,9 @@ from funcnet.losses.linear import linear_cross_entropy
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
-from funcnet.transform import mixed, remat
+from funcnet.reversible import reversible
+from funcnet.tie import tied
+from funcnet.transform import freeze, mixed, named, remat
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -115,6 +119,23 @@ def _aligned(labels: str, label_lengths: str, logit_lengths: str) -> dict[str, s
 
 
 _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
+
+_TRANSPOSED = {"head/kernel": "embedding/embedding.T"}
+_LANGUAGE = serial(embedding(7, 5), layer_norm(), head=dense(7))
+_SQUARE = serial(dense(3), tanh(), dense(3))
+
+
+def _affine(params, x):
+    return jnp.tanh(x @ params["kernel"]) * params["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _affine_init(key, x):
+    return dense(x.shape[-1], use_bias=False).init(key, x)[0] | {"scale": jnp.ones(x.shape[-1], x.dtype)}
+
+
+def _chosen(params, x):
+    return {"y": jnp.take_along_axis(x["x"], x["ids"][:, None], 1), "next": x["ids"] + 1}
+
 
 CASES: tuple[Case, ...] = (
     Case("dense", dense(3), "f32[4,5]"),
@@ -327,6 +348,39 @@ CASES: tuple[Case, ...] = (
     Case("mixed/loss", mixed(cross_entropy()), ("f32[4,5]", "i32[4]<5"), ("float32",)),
     Case("mixed/head and loss", mixed(linear_cross_entropy(7, chunk=20)), ("f32[2,3,4]", "i32[2,3]<7"), ("float32",)),
     Case("mixed/repeated", repeat(mixed(dense(3)), 2), "f32[4,3]", ("float32",)),
+    Case("mixed/frozen parts", mixed(serial(freeze(serial(freeze(dense(3)), dense(2))))), "f32[4,5]", ("float32",)),
+    Case("branch", branch(dense(3), serial(dense(2), softsign())), "f32[4,5]"),
+    Case("branch/of a pair, one branch", branch(parallel(tanh(), flatten())), ("f32[4,5]", "i32[4,2,3]<7")),
+    Case("branch/integers", serial(branch(embedding(5, 3), embedding(5, 3), embedding(5, 3)), add()), "i32[4,2]<5"),
+    Case("concat", concat(), ("f32[4,3,5]", "f32[4,3,1]", "f32[4,3,2]")),
+    Case("concat/one array", concat(), ("f32[3,4]",)),
+    Case("concat/an axis from the front", concat(1), ("f32[2,1,3]", "f32[2,4,3]")),
+    Case("concat/an axis from the back", concat(-2), ("f32[2,3,1,2]", "f32[2,3,4,2]")),
+    Case("add", add(), ("f32[4,3,2]", "f32[4,3,2]", "f32[4,3,2]")),
+    Case("add/one array", add(), ("f32[3]",)),
+    Case("named", named("middle", serial(dense(3), dropout(0.3))), "f32[4,5]"),
+    Case("freeze", freeze(dense(3)), "f32[4,5]"),
+    Case("freeze/part of a block", repeat(serial(freeze(serial(dense(4), tanh())), dense(3)), 2), "f32[4,3]"),
+    # In half precision x comes back rounded, which all blocks before pass on.
+    Case("reversible", reversible(serial(dense(4), gelu(), dense(3)), dense(3)), "f32[4,6]"),
+    Case("reversible/a pair", reversible(dense(3), serial(dense(2), dropout(0.3))), ("f32[4,1,3]", "f32[4,1,2]")),
+    Case("repeat/of a reversible layer", repeat(named("block", reversible(dense(3), dropout(0.3))), 3), "f32[4,6]"),
+    Case("serial/of reversible layers", serial(reversible(dense(2), tanh()), reversible(silu(), dense(2))), "f32[3,4]"),
+    Case("tied", tied(_LANGUAGE, _TRANSPOSED), "i32[3,4]<7"),
+    Case("tied/narrow", tied(serial(embedding(3, 2), head=dense(3)), _TRANSPOSED), "i8[2,5]<3"),
+    Case("tied/kernels", tied(_SQUARE, {"dense_1/kernel": "dense/kernel", "dense_1/bias": "dense/bias"}), "f32[4,3]"),
+    Case(
+        "tied/in a repeat",
+        tied(serial(repeat(_SQUARE, 2)), {"repeat/dense_1/kernel": "repeat/dense/kernel.T"}),
+        "f32[4,2,3]",
+    ),
+    Case(
+        "tied/lookups", tied(branch(a=embedding(5, 3), b=embedding(5, 3)), {"b/embedding": "a/embedding"}), "i32[4,3]<5"
+    ),
+    Case("tied/convolutions", tied(serial(conv(2, 3), conv(2, 3)), {"conv_1/kernel": "conv/kernel"}), "f32[2,4,3,2]"),
+    Case("from_function", from_function(_affine, _affine_init), "f32[4,5]"),
+    Case("from_function/no params, integers", from_function(_chosen), {"x": "f32[4,5]", "ids": "i32[4]<5"}),
+    Case("from_function/repeated", repeat(skip(from_function(_affine, _affine_init)), 2), "f32[4,2,3]"),
 )
 
 

@@ -20,7 +20,7 @@ from jax import Array, lax
 from funcnet import expect
 from funcnet.combine import distinct
 from funcnet.expect import InputError, at
-from funcnet.layer import Layer
+from funcnet.layer import Layer, undoing
 from funcnet.order import after
 from funcnet.train import elementwise
 from funcnet.train.elementwise import HOLE, require_elementwise
@@ -37,9 +37,9 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
     """A jitted function (train_state, batch, weights=None) -> (train_state, metrics) that updates layers going back.
 
     It gives the parameters of `fn.train_step(objective, optimizer)`, to rounding, and its metrics except the norms,
-    which need the whole gradient; it donates its train state likewise. The walk goes through `serial`, `skip`, `repeat`
-    and `remat`. Every other layer, also one made by `mixed` or `parallel`, is one step of it, and so is each turn of a
-    `repeat`, and a loss with parameters of its own.
+    which need the whole gradient; it donates its train state likewise. The walk goes through `serial`, `skip`,
+    `repeat`, `remat` and `named`. Every other layer, also one made by `mixed` or `parallel`, is one step of it, and so
+    is each turn of a `repeat`, and a loss with parameters of its own; a stack of reversible layers is one as a whole.
 
     Args:
         objective: from `fn.objective`.
@@ -98,7 +98,9 @@ def _back(objective: Objective, params: Tree, like_params: list[Tree], begun: St
 
 def _walk(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:
     """`layer.bwd` with each gradient used up where it arises."""
-    match layer.combinator:
+    match _walked(layer):
+        case "named":
+            return _walk(_inner(layer), params, like_params, residuals, dy, update)
         case "serial":
             return _serial(layer, params, like_params, residuals, dy, update)
         case "skip":
@@ -111,6 +113,11 @@ def _walk(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, 
             return _repeat(_inner(layer), params, like_params, residuals, dy, update)
     grads, dx = layer.bwd(params, residuals, dy)
     return *update(grads, like_params, params), dx
+
+
+def _walked(layer: Layer) -> str:
+    """The combinator that the walk goes through; "" for a layer that is one step of it, as all reversible ones are."""
+    return "" if undoing(layer) else layer.combinator
 
 
 def _serial(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:
@@ -171,14 +178,14 @@ def _corner(leaf: Array, i: Any) -> tuple:
 
 def _places(layer: Layer, find: Callable[[Tree], Tree] = lambda tree: tree) -> Iterator[tuple[Callable, bool]]:
     """The steps of the walk: how to find each one's part of a tree like the params, and whether it is a `repeat`."""
-    match layer.combinator:
+    match _walked(layer):
         case "serial":
             for name, part in layer.parts.items():
                 yield from _places(part, lambda tree, name=name: _at(name, find(tree)))
-        case "skip" | "remat":
+        case "skip" | "remat" | "named":
             yield from _places(_inner(layer), find)
-        case _:
-            yield find, layer.combinator == "repeat"
+        case combinator:
+            yield find, combinator == "repeat"
 
 
 def _at(name: str, tree: Tree) -> Tree:

@@ -1,7 +1,7 @@
 """Mutants of backward code: one small mistake each, made in the syntax tree of a source file.
 
-Backward code is every `bwd`, every derivative that `elementwise` and its like are given, what applies a contraction,
-and the functions that nothing else calls.
+Backward code is every `bwd` and `undo`, every derivative that `elementwise` and its like are given, what applies a
+contraction, and the functions that nothing else calls.
 """
 
 import ast
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ROOTS = {"bwd", "df", "pullback", "__call__"}
+ROOTS = {"bwd", "undo", "df", "pullback", "__call__"}
 TAKES_A_DERIVATIVE = {"elementwise", "_regression"}  # as their third argument
 CHECKS = (
     "expect.",

@@ -45,7 +45,10 @@ PACKAGE = Path(fn.__file__).parent
 FILES = [
     "layer.py",
     "factors.py",
+    "bridge.py",
     "combine.py",
+    "reversible.py",
+    "tie.py",
     "transform.py",
     *sorted(
         f"{family}/{path.name}" for family in ("layers", "losses") for path in (PACKAGE / family).glob("[a-z]*.py")

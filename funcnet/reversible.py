@@ -1,0 +1,152 @@
+"""A reversible block, whose input is computed from its output, so that its activations need not be kept.
+
+With x = (x1, x2), two halves or a pair:
+
+    y1 = x1 + f(x2)        x2 = y2 - g(y1)
+    y2 = x2 + g(y1)        x1 = y1 - f(x2)
+
+Backward, from the last line to the first, f and g run again at the inputs found on the way:
+
+    dy1 += bwd_g(dy2)      dx2 = dy2 + bwd_f(dy1)      dx1 = dy1
+
+Residuals: y, and what f and g are called with beside it: their state before the call, and the key, so that they draw
+the same.  Why: a chain of such blocks needs the output of the last one alone. `repeat` of a reversible layer, and a
+`serial` of nothing else, keep just that, and are reversible themselves: activation memory does not grow with depth.
+Numerics: x comes back to rounding only, of the size of y's own, and what is found wrong by that is wrong for all blocks
+before; where f and g have large derivatives it grows with depth. In half precision keep the sums in float32:
+reversible(mixed(f), mixed(g)).
+Source: Gomez, Ren, Urtasun and Grosse 2017, arXiv:1707.04585, algorithm 1.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from funcnet import expect
+from funcnet.expect import InputError, at, describe
+from funcnet.layer import Layer, Made, Undone, a_layer, child, output, without_x
+from funcnet.order import after
+
+Tree = Any
+Pair = tuple[Any, Any]
+
+
+class Called(NamedTuple):
+    """What f and g were called with beside params and input."""
+
+    state: Tree
+    key: Array | None
+
+
+def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
+    """y1 = x1 + f(x2), y2 = x2 + g(y1) on the halves of x [.., 2D] or a pair x; params {"f": .., "g": ..}.
+
+    `repeat(reversible(f, g), L)` keeps one output for all L blocks, and f and g run twice. Batch statistics in them are
+    updated once. f draws from fold 0 of the key, g from fold 1.
+
+    Args:
+        f: maps x2 to an array like x1.
+        g: maps y1 to an array like x2.
+
+    Raises:
+        InputError: if x is no pair and cannot be halved, or f's or g's output is not like the half it is added to.
+    """
+    parts = {"f": a_layer(f), "g": a_layer(g)}
+
+    @expect.by("reversible")
+    def check(**trees):
+        for what, tree in trees.items():
+            expect.named(tree, parts, what)
+
+    @expect.by("reversible")
+    def moved(half: Array, name: str, by: Array, sign: int) -> Array:
+        if not expect.same(half, by):
+            remedy = f"let the last layer of {name} return that shape and dtype"
+            raise InputError(
+                f"an output of {name} like the half it is added to, {describe(half)}", describe(by), remedy
+            )
+        return half + by if sign > 0 else half - by
+
+    def init(key, x):
+        halves = jax.eval_shape(_halves, x)
+        params, state = {}, {}
+        for i, (name, layer) in enumerate(parts.items()):
+            given, half = halves[1 - i], halves[i]
+            with at(name):
+                params[name], state[name] = layer.init(child(key, i), given)
+                y = output(layer, params[name], state[name], given)
+            jax.eval_shape(lambda half, y, name=name: moved(half, name, y, 1), half, y)
+        return params, state
+
+    def apply(params, state, x):
+        check(params=params, state=state)
+        x1, x2 = _halves(x)
+        with at("f"):
+            u = f.apply(params["f"], state["f"], x2)
+        y1 = moved(x1, "f", u, 1)
+        with at("g"):
+            v = g.apply(params["g"], state["g"], y1)
+        return _like(x, y1, moved(x2, "g", v, 1))
+
+    def fwd(params, state, x, key):
+        check(params=params, state=state)
+        x1, x2 = _halves(x)
+        with at("f"):
+            u, state_f, _ = f.fwd(params["f"], state["f"], x2, child(key, 0))
+        y1 = moved(x1, "f", u, 1)
+        with at("g"):
+            v, state_g, _ = g.fwd(params["g"], state["g"], y1, child(key, 1))
+        y = _like(x, y1, moved(x2, "g", v, 1))
+        return y, {"f": state_f, "g": state_g}, Undone(Called(state, key), y)
+
+    def undo(params, residuals, dy, contract):
+        check(params=params)
+        (state, key), y = residuals
+        (y1, y2), (dy1, dy2) = _halves(after(dy, y)), _cotangents(dy, y)
+        with at("g"):
+            v, _, saved = g.fwd(params["g"], state["g"], y1, child(key, 1))
+            dg, through = g.bwd(params["g"], saved, dy2, contract)
+        x2, dx1 = moved(y2, "g", v, -1), dy1 + through
+        with at("f"):
+            u, _, saved = f.fwd(params["f"], state["f"], x2, child(key, 0))
+            df, through = f.bwd(params["f"], saved, dx1, contract)
+        x1, dx2 = moved(y1, "f", u, -1), dy2 + through
+        return {"f": df, "g": dg}, _like(y, x1, x2), _like(y, dx1, dx2)
+
+    bwd = without_x(undo)
+    whole = Layer("reversible", init, apply, fwd, bwd, parts, lambda parts: reversible(**parts))
+    return replace(whole, made=Made("reversible", fwd, bwd, undo=undo))
+
+
+@expect.by("reversible")
+def _halves(x: Any) -> Pair:
+    """x as a pair of floating arrays."""
+    if isinstance(x, tuple) and len(x) == 2:
+        for half in x:
+            expect.float_array(half)
+        return jnp.asarray(x[0]), jnp.asarray(x[1])
+    expect.float_array(x)
+    x = jnp.asarray(x)
+    if x.shape[-1] % 2:
+        remedy = "give an even number of features, or a pair of arrays"
+        raise InputError("an array whose last axis can be halved", describe(x), remedy)
+    first, second = jnp.split(x, 2, axis=-1)
+    return first, second
+
+
+@expect.by("reversible")
+def _cotangents(dy: Any, y: Any) -> Pair:
+    if not isinstance(y, tuple):
+        return _halves(expect.cotangent(dy, y.shape, y.dtype))
+    if not isinstance(dy, tuple) or len(dy) != 2:
+        raise InputError(f"a pair of cotangents like {describe(y)}", describe(dy), "give bwd a dy like fwd's output")
+    first, second = (expect.cotangent(d, half.shape, half.dtype) for d, half in zip(dy, y, strict=True))
+    return first, second
+
+
+def _like(x: Any, first: Array, second: Array) -> Any:
+    """Both halves, as x came."""
+    return (first, second) if isinstance(x, tuple) else jnp.concatenate([first, second], axis=-1)

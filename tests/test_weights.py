@@ -1,0 +1,339 @@
+"""Round trips through safetensors files and real PyTorch modules, and what is refused before anything is changed."""
+
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+
+KEY = jax.random.key(0)
+S = jax.ShapeDtypeStruct
+
+
+def normal(seed, like):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
+
+
+def assert_same(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    assert [leaf.dtype for leaf in jax.tree.leaves(got)] == [leaf.dtype for leaf in jax.tree.leaves(wanted)]
+
+
+# safetensors
+
+MODEL = fn.serial(fn.dense(4), fn.relu(), blocks=fn.repeat(fn.skip(fn.serial(fn.rms_norm(), fn.dense(4))), 3))
+PARAMS = normal(0, jax.eval_shape(MODEL.init, KEY, S((2, 3), jnp.float32))[0])
+
+
+@pytest.fixture
+def safetensors():
+    return pytest.importorskip("safetensors.numpy")
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint32", "bool"]
+)
+def test_params_come_back_from_a_file_bit_for_bit(dtype, tmp_path, safetensors):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    fn.save_params(params, tmp_path / "model.safetensors")
+    like = jax.eval_shape(lambda: params)
+    assert_same(fn.load_params(tmp_path / "model.safetensors", like), params)
+    assert_same(fn.load_params(str(tmp_path / "model.safetensors"), params), params)
+
+
+def test_names_in_the_file_are_paths(tmp_path, safetensors):
+    fn.save_params(PARAMS, tmp_path / "model.safetensors")
+    arrays = safetensors.load_file(tmp_path / "model.safetensors")
+    layers = {"blocks/dense/bias", "blocks/dense/kernel", "blocks/rms_norm/scale", "dense/bias", "dense/kernel"}
+    assert arrays.keys() == layers
+    np.testing.assert_array_equal(arrays["blocks/dense/kernel"], PARAMS["blocks"]["dense"]["kernel"])
+
+
+def test_any_tree_of_arrays_goes_into_a_file_a_state_and_transposed_arrays_too(tmp_path, safetensors):
+    tree = {"a": (jnp.arange(3), {"b": np.ones((2, 3))[:, ::2].T}), "frozen": fn.Frozen({"w": jnp.ones(2)}, ())}
+    fn.save_params(tree, tmp_path / "tree")
+    assert safetensors.load_file(tmp_path / "tree").keys() == {"a/0", "a/1/b", "frozen/params/w"}
+    with jax.enable_x64(True):
+        got = fn.load_params(tmp_path / "tree", tree)
+    np.testing.assert_array_equal(got["a"][1]["b"], tree["a"][1]["b"])
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, safetensors, monkeypatch):
+    path = tmp_path / "model"
+    fn.save_params({"w": jnp.zeros(3)}, path)
+
+    def fail(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fn.save_params({"w": jnp.ones(3)}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert_same(fn.load_params(path, {"w": S((3,), jnp.float32)}), {"w": jnp.zeros(3)})
+
+
+def without(params, name):
+    return {key: value for key, value in params.items() if key != name}
+
+
+UNLIKE = {
+    "a layer too many": (lambda p: without(p, "dense"), "dense/bias superfluous, dense/kernel superfluous"),
+    "a layer too few": (lambda p: p | {"last": p["dense"]}, "last/bias missing, last/kernel missing"),
+    "another shape": (lambda p: p | {"dense": p["dense"] | {"bias": jnp.ones(5)}}, r"dense/bias: float32\[4\]"),
+    "another dtype": (
+        lambda p: p | {"dense": p["dense"] | {"bias": jnp.ones(4, jnp.bfloat16)}},
+        r"dense/bias: float32\[4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_file_of_another_model_is_refused(name, tmp_path, safetensors):
+    change, received = UNLIKE[name]
+    fn.save_params(PARAMS, tmp_path / "model")
+    with pytest.raises(fn.InputError, match=received) as error:
+        fn.load_params(tmp_path / "model", change(PARAMS))
+    assert error.value.kind == "load_params"
+
+
+def test_what_is_no_such_file_or_no_array_is_refused(tmp_path, safetensors):
+    (tmp_path / "text").write_text("weights")
+    with pytest.raises(fn.InputError, match="a safetensors file"):
+        fn.load_params(tmp_path / "text", PARAMS)
+    with pytest.raises(FileNotFoundError):
+        fn.load_params(tmp_path / "nothing", PARAMS)
+    for tree, message in (
+        ({"a": "text"}, "str at a"),
+        ({"key": KEY}, "key<fry>"),
+        ({"four bits": jnp.ones(2, "int4")}, "int4"),
+        ({"a/b": jnp.ones(2)}, 'names without "/"'),
+    ):
+        with pytest.raises(fn.InputError, match=message):
+            fn.save_params(tree, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("call", [lambda path: fn.save_params(PARAMS, path), lambda path: fn.load_params(path, PARAMS)])
+def test_without_the_package_the_error_names_the_extra(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(fn.InputError, match=r"funcnet\[safetensors\]"):
+        call(tmp_path / "model")
+
+
+# PyTorch
+
+
+def modules(torch):
+    """name: (layer, module, input, our input to the module's, the module's output to ours)."""
+    nn = torch.nn
+    same = lambda x: x
+    first = lambda x: x.movedim(-1, 1)
+    last = lambda y: y.movedim(1, -1)
+    of_pair = lambda y: y[0]
+    sequence = (2, 5, 3)
+    return {
+        "dense": (fn.dense(4), nn.Linear(3, 4), (2, 3), same, same),
+        "dense, no bias": (fn.dense(4, use_bias=False), nn.Linear(3, 4, bias=False), (2, 3), same, same),
+        "conv 1d": (fn.conv(4, 3, padding=1), nn.Conv1d(2, 4, 3, padding=1), (2, 7, 2), first, last),
+        "conv 2d, groups": (
+            fn.conv(4, (3, 2), 2, padding=1, groups=2),
+            nn.Conv2d(6, 4, (3, 2), 2, padding=1, groups=2),
+            (2, 7, 5, 6),
+            first,
+            last,
+        ),
+        "conv 3d": (fn.conv(4, (1, 2, 3), padding="VALID"), nn.Conv3d(2, 4, (1, 2, 3)), (2, 3, 4, 5, 2), first, last),
+        "layer_norm": (fn.layer_norm(1e-5), nn.LayerNorm(3), (2, 3), same, same),
+        "rms_norm": (fn.rms_norm(1e-5), nn.RMSNorm(3, 1e-5), (2, 3), same, same),
+        "group_norm": (fn.group_norm(2, 1e-5), nn.GroupNorm(2, 4), (2, 5, 4), first, last),
+        "instance_norm": (
+            fn.instance_norm(1e-5),
+            nn.InstanceNorm1d(3, affine=True),
+            (2, 5, 3),
+            first,
+            last,
+        ),
+        "prelu": (fn.prelu(), nn.PReLU(3), (2, 3), same, same),
+        "rnn": (fn.rnn(4), nn.RNN(3, 4, batch_first=True), sequence, same, of_pair),
+        "lstm": (fn.lstm(4), nn.LSTM(3, 4, batch_first=True), sequence, same, of_pair),
+        "gru": (fn.gru(4), nn.GRU(3, 4, batch_first=True), sequence, same, of_pair),
+        "bidirectional": (
+            fn.bidirectional(fn.gru(4), fn.gru(4, reverse=True)),
+            nn.GRU(3, 4, batch_first=True, bidirectional=True),
+            sequence,
+            same,
+            of_pair,
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch")
+
+
+def test_every_module_computes_the_same_with_the_same_weights_both_ways(torch, x64):
+    for name, (layer, module, shape, to, back) in modules(torch).items():
+        module.double()
+        x = np.random.default_rng(1).normal(size=shape)
+        params, state = normal(2, jax.eval_shape(layer.init, KEY, S(shape, jnp.float64)))
+        of_module = lambda module=module, to=to, back=back, x=x: back(module(to(torch.from_numpy(x)))).detach().numpy()
+        apply = jax.jit(layer.apply)
+        loaded, _ = fn.from_torch(layer, module.state_dict(), params, state)
+        np.testing.assert_allclose(apply(loaded, state, x), of_module(), rtol=1e-10, atol=1e-12, err_msg=name)
+        arrays = fn.to_torch(layer, params, state)
+        module.load_state_dict({key: torch.from_numpy(array.copy()) for key, array in arrays.items()})
+        np.testing.assert_allclose(apply(params, state, x), of_module(), rtol=1e-10, atol=1e-12, err_msg=name)
+        assert_same(fn.from_torch(layer, arrays, params, state)[0], params)
+
+
+def test_a_batch_norms_running_statistics_go_there_and_back(torch):
+    """By a layer of that kind, params and state."""
+    layer = fn.Layer(
+        "batch_norm",
+        lambda key, x: ({"scale": x[0], "bias": x[0]}, {"mean": x[0], "var": x[0]}),
+        lambda p, s, x: x,
+        lambda p, s, x, key: (x, s, ()),
+        lambda p, r, dy, contract=fn.total: (p, dy),
+    )
+    module = torch.nn.BatchNorm1d(3)
+    like = jax.eval_shape(layer.init, KEY, S((2, 3), jnp.float32))
+    params, state = normal(3, like)
+    arrays = fn.to_torch(layer, params, state)
+    module.load_state_dict({key: torch.from_numpy(array.copy()) for key, array in arrays.items()})
+    np.testing.assert_array_equal(module.running_var.numpy(), state["var"])
+    assert_same(fn.from_torch(layer, module.state_dict(), *like), (params, state))
+
+
+def test_a_model_of_many_layers_by_names(torch, x64):
+    """A tied language model with a stack and a frozen layer: PyTorch's names by a mapping."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)
+
+        def forward(self, h):
+            return h + torch.tanh(self.linear(self.norm(h)))
+
+    class Language(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.project = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4)
+            self.h = torch.nn.ModuleList([Block(), Block()])
+            self.lm_head = torch.nn.Linear(4, 7, bias=False)
+            self.lm_head.weight = self.wte.weight
+
+        def forward(self, ids):
+            h = self.project(self.wte(ids))
+            for block in self.h:
+                h = block(h)
+            return self.lm_head(h)
+
+    block = fn.skip(fn.serial(fn.layer_norm(1e-5), fn.dense(4), fn.tanh()))
+    model = fn.tied(
+        fn.serial(
+            fn.embedding(7, 4, dtype=float),
+            fn.named("project", fn.freeze(fn.dense(4))),
+            fn.repeat(fn.remat(block), 2),
+            head=fn.dense(7, use_bias=False),
+        ),
+        {"head/kernel": "embedding/embedding.T"},
+    )
+    names = {"embedding": "wte", "head": "lm_head", "repeat.*.layer_norm": "h.*.norm", "repeat.*.dense": "h.*.linear"}
+    module, ids = Language().double(), np.array([[0, 3, 6], [1, 1, 2]])
+    like = jax.eval_shape(model.init, KEY, ids)
+    params, state = fn.from_torch(model, module.state_dict(), *like, names=names)
+    wanted = module(torch.from_numpy(ids)).detach().numpy()
+    np.testing.assert_allclose(model.apply(params, state, ids), wanted, rtol=1e-10, atol=1e-12)
+    again = fn.to_torch(model, params, state, names)
+    assert again.keys() == module.state_dict().keys()
+    assert all(np.array_equal(again[name], tensor.numpy()) for name, tensor in module.state_dict().items())
+    untied = dict(module.state_dict()) | {"lm_head.weight": torch.zeros(7, 4).double()}
+    with pytest.raises(fn.InputError, match="equal values for what is tied"):
+        fn.from_torch(model, untied, *like, names=names)
+
+
+DENSE = fn.serial(fn.dense(4), fn.relu(), fn.dense(2))
+LIKE = jax.eval_shape(DENSE.init, KEY, S((2, 3), jnp.float32))
+NAMES = {"dense": "0", "dense_1": "2"}
+
+
+def arrays():
+    return fn.to_torch(DENSE, normal(4, LIKE[0]), {}, NAMES)
+
+
+REFUSED = {
+    "a missing tenso": (lambda a: a.pop("0.bias"), "0.bias: float32[4]", "0.bias missing"),
+    "a superfluous tenso": (lambda a: a.update(extra=np.ones(1)), "4 arrays", "extra superfluous"),
+    "a kernel that is not transposed": (
+        lambda a: a.update({"0.weight": a["0.weight"].T}),
+        "0.weight: float32[4, 3]",
+        "0.weight: float32[3, 4]",
+    ),
+    "another dtype": (
+        lambda a: a.update({"0.bias": a["0.bias"].astype(np.float64)}),
+        "0.bias: float32[4]",
+        "0.bias: float64[4]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_state_dict_that_does_not_fit_is_refused(name):
+    change, expected, received = REFUSED[name]
+    given = arrays()
+    assert given.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    change(given)
+    with pytest.raises(fn.InputError, match="from_torch") as error:
+        fn.from_torch(DENSE, given, *LIKE, names=NAMES)
+    assert expected in error.value.expected
+    assert received in error.value.received
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"dens": "0"}, r"\['dens'\]"),
+        ({"dense": "0", "dense_2": "1"}, r"\['dense_2'\]"),
+        ({"dense": "0", "dense_1": "0"}, "a name for each array"),
+    ],
+)
+def test_names_that_nothing_has_or_two_would_have_are_refused(names, message):
+    with pytest.raises(fn.InputError, match=message):
+        fn.to_torch(DENSE, normal(4, LIKE[0]), {}, names)
+
+
+def test_the_longest_name_that_fits_is_taken_and_no_part_of_one():
+    params = normal(5, LIKE[0])
+    names = fn.to_torch(DENSE, params, names={"dense": "a", "dense.bias": "b", "dense_1": "c"}).keys()
+    assert names == {"a.weight", "b", "c.weight", "c.bias"}
+    names = fn.to_torch(DENSE, params, names={"*.bias": "biases.*", "*": "layers.*.0", "dense_1.weight": "w"}).keys()
+    assert names == {"layers.dense.0.weight", "biases.dense", "w", "biases.dense_1"}
+
+
+def test_a_layer_that_pytorch_has_not_is_refused():
+    odd = fn.from_function(lambda p, x: x * p["w"], lambda key, x: {"w": x})
+    for call in (
+        lambda: fn.to_torch(fn.serial(odd=odd), {"odd": {"w": jnp.ones(2)}}),
+        lambda: fn.from_torch(fn.serial(odd=odd), {}, {"odd": {"w": jnp.ones(2)}}),
+    ):
+        with pytest.raises(fn.InputError, match="convert this layer by hand"):
+            call()
+
+
+def test_repeats_without_params_and_nested_ones_go_there_and_back():
+    model = fn.serial(fn.repeat(fn.tanh(), 3), fn.repeat(fn.serial(fn.repeat(fn.dense(3), 2), fn.dense(3)), 2))
+    params, state = jax.eval_shape(model.init, KEY, S((2, 3), jnp.float32))
+    params = normal(6, params)
+    arrays = fn.to_torch(model, params, state)
+    assert "repeat_1.1.repeat.0.weight" in arrays
+    assert "repeat_1.0.dense.bias" in arrays
+    assert_same(fn.from_torch(model, arrays, params, state), (params, state))
