@@ -1,5 +1,6 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
+from funcnet.blocks import mlp, transformer_block
 from funcnet.calculus import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
 from funcnet.check.checker import check_layer, check_vjp
 from funcnet.check.compare import compare_grads
@@ -46,6 +47,7 @@ from funcnet.layers.activation import (
     squareplus,
     tanh,
 )
+from funcnet.layers.attention import attention
 from funcnet.layers.conv import conv
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
@@ -104,6 +106,7 @@ __all__ = [
     "TrainStep",
     "Window",
     "Worked",
+    "attention",
     "avg_pool",
     "bidirectional",
     "binary_cross_entropy",
@@ -162,6 +165,7 @@ __all__ = [
     "maxout",
     "mish",
     "mixed",
+    "mlp",
     "mse",
     "objective",
     "parallel",
@@ -195,5 +199,6 @@ __all__ = [
     "tanh",
     "total",
     "train_step",
+    "transformer_block",
     "value_and_grad",
 ]

@@ -52,7 +52,7 @@ from funcnet.layers.dense import Initializer, dense
 Tree = Any
 
 # Scores, of all examples and heads, that a processor's cache still holds; the most strips; the least rows of a tile.
-CACHED, STRIPS, ROWS = 1 << 20, 16, 64
+TILE, STRIPS, ROWS = 1 << 20, 16, 64
 
 
 class Attended(NamedTuple):
@@ -264,14 +264,14 @@ class Scores(NamedTuple):
 
     def tiles(self, heads: int) -> tuple[list[Tile], bool]:
         """Those in which something may be seen, and whether they are blocks of one size; `heads` of all examples."""
-        rows = max(ROWS, _power_of_two(CACHED / (heads * self.keys)))
+        rows = max(ROWS, _power_of_two(TILE / (heads * self.keys)))
         if self.block is None and self.queries <= STRIPS * rows:
             strips = [(row, min(rows, self.queries - row)) for row in range(0, self.queries, rows)]
             spans = [(row, rows, *self.span(row, rows)) for row, rows in strips]
             return [
                 Tile(n, row, low, rows, end - low) for n, (row, rows, low, end) in enumerate(spans) if low < end
             ], False
-        edge = self.block or max(ROWS, _power_of_two((CACHED / heads) ** 0.5))
+        edge = self.block or max(ROWS, _power_of_two((TILE / heads) ** 0.5))
         rows, columns = min(edge, self.queries), min(edge, self.keys)
         starts = []
         for row in range(0, self.queries, rows):
@@ -324,18 +324,30 @@ def _attend(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]
     """o [B, K, G, T, d], and lse [B, K, G, T, 1]."""
     high = wide(q.dtype)
 
-    def body(carry, tile):
-        top, mass, acc = (_rows(a, tile) for a in carry)
+    def onward(carry, tile):
+        """top, mass and acc of the tile's rows, one tile on."""
+        top, mass, acc = carry
         s = scores.of(q, k, tile)
         new = jnp.maximum(top, lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True)))
         c, p = jnp.exp(top - new), jnp.exp(s - new)
         mass = c * mass + jnp.sum(p, axis=-1, keepdims=True)
-        acc = c * acc + _product("bkgts,bksd->bkgtd", scores.kept(p, tile), _columns(v, tile))
-        return tuple(_put(a, b, tile.row) for a, b in zip(carry, (new, mass, acc), strict=True))
+        return new, mass, c * acc + _product("bkgts,bksd->bkgtd", scores.kept(p, tile), _columns(v, tile))
 
-    acc = jnp.zeros_like(q, high)
-    mass = jnp.zeros_like(q[..., :1], high)
-    top, mass, acc = _sweep(body, (jnp.full_like(mass, jnp.finfo(high).min), mass, acc), scores)
+    def begin(rows):
+        zero = jnp.zeros_like(q[..., :rows, :], high)
+        return jnp.full_like(zero[..., :1], jnp.finfo(high).min), zero[..., :1], zero
+
+    tiles, looped = scores.tiles(q[..., 0, 0].size)
+    if looped:
+
+        def body(carry, tile):
+            new = onward(tuple(_rows(a, tile) for a in carry), tile)
+            return tuple(_put(a, b, tile.row) for a, b in zip(carry, new, strict=True))
+
+        top, mass, acc = _loop(body, begin(scores.queries), tiles)
+    else:
+        strips = [onward(begin(tile.rows), tile) for tile in tiles]
+        top, mass, acc = (jnp.concatenate(parts, axis=-2) for parts in zip(*strips, strict=True))
     mass = jnp.where(mass == 0, 1.0, mass)
     return (acc / mass).astype(q.dtype), top + jnp.log(mass)
 
@@ -348,38 +360,41 @@ def _pull(
     delta = jnp.sum(do.astype(high) * o.astype(high), axis=-1, keepdims=True)
 
     def body(carry, tile):
-        dq, dk, dv, db = carry
+        dq, dk_t, dv_t, db = carry
         q_i, do_i, k_j, v_j = _rows(q, tile), _rows(do, tile), _columns(k, tile), _columns(v, tile)
         p = jnp.exp(scores.of(q, k, tile) - _rows(lse, tile))
         dp = scores.kept(_product("bkgtd,bksd->bkgts", do_i, v_j), tile)
         ds = p * (dp - _rows(delta, tile))
-        dq = _add(dq, _product("bkgts,bksd->bkgtd", ds, k_j) * scale, tile.row)
-        dk = _add(dk, _product("bkgts,bkgtd->bksd", ds, q_i) * scale, tile.column)
-        dv = _add(dv, _product("bkgts,bkgtd->bksd", scores.kept(p, tile), do_i), tile.column)
+        dq = _add(dq, _product("bkgts,bksd->bkgtd", ds, k_j), tile.row, -2)
+        dk_t = _add(dk_t, _product("bkgtd,bkgts->bkds", q_i, ds), tile.column, -1)
+        dv_t = _add(dv_t, _product("bkgtd,bkgts->bkds", do_i, scores.kept(p, tile)), tile.column, -1)
         if db is not None:
             shared = tuple(axis for axis in (1, 2) if db.shape[axis] == 1)
-            part = _add(_rows(db, tile), jnp.sum(ds, shared, keepdims=True), tile.column, axis=-1)
+            part = _add(_rows(db, tile), jnp.sum(ds, shared, keepdims=True), tile.column, -1)
             db = _put(db, part, tile.row)
-        return dq, dk, dv, db
+        return dq, dk_t, dv_t, db
 
-    db = None if scores.bias is None else jnp.zeros_like(scores.bias, high)
-    dq, dk, dv, db = _sweep(body, (*(jnp.zeros_like(a, high) for a in (q, k, v)), db), scores)
-    return *(a.astype(q.dtype) for a in (dq, dk, dv)), db if db is None else db.astype(q.dtype)
+    tiles, looped = scores.tiles(q[..., 0, 0].size)
+    zeros = lambda a: jnp.zeros_like(a, high)
+    carry = zeros(q), zeros(jnp.swapaxes(k, -1, -2)), zeros(jnp.swapaxes(v, -1, -2)), None if scores.bias is None else zeros(scores.bias)
+    dq, dk_t, dv_t, db = _loop(body, carry, tiles) if looped else reduce(body, tiles, carry)
+    dk, dv = jnp.swapaxes(dk_t * scale, -1, -2), jnp.swapaxes(dv_t, -1, -2)
+    return *(a.astype(q.dtype) for a in (dq * scale, dk, dv)), db if db is None else db.astype(q.dtype)
 
 
-def _sweep(body: Callable[[Tree, Tile], Tree], carry: Tree, scores: Scores) -> Tree:
-    """carry = body(carry, tile), tile after tile."""
-    tiles, looped = scores.tiles(carry[0][..., 0, 0].size)
-    if not looped or not tiles:
-        return reduce(body, tiles, carry)
+def _loop(body: Callable[[Tree, Tile], Tree], carry: Tree, tiles: list[Tile]) -> Tree:
+    """carry = body(carry, tile), tile after tile, all of one size."""
+    if not tiles:
+        return carry
     *starts, rows, columns = zip(*tiles, strict=True)
     step = lambda carry, start: (body(carry, Tile(*start, rows[0], columns[0])), None)
     return lax.scan(step, carry, [np.array(a, np.int32) for a in starts])[0]
 
 
 def _product(axes: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` of factors in the dtype of b, summed wide."""
-    return jnp.einsum(axes, a.astype(b.dtype), b, preferred_element_type=wide(b.dtype))
+    """`jnp.einsum` in the narrower of both dtypes, summed wide."""
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return jnp.einsum(axes, a.astype(dtype), b.astype(dtype), preferred_element_type=wide(dtype))
 
 
 def _rows(a: Array, tile: Tile) -> Array:
