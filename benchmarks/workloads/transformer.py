@@ -29,7 +29,7 @@ def workload(dtype: str = "float32") -> Workload:
         norm=fn.layer_norm(),
         head=fn.dense(VOCAB),
     )
-    size = f"{DEPTH} pre-norm transformer blocks, D={WIDTH}, {HEADS} heads, B={SHAPE[0]}, T={SHAPE[1]}, V={VOCAB}, no biases inside"
+    size = f"{DEPTH} transformer blocks without biases, D={WIDTH}, {HEADS} heads, B={SHAPE[0]}, T={SHAPE[1]}, V={VOCAB}"
     return Workload(
         title=f"{size}, cross-entropy, Adam, {dtype}",
         sides=peers.sides(

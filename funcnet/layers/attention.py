@@ -9,18 +9,18 @@ or in a context, y in o with all heads side by side; several heads of queries ma
 
 Backward, with do the cotangent of o:
 
-    dv = (p * m)^T do        dp = (do v^T) * m        ds = p * (dp - delta)        delta = rowsum(dp * p) = rowsum(do * o)
-    dq = ds k / sqrt(d)      dk = ds^T q / sqrt(d)    db = ds
+    dv = (p * m)^T do         dp = (do v^T) * m         ds = p * (dp - rowsum(dp * p))
+    dq = ds k / sqrt(d)       dk = ds^T q / sqrt(d)     db = ds
 
-Neither pass forms a whole matrix of T x S. Both go over it in tiles, and leave out those that causality or the window
-excludes. Forward, the largest score `top` of a row so far, the `mass` and the sum `acc` relative to it are carried on:
+That is done tile by tile, and never for a tile that causality or the window excludes as a whole. Where T x S is one
+tile, these lines are all there is. Otherwise no matrix of T x S is formed: forward, the largest score `top` of a row,
+the `mass` and the sum `acc` relative to it are carried from tile to tile,
 
     top' = max(top, max(s))    c = e^(top - top')    p = e^(s - top')    mass' = c mass + rowsum(p)
-    acc' = c acc + (p * m) v                         and in the end o = acc / mass, lse = top + log(mass)
+    acc' = c acc + (p * m) v                         in the end o = acc / mass, lse = top + log(mass)
 
-Backward, p = e^(s - lse) of a tile at once, and since delta comes from o, each tile adds its own part to dq, dk and dv.
-Small scores are cut into strips, each with all the keys that its queries may see, written out one after the other;
-large ones into square blocks, gone over in a loop. It is the same rule.
+and backward p = e^(s - lse), and delta = rowsum(do * o), which is rowsum(dp * p), are known at once, so that each tile
+adds its own part to dq, dk and dv.
 
 Residuals: the input as given; q, k, v, o and lse; with dropout the key.  Why these: they are linear in T and S. p would
 be T S numbers a head, and takes one more product and exponential to form again; m is drawn again, tile by tile.
@@ -51,8 +51,8 @@ from funcnet.layers.dense import Initializer, dense
 
 Tree = Any
 
-# Scores, of all examples and heads, that a processor's cache still holds; the most strips; the least rows of a tile.
-TILE, STRIPS, ROWS = 1 << 20, 16, 64
+# A tile has at least so many rows and columns, and about so many scores of all examples and heads: caches hold them.
+EDGE, SCORES = 64, 1 << 21
 
 
 class Attended(NamedTuple):
@@ -92,7 +92,7 @@ def attention(
     kernel_init: Initializer = initializers.lecun_normal(),
     bias_init: Initializer = initializers.zeros,
 ) -> Layer[dict, tuple[()], Attended]:
-    """Multi-head attention [B, T, D] -> [B, T, F]; params query, key, value, out, each with the kernel and bias of a dense.
+    """Multi-head attention [B, T, D] -> [B, T, F]; params query, key, value, out, each that of a dense.
 
     The kernels are [D, H d], [C, K d], [C, K d] and [H d, F], with heads side by side, so that their gradients are the
     factor Outer. The input is x [B, T, D] alone, or a dict of `x` and, where wanted,
@@ -116,8 +116,8 @@ def attention(
         rate: the share of the weights that `fwd` drops, 0 <= rate < 1; `apply` drops none.
         use_bias: whether the four dense maps add biases.
         rotary_base: of `fn.rotary`.
-        block: go over the scores in square blocks of this edge, in a loop. By default the shapes decide. It changes
-            nothing but rounding, and what a key drops, since every tile draws its own part.
+        block: the largest edge of a tile; by default the shapes decide. It changes nothing but rounding, and what a key
+            drops, since every tile draws its own part of the mask.
         kernel_init, bias_init: as in `jax.nn.initializers`. LeCun's normal keeps the variance of q, k and v.
 
     Raises:
@@ -229,8 +229,8 @@ def attention(
 class Tile(NamedTuple):
     """A part of the scores: its number, its first query and key, all three traced in a loop, and how many of each.
 
-    The last tiles of a loop over sizes that the blocks do not divide are moved back to end where the scores end; what
-    they share with the tiles before counts there.
+    Where tiles do not divide the scores, the last ones are moved back to end with them (slices do that by themselves);
+    what they then share with tiles before counts there.
     """
 
     number: Any
@@ -262,27 +262,16 @@ class Scores(NamedTuple):
     lengths: Array | None
     key: Array | None
 
-    def tiles(self, heads: int) -> tuple[list[Tile], bool]:
-        """Those in which something may be seen, and whether they are blocks of one size; `heads` of all examples."""
-        rows = max(ROWS, _power_of_two(TILE / (heads * self.keys)))
-        if self.block is None and self.queries <= STRIPS * rows:
-            strips = [(row, min(rows, self.queries - row)) for row in range(0, self.queries, rows)]
-            spans = [(row, rows, *self.span(row, rows)) for row, rows in strips]
-            return [
-                Tile(n, row, low, rows, end - low) for n, (row, rows, low, end) in enumerate(spans) if low < end
-            ], False
-        edge = self.block or max(ROWS, _power_of_two((TILE / heads) ** 0.5))
-        rows, columns = min(edge, self.queries), min(edge, self.keys)
+    def tiles(self, heads: int) -> list[Tile]:
+        """Those in which something may be seen for its position; `heads` counts those of all examples."""
+        edge = self.block or max(EDGE, (1 << int((SCORES / heads) ** 0.5).bit_length()) >> 1)
+        rows, columns = (-(-n // -(-n // edge)) for n in (self.queries, self.keys))
+        reach = self.keys if self.window is None else self.window - 1
         starts = []
         for row in range(0, self.queries, rows):
-            low, end = self.span(row, rows)
+            low, end = max(0, row - reach), min(self.keys, row + rows + (0 if self.causal else reach))
             starts += [(row, column) for column in range(low // columns * columns, end, columns)]
-        return [Tile(n, *start, rows, columns) for n, start in enumerate(starts)], True
-
-    def span(self, row: int, rows: int) -> tuple[int, int]:
-        """The first key that some of these rows may see for their positions, and the end of such keys."""
-        reach = self.keys if self.window is None else self.window - 1
-        return max(0, row - reach), min(self.keys, row + rows + (0 if self.causal else reach))
+        return [Tile(n, *start, rows, columns) for n, start in enumerate(starts)]
 
     def of(self, q: Array, k: Array, tile: Tile) -> Array:
         """s of a tile, [B, K, G, rows, columns], -inf where nothing may be seen."""
@@ -322,32 +311,19 @@ class Scores(NamedTuple):
 
 def _attend(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]:
     """o [B, K, G, T, d], and lse [B, K, G, T, 1]."""
-    high = wide(q.dtype)
 
-    def onward(carry, tile):
-        """top, mass and acc of the tile's rows, one tile on."""
-        top, mass, acc = carry
+    def body(carry: tuple[Array, ...], tile: Tile) -> tuple[Array, ...]:
+        top, mass, acc = (_rows(a, tile) for a in carry)
         s = scores.of(q, k, tile)
         new = jnp.maximum(top, lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True)))
         c, p = jnp.exp(top - new), jnp.exp(s - new)
         mass = c * mass + jnp.sum(p, axis=-1, keepdims=True)
-        return new, mass, c * acc + _product("bkgts,bksd->bkgtd", scores.kept(p, tile), _columns(v, tile))
+        acc = c * acc + _product("bkgts,bksd->bkgtd", scores.kept(p, tile), _columns(v, tile))
+        return tuple(_put(a, b, tile.row) for a, b in zip(carry, (new, mass, acc), strict=True))
 
-    def begin(rows):
-        zero = jnp.zeros_like(q[..., :rows, :], high)
-        return jnp.full_like(zero[..., :1], jnp.finfo(high).min), zero[..., :1], zero
-
-    tiles, looped = scores.tiles(q[..., 0, 0].size)
-    if looped:
-
-        def body(carry, tile):
-            new = onward(tuple(_rows(a, tile) for a in carry), tile)
-            return tuple(_put(a, b, tile.row) for a, b in zip(carry, new, strict=True))
-
-        top, mass, acc = _loop(body, begin(scores.queries), tiles)
-    else:
-        strips = [onward(begin(tile.rows), tile) for tile in tiles]
-        top, mass, acc = (jnp.concatenate(parts, axis=-2) for parts in zip(*strips, strict=True))
+    acc = jnp.zeros_like(q, wide(q.dtype))
+    mass = acc[..., :1]
+    top, mass, acc = _sweep(body, (jnp.full_like(mass, jnp.finfo(mass.dtype).min), mass, acc), scores)
     mass = jnp.where(mass == 0, 1.0, mass)
     return (acc / mass).astype(q.dtype), top + jnp.log(mass)
 
@@ -355,37 +331,36 @@ def _attend(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]
 def _pull(
     q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, scores: Scores
 ) -> tuple[Array, Array, Array, Array | None]:
-    """dq, dk, dv, and db, None without a bias."""
+    """dq, dk, dv, and db, None without a bias. dk and dv are summed as [B, K, d, S]: no tile is transposed for them."""
     high, scale = wide(q.dtype), q.shape[-1] ** -0.5
     delta = jnp.sum(do.astype(high) * o.astype(high), axis=-1, keepdims=True)
 
-    def body(carry, tile):
-        dq, dk_t, dv_t, db = carry
-        q_i, do_i, k_j, v_j = _rows(q, tile), _rows(do, tile), _columns(k, tile), _columns(v, tile)
+    def body(carry: tuple[Any, ...], tile: Tile) -> tuple[Any, ...]:
+        dq, dk, dv, db = carry
         p = jnp.exp(scores.of(q, k, tile) - _rows(lse, tile))
-        dp = scores.kept(_product("bkgtd,bksd->bkgts", do_i, v_j), tile)
+        dp = scores.kept(_product("bkgtd,bksd->bkgts", _rows(do, tile), _columns(v, tile)), tile)
         ds = p * (dp - _rows(delta, tile))
-        dq = _add(dq, _product("bkgts,bksd->bkgtd", ds, k_j), tile.row, -2)
-        dk_t = _add(dk_t, _product("bkgtd,bkgts->bkds", q_i, ds), tile.column, -1)
-        dv_t = _add(dv_t, _product("bkgtd,bkgts->bkds", do_i, scores.kept(p, tile)), tile.column, -1)
+        dq = _add(dq, _product("bkgts,bksd->bkgtd", ds, _columns(k, tile)), tile.row, -2)
+        dk = _add(dk, _product("bkgtd,bkgts->bkds", _rows(q, tile), ds), tile.column, -1)
+        dv = _add(dv, _product("bkgtd,bkgts->bkds", _rows(do, tile), scores.kept(p, tile)), tile.column, -1)
         if db is not None:
-            shared = tuple(axis for axis in (1, 2) if db.shape[axis] == 1)
-            part = _add(_rows(db, tile), jnp.sum(ds, shared, keepdims=True), tile.column, -1)
-            db = _put(db, part, tile.row)
-        return dq, dk_t, dv_t, db
+            heads = tuple(axis for axis in (1, 2) if db.shape[axis] == 1)
+            row = _add(_rows(db, tile), jnp.sum(ds, heads, keepdims=True), tile.column, -1)
+            db = _put(db, row, tile.row)
+        return dq, dk, dv, db
 
-    tiles, looped = scores.tiles(q[..., 0, 0].size)
-    zeros = lambda a: jnp.zeros_like(a, high)
-    carry = zeros(q), zeros(jnp.swapaxes(k, -1, -2)), zeros(jnp.swapaxes(v, -1, -2)), None if scores.bias is None else zeros(scores.bias)
-    dq, dk_t, dv_t, db = _loop(body, carry, tiles) if looped else reduce(body, tiles, carry)
-    dk, dv = jnp.swapaxes(dk_t * scale, -1, -2), jnp.swapaxes(dv_t, -1, -2)
-    return *(a.astype(q.dtype) for a in (dq * scale, dk, dv)), db if db is None else db.astype(q.dtype)
+    zeros = lambda a: None if a is None else jnp.zeros_like(a, high)
+    start = zeros(q), zeros(k.mT), zeros(v.mT), zeros(scores.bias)
+    dq, dk, dv, db = _sweep(body, start, scores)
+    narrow = lambda a: None if a is None else a.astype(q.dtype)
+    return narrow(dq * scale), narrow(dk.mT * scale), narrow(dv.mT), narrow(db)
 
 
-def _loop(body: Callable[[Tree, Tile], Tree], carry: Tree, tiles: list[Tile]) -> Tree:
-    """carry = body(carry, tile), tile after tile, all of one size."""
-    if not tiles:
-        return carry
+def _sweep(body: Callable[[Tree, Tile], Tree], carry: Tree, scores: Scores) -> Tree:
+    """carry = body(carry, tile), tile after tile: the rule written once for a single tile, a loop over many."""
+    tiles = scores.tiles(carry[0][..., 0, 0].size)
+    if len(tiles) < 2:
+        return reduce(body, tiles, carry)
     *starts, rows, columns = zip(*tiles, strict=True)
     step = lambda carry, start: (body(carry, Tile(*start, rows[0], columns[0])), None)
     return lax.scan(step, carry, [np.array(a, np.int32) for a in starts])[0]
@@ -403,7 +378,7 @@ def _rows(a: Array, tile: Tile) -> Array:
 
 
 def _columns(a: Array, tile: Tile, axis: int = -2) -> Array:
-    """The tile's keys of a, along its `axis`."""
+    """The tile's keys along that axis of a."""
     return lax.dynamic_slice_in_dim(a, tile.column, tile.columns, axis=axis)
 
 
@@ -412,7 +387,7 @@ def _put(a: Array, b: Array, start: Any, axis: int = -2) -> Array:
     return lax.dynamic_update_slice_in_dim(a, b, start, axis)
 
 
-def _add(a: Array, b: Array, start: Any, axis: int = -2) -> Array:
+def _add(a: Array, b: Array, start: Any, axis: int) -> Array:
     """a with b added to a part of that axis."""
     return _put(a, lax.dynamic_slice_in_dim(a, start, b.shape[axis], axis) + b, start, axis)
 
@@ -425,11 +400,6 @@ def _by_head(a: Array, heads: int) -> Array:
 def _side_by_side(a: Array) -> Array:
     """[B, heads, T, d] as [B, T, heads d]."""
     return jnp.swapaxes(a, 1, 2).reshape(a.shape[0], a.shape[2], -1)
-
-
-def _power_of_two(n: float) -> int:
-    """The greatest that is at most n, or 1."""
-    return 1 << max(0, int(n).bit_length() - 1)
 
 
 def _parts(inputs: Tree, heads: int) -> dict[str, Any]:
