@@ -116,9 +116,9 @@ def _equinox():
             return jax.vmap(lambda x: self.head(self.norm(x)))(x)
 
     key = jax.random.key(0)
-    tables = (eqx.nn.Embedding(rows, WIDTH, key=key) for rows in (VOCAB, SHAPE[1]))
+    table, positions = (eqx.nn.Embedding(rows, WIDTH, key=key) for rows in (VOCAB, SHAPE[1]))
     blocks, norm = [Block(key) for _ in NAMES], eqx.nn.LayerNorm(WIDTH, eps=1e-6)
-    return Network(*tables, blocks, norm, eqx.nn.Linear(WIDTH, VOCAB, key=key))
+    return Network(table, positions, blocks, norm, eqx.nn.Linear(WIDTH, VOCAB, key=key))
 
 
 def _flax():

@@ -271,7 +271,7 @@ class Scores(NamedTuple):
         for row in range(0, self.queries, rows):
             low, end = max(0, row - reach), min(self.keys, row + rows + (0 if self.causal else reach))
             starts += [(row, column) for column in range(low // columns * columns, end, columns)]
-        return [Tile(n, *start, rows, columns) for n, start in enumerate(starts)]
+        return [Tile(n, row, column, rows, columns) for n, (row, column) in enumerate(starts)]
 
     def of(self, q: Array, k: Array, tile: Tile) -> Array:
         """s of a tile, [B, K, G, rows, columns], -inf where nothing may be seen."""
@@ -349,11 +349,9 @@ def _pull(
             db = _put(db, row, tile.row)
         return dq, dk, dv, db
 
-    zeros = lambda a: None if a is None else jnp.zeros_like(a, high)
-    start = zeros(q), zeros(k.mT), zeros(v.mT), zeros(scores.bias)
+    start = jax.tree.map(lambda a: jnp.zeros_like(a, high), (q, k.mT, v.mT, scores.bias))
     dq, dk, dv, db = _sweep(body, start, scores)
-    narrow = lambda a: None if a is None else a.astype(q.dtype)
-    return narrow(dq * scale), narrow(dk.mT * scale), narrow(dv.mT), narrow(db)
+    return jax.tree.map(lambda a: a.astype(q.dtype), (dq * scale, dk.mT * scale, dv.mT, db))
 
 
 def _sweep(body: Callable[[Tree, Tile], Tree], carry: Tree, scores: Scores) -> Tree:
@@ -361,9 +359,12 @@ def _sweep(body: Callable[[Tree, Tile], Tree], carry: Tree, scores: Scores) -> T
     tiles = scores.tiles(carry[0][..., 0, 0].size)
     if len(tiles) < 2:
         return reduce(body, tiles, carry)
-    *starts, rows, columns = zip(*tiles, strict=True)
-    step = lambda carry, start: (body(carry, Tile(*start, rows[0], columns[0])), None)
-    return lax.scan(step, carry, [np.array(a, np.int32) for a in starts])[0]
+    starts = np.array([tile[:3] for tile in tiles], np.int32)
+
+    def step(carry, start):
+        return body(carry, tiles[0]._replace(number=start[0], row=start[1], column=start[2])), None
+
+    return lax.scan(step, carry, starts)[0]
 
 
 def _product(axes: str, a: Array, b: Array) -> Array:

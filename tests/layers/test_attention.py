@@ -1,4 +1,6 @@
-"""attention: against NumPy, JAX and PyTorch; whole and by tiles; masked rows, lengths, windows, dropout; what it refuses."""
+"""attention: against NumPy, JAX and PyTorch; whole and in tiles; masks, lengths, windows, dropout; what it refuses."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,12 @@ CASES = {
 EACH = pytest.mark.parametrize("case", CASES)
 
 
-def setting(case, dtype=np.float64, **more):
+def setting(case, dtype: type[np.floating] = np.float64, **more):
     """Layer, params with biases that are not 0, inputs, dy."""
     options, names = CASES[case]
     rng = np.random.default_rng(len(case))
     draw = lambda *shape: rng.normal(size=shape).astype(dtype)
-    inputs = {"x": draw(B, T, D)} | ({"context": draw(B, S, C)} if "context" in names else {})
+    inputs: dict[str, Any] = {"x": draw(B, T, D)} | ({"context": draw(B, S, C)} if "context" in names else {})
     keys = S if "context" in names else T
     if "lengths" in names:
         inputs["lengths"] = LENGTHS
@@ -60,11 +62,11 @@ def pull(layer, params, inputs, dy, key=None):
 
 
 def close(got, wanted, rtol=1e-10):
-    """Every leaf, to a share of its largest element."""
+    """Every leaf, to a share of its largest element; the gradient of a bias of keys is 0 but for rounding."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 0.1))
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1.0))
 
 
 def seen(case, inputs):
@@ -192,17 +194,23 @@ def test_output_and_gradients_are_those_of_jaxs_own_attention(window, sizes):
     close((got_y, kernels(dparams), dx), (y, kernels(wanted), dx_wanted), 2e-5)
 
 
-@pytest.mark.parametrize("length", [1, 63, 130, 200])
-def test_tiles_of_any_size_agree_with_one(length, x64):
+@pytest.mark.parametrize(
+    ("length", "options"),
+    [
+        (1, {"window": 1}),
+        (63, {"causal": True}),
+        (130, {"causal": True, "window": 70, "rotary": True}),
+        (200, {"window": 20}),
+    ],
+)
+def test_tiles_of_any_size_agree_with_one(length, options, x64):
     """Sizes that blocks divide, and that they do not, and blocks greater than all."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, length, 4)))
-    dy = jnp.cos(x)
-    for options in ({"causal": True}, {"window": 20}, {"causal": True, "window": 70, "rotary": True}):
-        whole, *others = (fn.attention(2, block=block, **options) for block in (length, 64, 47))
-        params = whole.init(KEY, x)[0]
-        wanted = pull(whole, params, x, dy)
-        for layer in others:
-            close(pull(layer, params, x, dy), wanted, 1e-11)
+    whole, *others = (fn.attention(2, block=block, **options) for block in (length, 64, 47))
+    params = whole.init(KEY, x)[0]
+    wanted = pull(whole, params, x, jnp.cos(x))
+    for layer in others:
+        close(pull(layer, params, x, jnp.cos(x)), wanted, 1e-11)
 
 
 def test_large_scores_are_cut_into_tiles_by_themselves(x64):
@@ -246,19 +254,17 @@ def test_padding_has_no_influence_and_no_gradient(block):
 def test_dropping_is_fair_and_bwd_drops_what_fwd_dropped(block, x64):
     layer, params, inputs, dy = setting("cross, shared keys", rate=0.4, block=block)
     plain = layer.apply(params, (), inputs)
-    draws = jax.jit(jax.vmap(lambda key: layer.fwd(params, (), inputs, key)[0]))(jax.random.split(KEY, 4000))
-    error = (draws.mean(0) - plain) / (draws.std(0) / 4000**0.5)
+    draws = jax.jit(jax.vmap(lambda key: layer.fwd(params, (), inputs, key)[0]))(jax.random.split(KEY, 1000))
+    error = (draws.mean(0) - plain) / (draws.std(0) / 1000**0.5)
     assert np.abs(error).max() < 5
     assert not np.array_equal(draws[0], draws[1])
-    floating = ("x", "context")
 
-    def forward(params, inputs):
-        return layer.fwd(params, (), inputs, KEY)[0]
+    @jax.jit
+    def reference(params, inputs):
+        y, vjp = jax.vjp(lambda params, inputs: layer.fwd(params, (), inputs, KEY)[0], params, inputs)
+        return y, *vjp(dy)
 
-    y, vjp = jax.vjp(forward, params, inputs)
-    wanted = vjp(dy)
-    got = pull(layer, params, inputs, dy, KEY)
-    close((got[0], got[1], {n: got[2][n] for n in floating}), (y, wanted[0], {n: wanted[1][n] for n in floating}))
+    close(pull(layer, params, inputs, dy, KEY), reference(params, inputs))
 
 
 def test_what_rate_drops_is_its_share():
@@ -297,21 +303,24 @@ def test_combinators_take_it(model, x64):
 @pytest.mark.parametrize("contract", [fn.per_example, fn.squared_norm])
 def test_contractions_are_those_of_one_examples_own_gradient(contract, x64):
     layer, params, inputs, dy = setting("cross, one head of keys, lengths", block=3)
-    own = lambda one, dy: layer.bwd(params, layer.fwd(params, (), one, None)[2], dy)[0]
+    own = jax.jit(lambda one, dy: layer.bwd(params, layer.fwd(params, (), one, None)[2], dy)[0])
     examples = [jax.tree.map(lambda a, b=b: a[b : b + 1], (inputs, dy)) for b in range(B)]
     each = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(own(*example) for example in examples))
     norms = jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf.reshape(B, -1)), 1), each)
     wanted = {"per_example": each, "squared_norm": norms}[contract.name]
-    residuals = layer.fwd(params, (), inputs, None)[2]
-    close(layer.bwd(params, residuals, dy, contract)[0], wanted)
-    kept = layer.bwd(params, residuals, dy, fn.keep)[0]
+    by = jax.jit(
+        lambda contract: layer.bwd(params, layer.fwd(params, (), inputs, None)[2], dy, contract)[0], static_argnums=0
+    )
+    close(by(contract), wanted)
+    kept = by(fn.keep)
     assert {name: type(fields["kernel"]) for name, fields in kept.items()} == dict.fromkeys(params, fn.Outer)
 
 
 def test_residuals_are_linear_in_the_positions_and_init_reads_sizes_off_the_input():
     layer, (x, context) = fn.attention(4, 2, 3, features=5), (jnp.ones((B, T, D)), jnp.ones((B, S, C)))
     inputs = {"x": x, "context": context}
-    params, state = layer.init(KEY, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), inputs))
+    init = lambda inputs: jax.eval_shape(layer.init, KEY, inputs)
+    params, state = init(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), inputs))
     shapes = {"query": (D, 12), "key": (C, 6), "value": (C, 6), "out": (12, 5)}
     assert {name: fields["kernel"].shape for name, fields in params.items()} == shapes
     assert {name: fields["bias"].shape for name, fields in params.items()} == {n: s[1:] for n, s in shapes.items()}
@@ -319,7 +328,7 @@ def test_residuals_are_linear_in_the_positions_and_init_reads_sizes_off_the_inpu
     large = fn.attention(16).init(KEY, jnp.ones((1, 1, 256)))[0]
     for fields in large.values():
         np.testing.assert_allclose(fields["kernel"].std(), 1 / 16, rtol=0.03)
-    residuals = layer.fwd(layer.init(KEY, inputs)[0], (), inputs, None)[2]
+    residuals = jax.eval_shape(layer.fwd, init(inputs)[0], (), inputs, None)[2]
     shapes = {"q": (B, 2, 2, T, 3), "k": (B, 2, S, 3), "v": (B, 2, S, 3), "out": (B, T, 12), "lse": (B, 2, 2, T, 1)}
     assert {name: getattr(residuals, name).shape for name in shapes} == shapes
     assert residuals.key is None
