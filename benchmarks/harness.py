@@ -48,13 +48,16 @@ class Workload:
     Attributes:
         title: sizes, loss, batch and dtype in one line.
         sides: name -> a function that makes the side; it may raise ModuleNotFoundError for what is not installed.
-        step_target: the ratio of step times, funcnet / plain, that is to be reached.
+        step_target, temp_target: the ratios of step times and temporary memory, funcnet / plain, to be reached.
+        exact: the largest float64 error of a leaf or loss.
         rounding: the largest float32 error of a gradient leaf that counts as rounding.
     """
 
     title: str
     sides: Mapping[str, Callable[[], Side]]
     step_target: float = 1.02
+    temp_target: float = 1.0
+    exact: float = EXACT
     rounding: float = 2e-5
 
 
@@ -120,8 +123,9 @@ def measure(
     """
     progress("checking in float64")
     with jax.enable_x64(True):
-        exact = {name: answer(side, steps=3) for name, side in _installed(make("float64"), only)}
-    errors = {"float64": compare(exact, EXACT, EXACT)}
+        workload = make("float64")
+        exact = {name: answer(side, steps=3) for name, side in _installed(workload, only)}
+    errors = {"float64": compare(exact, workload.exact, workload.exact)}
     del exact
     jax.clear_caches()
 

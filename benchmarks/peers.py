@@ -5,7 +5,7 @@ parameters and optimizer state alike. A workload says what the network looks lik
 each of funcnet's layers is: `places(network) -> {path of the funcnet layer: module, or a list of modules that funcnet
 has stacked}`. With that, parameters are carried over and gradients are brought back into one layout,
 
-    {path: {field: array}}      fields as in funcnet: kernel [in, out], bias, scale
+    {path: {field: array}}      fields as in funcnet: kernel [in, out], bias, scale, embedding
 """
 
 import os
@@ -204,7 +204,7 @@ def torch_side(network: Any, loss: Loss, places: Places, fields: Fields, batch: 
     torch.set_flush_denormal(True)  # as XLA does; Adam's moments of units that died would slow it down otherwise
     inputs, targets = (torch.tensor(array) for array in batch)
     targets = targets if targets.is_floating_point() else targets.long()
-    network.to(inputs.dtype)
+    network.to(getattr(torch, str(next(iter(next(iter(fields.values())).values())).dtype)))
     modules = {path: place if isinstance(place, list) else [place] for path, place in places(network).items()}
     stacked = {path for path, place in places(network).items() if isinstance(place, list)}
     with torch.no_grad():
@@ -274,7 +274,12 @@ def _jax_side(
     return Side(lambda: check(carried[0]), step, lambda: lower(carried[0]))
 
 
-_WEIGHT = {"kernel": "weight", "scale": "weight", "bias": "bias"}  # what Equinox and PyTorch call funcnet's fields
+_WEIGHT = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+}  # what Equinox and PyTorch call funcnet's fields
 
 
 def _native(field: str, value: Any) -> np.ndarray:

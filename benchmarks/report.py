@@ -68,7 +68,7 @@ def _targets(measured: Measurement, sides: Record) -> list[Record]:
         temp = [1.0 * c[-1].memory["temp"] for c in (compilations["funcnet"], compilations[side])]
         totals = [[c.trace + c.xla for c in compilations[s]] for s in ("funcnet", side)]
         found.append(_target("step time", side, "<=", measured.workload.step_target, step))
-        found.append(_target("temp bytes", side, "<=", 1.0, _ratios(temp[:1], temp[1:])))
+        found.append(_target("temp bytes", side, "<=", measured.workload.temp_target, _ratios(temp[:1], temp[1:])))
         found.append(_target("compile time", side, "<=", 1.0, _ratios(*totals)))
     return found
 

@@ -1,5 +1,6 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
+from funcnet.blocks import mlp, transformer_block
 from funcnet.bridge import differentiable, from_function
 from funcnet.calculus import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
 from funcnet.check.checker import check_layer, check_vjp
@@ -50,6 +51,7 @@ from funcnet.layers.activation import (
     squareplus,
     tanh,
 )
+from funcnet.layers.attention import attention
 from funcnet.layers.conv import conv
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
@@ -114,6 +116,7 @@ __all__ = [
     "Window",
     "Worked",
     "add",
+    "attention",
     "avg_pool",
     "bidirectional",
     "binary_cross_entropy",
@@ -182,6 +185,7 @@ __all__ = [
     "maxout",
     "mish",
     "mixed",
+    "mlp",
     "mse",
     "named",
     "objective",
@@ -220,6 +224,7 @@ __all__ = [
     "to_torch",
     "total",
     "train_step",
+    "transformer_block",
     "triplet",
     "value_and_grad",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 
@@ -113,6 +114,17 @@ def key(key: Any) -> jax.Array:
     if not is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
         raise InputError("a random key", repr(key) if key is None else describe(key), "make one with jax.random.key(0)")
     return key
+
+
+def lengths(given: Any, examples: int, steps: int) -> None:
+    """Refuse what is not a number of valid steps for each example."""
+    wanted = f"lengths as integers from 0 to {steps}, one for each of {examples} examples"
+    if not is_array(given) or given.shape != (examples,) or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise InputError(wanted, describe(given), "convert them, for instance with jnp.asarray(lengths, jnp.int32)")
+    if is_concrete(given):
+        low, high = np.min(given), np.max(given)
+        if low < 0 or high > steps:
+            raise InputError(wanted, f"lengths from {low} to {high}", "count the valid positions of each example")
 
 
 def dtype(x: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.nn import initializers as _init
 
+from funcnet.blocks import mlp, transformer_block
 from funcnet.bridge import from_function
 from funcnet.check.checker import ORACLES, check_layer
 from funcnet.check.report import Report
@@ -37,6 +38,7 @@ from funcnet.layers.activation import (
     squareplus,
     tanh,
 )
+from funcnet.layers.attention import attention
 from funcnet.layers.conv import conv
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
@@ -111,6 +113,8 @@ def _softmax() -> Layer:
 
 
 _SEQUENCES = {"x": "f32[3,4,2]", "lengths": "i32[3]<5"}
+
+_ATTENDED = {"x": "f32[2,4,5]", "mask": "bool[2,4,5]", "bias": "f32[2,4,4,5]", "lengths": "i32[2]<6"}
 
 
 def _aligned(labels: str, label_lengths: str, logit_lengths: str) -> dict[str, str]:
@@ -217,6 +221,27 @@ CASES: tuple[Case, ...] = (
         "bidirectional/lengths, states",
         bidirectional(gru(2, return_state=True), gru(2, reverse=True, return_state=True)),
         _SEQUENCES | {"state": ("f32[3,2]", "f32[3,2]")},
+    ),
+    Case("attention", attention(2), "f32[2,5,4]"),
+    Case("attention/one query, one feature", attention(1, rate=0.3), {"x": "f32[1,1,1]", "context": "f32[1,2,1]"}),
+    Case("attention/causal, tiles", attention(2, causal=True, block=2), "f32[2,5,4]"),
+    Case("attention/window, tiles", attention(2, window=2, block=2), "f32[2,7,4]"),
+    Case("attention/causal window", attention(1, causal=True, window=3, use_bias=False), "f32[1,6,3]"),
+    Case("attention/shared keys, rotary", attention(4, 2, 2, rotary=True, rotary_base=9.0, features=3), "f32[2,3,5]"),
+    Case("attention/cross, masks, tiles", attention(4, 2, 3, block=3), _ATTENDED | {"context": "f32[2,5,2]"}),
+    Case("attention/a mask for each head", attention(2), {"x": "f32[2,3,4]", "mask": "bool[2,2,3,3]"}),
+    Case("attention/a bias for all heads", attention(2, block=2), {"x": "f32[2,3,4]", "bias": "f32[2,3,3]"}),
+    Case("attention/dropped weights, tiles", attention(2, causal=True, rate=0.4, block=3), "f32[2,5,4]"),
+    Case("mlp", mlp(6, 3), "f32[4,5]"),
+    Case("mlp/gated, dropped", mlp(3, 4, gated=True, rate=0.3, use_bias=False), "f32[2,3,5]"),
+    Case("mlp/activation", mlp(2, 1, tanh()), "f32[5]"),
+    Case("transformer_block", transformer_block(4, 2, causal=True), "f32[2,3,4]"),
+    Case(
+        "transformer_block/options",
+        transformer_block(
+            4, 2, 3, kv_heads=1, rotary=True, window=2, norm=rms_norm, gated=True, rate=0.2, attention_rate=0.3
+        ),
+        "f32[2,3,4]",
     ),
     Case("spatial_dropout", spatial_dropout(0.4), "f32[4,3,5]"),
     Case("spatial_dropout/no positions", spatial_dropout(0.4), "f32[4,5]"),

@@ -43,7 +43,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.nn import initializers, sigmoid
 
@@ -364,23 +363,13 @@ def _check(inputs: Tree, features: int, states: int, inputs_size: int | None) ->
     if x.ndim != 3:
         raise InputError("sequences [B, T, D]", describe(x), "reshape x to one batch axis and one time axis")
     if "lengths" in parts:
-        _check_lengths(parts["lengths"], *x.shape[:2])
+        expect.lengths(parts["lengths"], *x.shape[:2])
     if "state" in parts:
         one = jax.ShapeDtypeStruct((x.shape[0], features), expect.dtype(x))
         like = _bare((one,) * states)
         if not all(map(expect.is_array, jax.tree.leaves(parts["state"]))) or not expect.same(parts["state"], like):
             remedy = "give the final state of such a layer, or leave state out for zeros"
             raise InputError(f"an initial state {describe(like)}", describe(parts["state"]), remedy)
-
-
-def _check_lengths(lengths: Any, examples: int, steps: int) -> None:
-    wanted = f"lengths as integers from 0 to {steps}, one for each of {examples} examples"
-    if not expect.is_array(lengths) or lengths.shape != (examples,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise InputError(wanted, describe(lengths), "convert them, for instance with jnp.asarray(lengths, jnp.int32)")
-    if expect.is_concrete(lengths):
-        low, high = np.min(lengths), np.max(lengths)
-        if low < 0 or high > steps:
-            raise InputError(wanted, f"lengths from {low} to {high}", "count the valid positions of each example")
 
 
 def _sequences(inputs: Tree, features: int, states: int) -> Sequences:
