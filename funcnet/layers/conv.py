@@ -122,20 +122,27 @@ def _correlate(x: Array, kernel: Array, windows: Windows) -> Array:
 def _pull(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     """dx: dy, dilated by the strides, correlated with the flipped kernel."""
     n = dy.ndim - 2
-    each = zip(windows.inputs, windows.outputs, windows.window, windows.strides, windows.dilation, strict=True)
-    # what dy, dilated, lacks so that as many windows fit in as x has entries
-    room = [i - (o - 1) * s - 1 + (k - 1) * d for i, o, k, s, d in each]
-    lows = [(k - 1) * d - low for (low, _), k, d in zip(windows.padding, windows.window, windows.dilation, strict=True)]
     return lax.conv_general_dilated(
         _high(dy),
         lax.rev(_exchanged(_high(kernel), groups), range(n)),
         (1,) * n,
-        [(low, r - low) for low, r in zip(lows, room, strict=True)],
+        _back(windows).padding,
         lhs_dilation=windows.strides,
         rhs_dilation=windows.dilation,
         dimension_numbers=_channels_last(n),
         feature_group_count=groups,
     )
+
+
+def _back(windows: Windows) -> Windows:
+    """The windows on dy, dilated by the strides, that the entries of x are in; pads below 0 cut off."""
+    each = zip(windows.inputs, windows.outputs, windows.window, windows.strides, windows.dilation, strict=True)
+    # what dy, dilated, lacks so that as many windows fit in as x has entries
+    room = [i - (o - 1) * s - 1 + (k - 1) * d for i, o, k, s, d in each]
+    lows = [(k - 1) * d - low for (low, _), k, d in zip(windows.padding, windows.window, windows.dilation, strict=True)]
+    padding = tuple((low, r - low) for low, r in zip(lows, room, strict=True))
+    ones = (1,) * len(lows)
+    return Windows(windows.outputs, windows.inputs, windows.window, ones, padding, windows.dilation)
 
 
 def _exchanged(kernel: Array, groups: int) -> Array:
@@ -156,6 +163,8 @@ def _depthwise(x: Array, kernel: Array, windows: Windows) -> Array:
 
 def _pull_depthwise(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     """dx of one channel a group, in the accumulation dtype: for each tap dy times it, put where its entries were."""
+    if max(windows.strides) == 1:
+        return _depthwise(dy, lax.rev(kernel, range(dy.ndim - 2)), _back(windows))
     taps = _high(kernel).reshape(-1, groups)
     dy, dx = _high(dy), jnp.zeros((), taps.dtype)
     each = list(zip(windows.inputs, windows.outputs, windows.strides, windows.dilation, windows.padding, strict=True))
