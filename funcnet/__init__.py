@@ -46,6 +46,7 @@ from funcnet.layers.activation import (
     squareplus,
     tanh,
 )
+from funcnet.layers.batch_norm import batch_norm
 from funcnet.layers.conv import conv
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
@@ -105,6 +106,7 @@ __all__ = [
     "Window",
     "Worked",
     "avg_pool",
+    "batch_norm",
     "bidirectional",
     "binary_cross_entropy",
     "celu",

@@ -22,7 +22,9 @@ A contraction is one function of a factor and its parameter, so one backward pas
     keep           the factor as it is, to be contracted later, as often as one likes
 
 `layers` counts the axes that `repeat` has stacked in front of the batch axis, one a nesting; every contraction is
-mapped over them. Sums run in float32 for half-precision inputs.
+mapped over them. `mixes` says that the factor is of a layer whose output for one example depends on the others, such as
+batch norm: no example has a gradient of its own, and per_example and squared_norm are refused. Sums run in float32 for
+half-precision inputs.
 """
 
 from collections.abc import Callable
@@ -39,7 +41,7 @@ from funcnet.expect import InputError, describe
 from funcnet.window import Windows, entries
 
 
-def _static(default: int) -> Any:
+def _static(default: int | bool) -> Any:
     return field(default=default, metadata={"static": True})
 
 
@@ -60,6 +62,7 @@ class Shift:
 
     dy: Array
     layers: int = _static(0)
+    mixes: bool = _static(False)
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +73,7 @@ class Scale:
     x_hat: Array
     dy: Array
     layers: int = _static(0)
+    mixes: bool = _static(False)
 
 
 @jax.tree_util.register_dataclass
@@ -125,25 +129,37 @@ class Contraction:
         name: how errors call it.
         of: (factor, param) -> answer, for a factor without layer axes.
         stacked: answer with a layer axis in front -> the answer for the stacked parameter.
+        by_example: whether it answers for each example by itself.
     """
 
     name: str
     of: Callable[[Any, Array], Any]
     stacked: Callable[[Any], Any] = lambda answer: answer
+    by_example: bool = False
 
     def __call__(self, factor: Any, param: Array) -> Any:
         if not hasattr(factor, "layers"):
             raise _unknown(factor, self.name)
+        if getattr(factor, "mixes", False):
+            mixing(self)
         if factor.layers == 0:
             return self.of(factor, param)
         return self.stacked(jax.vmap(self)(replace(factor, layers=factor.layers - 1), param))
 
 
 def contraction(
-    stacked: Callable[[Any], Any] = lambda answer: answer,
+    stacked: Callable[[Any], Any] = lambda answer: answer, by_example: bool = False
 ) -> Callable[[Callable[[Any, Array], Any]], Contraction]:
-    """A decorator that makes a contraction of a function of (factor, param); `stacked` as in `Contraction`."""
-    return lambda of: Contraction(getattr(of, "__name__", "contraction"), of, stacked)
+    """A decorator that makes a contraction of a function of (factor, param); the options are those of `Contraction`."""
+    return lambda of: Contraction(getattr(of, "__name__", "contraction"), of, stacked, by_example)
+
+
+def mixing(contract: Contraction) -> None:
+    """Refuse a contraction that answers for each example by itself: the `bwd` of a layer that mixes them calls this."""
+    if contract.by_example:
+        wanted = "a contraction over the whole batch: each example's output depends on all others here, so none has a"
+        remedy = "use total or keep, or a layer that looks at one example at a time, such as group_norm"
+        raise InputError(f"{wanted} gradient of its own", contract.name, remedy)
 
 
 def wide(dtype: Any) -> Any:
@@ -288,7 +304,7 @@ def total(factor: Factor, param: Array) -> Array:
     return answer.astype(param.dtype)
 
 
-@contraction(lambda answer: jnp.moveaxis(answer, 0, 1))
+@contraction(lambda answer: jnp.moveaxis(answer, 0, 1), by_example=True)
 def per_example(factor: Factor, param: Array) -> Array:
     """One gradient an example, [B, *param] ([B, L, *param] under `repeat`), in the parameter's dtype."""
     return _per_example(factor, param, "per_example").astype(param.dtype)
@@ -311,7 +327,7 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
             raise _unknown(factor, name)
 
 
-@contraction(lambda answer: jnp.sum(answer, axis=0))
+@contraction(lambda answer: jnp.sum(answer, axis=0), by_example=True)
 def squared_norm(factor: Factor, param: Array) -> Array:
     """One squared gradient norm an example, [B], in float32 or wider; summed over the layers of `repeat`.
 

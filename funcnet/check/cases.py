@@ -36,6 +36,7 @@ from funcnet.layers.activation import (
     squareplus,
     tanh,
 )
+from funcnet.layers.batch_norm import batch_norm
 from funcnet.layers.conv import conv
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
@@ -136,6 +137,13 @@ CASES: tuple[Case, ...] = (
     Case("rms_norm/one feature", rms_norm(), "f32[3,1]", ("float64", "float32")),
     Case("rms_norm/one feature, large eps", rms_norm(eps=0.3), "f32[3,1]"),
     Case("rms_norm/large eps", rms_norm(eps=0.3), "f32[4,5]"),
+    Case("batch_norm", batch_norm(), "f32[6,3]"),
+    Case("batch_norm/rank 4", batch_norm(0.7, eps=0.3), "f32[3,2,3,2]"),
+    Case("batch_norm/no bias", batch_norm(use_bias=False), "f32[5,1,4]"),
+    Case("batch_norm/no parameters", batch_norm(use_scale=False, use_bias=False), "f32[4,3,1]"),
+    Case("batch_norm/one value a feature", batch_norm(eps=0.3), "f32[1,3]"),
+    Case("batch_norm/between", serial(dense(3), batch_norm(eps=0.1), dense(2)), "f32[5,4]"),
+    Case("batch_norm/repeated", repeat(serial(batch_norm(eps=0.1), dense(4)), 2), "f32[5,4]"),
     Case("group_norm", group_norm(2), "f32[4,3,6]"),
     Case("group_norm/one group", group_norm(1), "f32[3,5]"),
     Case("group_norm/rank 5", group_norm(3), "f32[2,1,3,2,3]"),
