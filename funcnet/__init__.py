@@ -6,6 +6,7 @@ from funcnet.check.compare import compare_grads
 from funcnet.check.judge import Leaf
 from funcnet.check.report import Failure, Report
 from funcnet.combine import parallel, repeat, serial, skip
+from funcnet.conv_blocks import residual_block, separable_conv
 from funcnet.expect import InputError
 from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
 from funcnet.factors import (
@@ -47,7 +48,8 @@ from funcnet.layers.activation import (
     tanh,
 )
 from funcnet.layers.batch_norm import batch_norm
-from funcnet.layers.conv import conv
+from funcnet.layers.conv import conv, depthwise_conv
+from funcnet.layers.conv_transpose import conv_transpose
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
 from funcnet.layers.embedding import embedding, position_embedding, rotary, sinusoidal_positions
@@ -116,9 +118,11 @@ __all__ = [
     "compare_grads",
     "contraction",
     "conv",
+    "conv_transpose",
     "cosine",
     "cross_entropy",
     "dense",
+    "depthwise_conv",
     "derivative",
     "drop_path",
     "dropout",
@@ -175,11 +179,13 @@ __all__ = [
     "remat",
     "repeat",
     "reshape",
+    "residual_block",
     "rms_norm",
     "rnn",
     "rotary",
     "rows",
     "selu",
+    "separable_conv",
     "serial",
     "sigmoid",
     "silu",

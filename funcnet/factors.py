@@ -11,7 +11,7 @@ With b over examples and t over positions (every axis between the first and the 
     Shift(dy)          dL/dbias[j]      = sum_bt dy[b, t, j]
     Scale(x_hat, dy)   dL/dscale[j]     = sum_bt x_hat[b, t, j] dy[b, t, j]
     Gather(ids, dy)    dL/dtable[v, j]  = sum_bt [ids[b, t] = v] dy[b, t, j]
-    Window(x, dy)      dL/dkernel[o, i, j] = sum_bt x[b, s t + o, i] dy[b, t, j]        s the stride
+    Window(x, dy)      dL/dkernel[o, i, j] = sum_bt x[b, s t + o, i] dy[b, t, j]        s the stride; also transposed
 
 A contraction is one function of a factor and its parameter, so one backward pass serves them all:
 
@@ -90,12 +90,17 @@ class Gather:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Window:
-    """x [*layers, B, *spatial, C] and dy [*layers, B, *outputs, F] of a kernel [*window, C / groups, F]."""
+    """x [*layers, B, *spatial, C] and dy [*layers, B, *outputs, F] of a kernel [*window, C / groups, F].
+
+    Of a transposed convolution, `transposed`: its windows lie on dy, one for each entry of x, and its kernel
+    [*window, C, F] is that of the convolution from dy's shape to x's, flipped, features and channels exchanged.
+    """
 
     x: Array
     dy: Array
     geometry: Windows = field(metadata={"static": True})
     layers: int = _static(0)
+    transposed: bool = _static(False)
 
 
 Factor = Outer | Shift | Scale | Gather | Window
@@ -215,6 +220,14 @@ def _table(ids: Array, dy: Array, size: int) -> Array:
     return zeros.at[ids].add(dy.astype(zeros.dtype), mode="drop", out_sharding=jax.typeof(zeros).sharding)
 
 
+def _of_window(factor: Window, param: Array, correlation: Callable[..., Array]) -> Array:
+    """The gradient of the kernel by `correlation(x, dy, geometry, kernel)`."""
+    if not factor.transposed:
+        return correlation(factor.x, factor.dy, factor.geometry, param)
+    answer = correlation(factor.dy, factor.x, factor.geometry, jnp.swapaxes(param, -1, -2))
+    return lax.rev(jnp.swapaxes(answer, -1, -2), range(param.ndim - 2))
+
+
 def _correlation(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
     """The gradient of a kernel [*window, C / groups, F]: x correlated with dy, whose strides are now its dilation.
 
@@ -297,8 +310,8 @@ def total(factor: Factor, param: Array) -> Array:
         case Gather(size=size):
             ids, dy = _in_table(factor)
             answer = placed(_table(ids.reshape(-1), flat(dy), size), param)
-        case Window(x, dy, geometry):
-            answer = placed(_correlation(x, dy, geometry, param), param)
+        case Window():
+            answer = placed(_of_window(factor, param, _correlation), param)
         case _:
             raise _unknown(factor, "total")
     return answer.astype(param.dtype)
@@ -320,9 +333,9 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
             return jnp.sum(_wide_examples(x_hat, name) * _wide_examples(dy, name), axis=1)
         case Gather(size=size):
             return jax.vmap(partial(_table, size=size))(*_examples_in_table(factor, name))
-        case Window(x, dy, geometry):
-            by_taps = lambda x, dy: _correlation_by_taps(x[None], dy[None], geometry, param)
-            return jax.vmap(by_taps)(x, dy)
+        case Window(x, dy):
+            one = lambda x, dy: replace(factor, x=x[None], dy=dy[None])
+            return jax.vmap(lambda x, dy: _of_window(one(x, dy), param, _correlation_by_taps))(x, dy)
         case _:
             raise _unknown(factor, name)
 

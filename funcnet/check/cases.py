@@ -14,6 +14,7 @@ from jax.nn import initializers as _init
 from funcnet.check.checker import ORACLES, check_layer
 from funcnet.check.report import Report
 from funcnet.combine import parallel, repeat, serial, skip
+from funcnet.conv_blocks import residual_block, separable_conv
 from funcnet.layer import Layer, elementwise, no_params, stateless
 from funcnet.layers.activation import (
     celu,
@@ -37,7 +38,8 @@ from funcnet.layers.activation import (
     tanh,
 )
 from funcnet.layers.batch_norm import batch_norm
-from funcnet.layers.conv import conv
+from funcnet.layers.conv import conv, depthwise_conv
+from funcnet.layers.conv_transpose import conv_transpose
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
 from funcnet.layers.embedding import embedding, position_embedding, sinusoidal_positions
@@ -142,7 +144,7 @@ CASES: tuple[Case, ...] = (
     Case("batch_norm/no bias", batch_norm(use_bias=False), "f32[5,1,4]"),
     Case("batch_norm/no parameters", batch_norm(use_scale=False, use_bias=False), "f32[4,3,1]"),
     Case("batch_norm/one value a feature", batch_norm(eps=0.3), "f32[1,3]"),
-    Case("batch_norm/between", serial(dense(3), batch_norm(eps=0.1), dense(2)), "f32[5,4]"),
+    Case("batch_norm/between", serial(dense(3, use_bias=False), batch_norm(eps=0.1), dense(2)), "f32[5,4]"),
     Case("batch_norm/repeated", repeat(serial(batch_norm(eps=0.1), dense(4)), 2), "f32[5,4]"),
     Case("group_norm", group_norm(2), "f32[4,3,6]"),
     Case("group_norm/one group", group_norm(1), "f32[3,5]"),
@@ -161,6 +163,15 @@ CASES: tuple[Case, ...] = (
     Case("conv/depthwise", conv(3, 3, (1, 2), dilation=(2, 1), groups=3), "f32[2,5,6,3]"),
     Case("conv/one axis, one entry", conv(2, 1, 2), "f32[2,5,3]"),
     Case("conv/three axes, no bias", conv(2, 2, use_bias=False), "f32[1,3,2,3,2]"),
+    Case("conv/depthwise, rows left over", conv(2, (3, 2), groups=2), "f32[2,9,3,2]"),
+    Case("conv_transpose", conv_transpose(4, 3, 2), "f32[2,3,2,3]"),
+    Case("conv_transpose/valid", conv_transpose(2, (2, 3), (3, 1), "VALID"), "f32[2,2,3,3]"),
+    Case("conv_transpose/dilation, pads", conv_transpose(2, 3, (1, 2), ((2, 5), (1, 3)), (2, 1)), "f32[2,3,2,2]"),
+    Case("conv_transpose/one axis, one entry", conv_transpose(2, 1, 2), "f32[2,3,3]"),
+    Case("conv_transpose/three axes, no bias", conv_transpose(2, 2, use_bias=False), "f32[1,2,3,1,2]"),
+    Case("depthwise_conv", depthwise_conv(3, multiplier=2), "f32[2,4,3,3]"),
+    Case("depthwise_conv/one axis, strides", depthwise_conv(3, 2, "VALID", use_bias=False), "f32[2,6,2]"),
+    Case("separable_conv", separable_conv(4, 3, 2), "f32[2,5,4,3]"),
     Case("max_pool", max_pool(2), "f32[2,4,5,3]"),
     Case("max_pool/overlapping", max_pool(3, 2), "f32[2,5,7,2]"),
     Case("max_pool/one axis, same", max_pool(3, 2, "SAME"), "f32[2,6,3]"),
@@ -289,6 +300,9 @@ CASES: tuple[Case, ...] = (
     Case("parallel/integers beside floats", parallel(tanh(), flatten()), ("f32[4,5]", "i32[4,2,3]<7")),
     Case("skip", skip(_BLOCK), "f32[4,5]"),
     Case("skip/of a skip", skip(skip(dense(5))), "f32[2,3,5]"),
+    Case("skip/shortcut", skip(serial(dense(3), tanh()), dense(3, use_bias=False)), "f32[4,5]"),
+    Case("residual_block", residual_block(2, eps=0.1), "f32[3,3,3,2]"),
+    Case("residual_block/projection", residual_block(3, 2, eps=0.1), "f32[2,5,4,2]"),
     Case("repeat", repeat(skip(_BLOCK), 3), "f32[4,5]"),
     Case("repeat/once, random", repeat(dropout(0.4), 1), "f32[4,5]"),
     Case("repeat/of a repeat", repeat(repeat(serial(dense(3), silu()), 2), 2), "f32[4,3]"),

@@ -53,9 +53,9 @@ def batch_norm(
     `fwd` takes mean and variance from the batch, over all axes but the last, and returns the moved state; `apply` takes
     the state's, {"mean": [C] (zeros), "var": [C] (ones)}, in float32 or wider.
 
-    The statistics are of all of x, wherever it lies: of the whole batch if it is cut along a mesh, but of a device's own
-    part inside `jax.shard_map`, and of a micro-batch where a step accumulates over such. Rows that only fill a batch up
-    count like the others, and so do examples of weight 0 in the loss: leave them out instead.
+    The statistics are of all of x, wherever it lies: of the whole batch if it is cut along a mesh, but of a device's
+    own part inside `jax.shard_map`, and of a micro-batch where a step accumulates over such. Rows that only fill a
+    batch up count like the others, and so do examples of weight 0 in the loss: leave them out instead.
 
     Args:
         momentum: what the running statistics are multiplied by before (1 - momentum) times the batch's are added, as in

@@ -88,7 +88,7 @@ def conv(
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         windows, shapes = laid(x)
         expect.fields(params, x.dtype, shapes)
-        y = (_depthwise if groups == x.shape[-1] == features else _correlate)(x, params["kernel"], windows)
+        y = (_depthwise if groups == x.shape[-1] == features else correlate)(x, params["kernel"], windows)
         y = y.astype(x.dtype)
         return (y + _row(params["bias"], y.ndim) if use_bias else y), x
 
@@ -106,7 +106,51 @@ def conv(
     return stateless("conv", init, fwd, bwd)
 
 
-def _correlate(x: Array, kernel: Array, windows: Windows) -> Array:
+def depthwise_conv(
+    kernel_size: Sizes,
+    strides: Sizes = 1,
+    padding: Padding = "SAME",
+    dilation: Sizes = 1,
+    multiplier: int = 1,
+    use_bias: bool = True,
+    *,
+    kernel_init: Initializer = initializers.lecun_normal(),
+    bias_init: Initializer = initializers.zeros,
+) -> Layer[dict[str, Array], tuple[()], Array]:
+    """Each channel of x [B, *spatial, C] by itself, to [B, *outputs, multiplier C]: `conv` with C groups.
+
+    Params kernel [*window, 1, multiplier C] and bias [multiplier C]; the features of channel i are adjacent.
+
+    Args:
+        multiplier: features made of each channel.
+        kernel_size, strides, padding, dilation, use_bias, kernel_init, bias_init: as for `conv`.
+
+    Raises:
+        expect.InputError: as `conv`.
+    """
+    multiplier = expect.count(multiplier, "multiplier")
+
+    def of(x: Any) -> Layer:
+        expect.float_array(x, rank=3)
+        features, groups = multiplier * x.shape[-1], x.shape[-1]
+        inits = {"kernel_init": kernel_init, "bias_init": bias_init}
+        return conv(features, kernel_size, strides, padding, dilation, groups, use_bias, **inits)
+
+    def init(key: Array, x: Any) -> dict[str, Array]:
+        return of(x).init(key, x)[0]
+
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
+        y, _, x = of(x).fwd(params, (), x, None)
+        return y, x
+
+    def bwd(params, x, dy, contract):
+        return of(x).bwd(params, x, dy, contract)
+
+    sliding(kernel_size, strides, padding, dilation)  # complains of its options at once
+    return stateless("depthwise_conv", init, fwd, bwd)
+
+
+def correlate(x: Array, kernel: Array, windows: Windows) -> Array:
     """y, in the accumulation dtype."""
     return lax.conv_general_dilated(
         _high(x),
@@ -121,10 +165,15 @@ def _correlate(x: Array, kernel: Array, windows: Windows) -> Array:
 
 def _pull(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     """dx: dy, dilated by the strides, correlated with the flipped kernel."""
+    return spread(dy, flipped(kernel, groups), windows, groups)
+
+
+def spread(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
+    """dy, dilated by the strides, correlated with the kernel so that the windows' inputs come out."""
     n = dy.ndim - 2
     return lax.conv_general_dilated(
         _high(dy),
-        lax.rev(_exchanged(_high(kernel), groups), range(n)),
+        _high(kernel),
         (1,) * n,
         _back(windows).padding,
         lhs_dilation=windows.strides,
@@ -145,10 +194,10 @@ def _back(windows: Windows) -> Windows:
     return Windows(windows.outputs, windows.inputs, windows.window, ones, padding, windows.dilation)
 
 
-def _exchanged(kernel: Array, groups: int) -> Array:
-    """[*window, C / groups, F] -> [*window, F / groups, C], group by group."""
+def flipped(kernel: Array, groups: int) -> Array:
+    """[*window, C / groups, F] from its end to its start, as [*window, F / groups, C], group by group."""
     *window, channels, features = kernel.shape
-    split = kernel.reshape(*window, channels, groups, features // groups)
+    split = lax.rev(kernel, range(len(window))).reshape(*window, channels, groups, features // groups)
     return jnp.swapaxes(split, -1, -3).reshape(*window, features // groups, groups * channels)
 
 
