@@ -73,6 +73,7 @@ from funcnet.losses import (
     mae,
     mse,
 )
+from funcnet.reparametrize import spectral_norm, weight_norm
 from funcnet.summary import Row, Summary, summary
 from funcnet.train.finite import NotFiniteError
 from funcnet.train.layerwise import layerwise_step
@@ -195,6 +196,7 @@ __all__ = [
     "softplus",
     "softsign",
     "spatial_dropout",
+    "spectral_norm",
     "squared_norm",
     "squareplus",
     "stateless",
@@ -204,4 +206,5 @@ __all__ = [
     "total",
     "train_step",
     "value_and_grad",
+    "weight_norm",
 ]

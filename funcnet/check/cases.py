@@ -52,6 +52,7 @@ from funcnet.layers.recurrent import bidirectional, gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
 from funcnet.losses import binary_cross_entropy, cosine, cross_entropy, focal, hinge, huber, kl_divergence, mae, mse
+from funcnet.reparametrize import spectral_norm, weight_norm
 from funcnet.transform import mixed, remat
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -308,6 +309,20 @@ CASES: tuple[Case, ...] = (
     Case("repeat/of a repeat", repeat(repeat(serial(dense(3), silu()), 2), 2), "f32[4,3]"),
     Case("remat", remat(_BLOCK), "f32[4,5]"),
     Case("remat/random, repeated", repeat(remat(serial(dense(3), dropout(0.4))), 2), "f32[4,3]"),
+    Case("weight_norm", weight_norm(dense(3)), "f32[4,5]"),
+    Case(
+        "weight_norm/nested, repeated", repeat(weight_norm(skip(serial(dense(3), tanh(), dense(4)))), 2), "f32[2,3,4]"
+    ),
+    Case("weight_norm/conv", weight_norm(conv(2, 3, use_bias=False)), "f32[3,4,2]"),
+    Case("weight_norm/other names", weight_norm(rnn(2), ("kernel", "recurrent_kernel")), "f32[2,3,3]"),
+    # Large kernels, whose singular vectors are still about right once the parameters are moved.
+    Case("spectral_norm", spectral_norm(dense(3, kernel_init=_init.constant(2))), "f32[4,5]"),
+    Case("spectral_norm/conv", spectral_norm(conv(2, 3, kernel_init=_init.constant(-2)), iterations=2), "f32[3,4,2]"),
+    Case(
+        "spectral_norm/nested, repeated",
+        repeat(spectral_norm(serial(dense(3, kernel_init=_init.ones), tanh(), dense(4, kernel_init=_init.ones))), 2),
+        "f32[2,4]",
+    ),
     Case("mixed", mixed(serial(dense(3), gelu(), rms_norm())), "f32[4,5]", ("float32",)),
     Case("mixed/float16", mixed(serial(dense(3), tanh()), compute="float16"), "f32[4,5]", ("float32",)),
     Case("mixed/float64", mixed(dense(3), "float64", "float32", "float64"), "f32[4,5]", ("float64",)),
