@@ -162,17 +162,21 @@ def skip(layer: Layer, shortcut: Layer | None = None) -> Layer:
 def _around_shortcut(layer: Layer, shortcut: Layer) -> Layer[dict, dict, dict]:
     both = parallel(shortcut=shortcut, main=layer)
 
+    def added(ys):
+        aside, y = ys
+        return _add(aside, y, "the shortcut's output")
+
     def init(key, x):
         params, state = both.init(key, (x, x))
-        jax.eval_shape(lambda ys: _add(*ys, "the shortcut's output"), output(both, params, state, (x, x)))
+        jax.eval_shape(added, output(both, params, state, (x, x)))
         return params, state
 
     def apply(params, state, x):
-        return _add(*both.apply(params, state, (x, x)), "the shortcut's output")
+        return added(both.apply(params, state, (x, x)))
 
     def fwd(params, state, x, key):
         ys, state, residuals = both.fwd(params, state, (x, x), key)
-        return _add(*ys, "the shortcut's output"), state, residuals
+        return added(ys), state, residuals
 
     def bwd(params, residuals, dy, contract=total):
         dparams, dxs = both.bwd(params, residuals, (dy, dy), contract)

@@ -106,7 +106,8 @@ def _torch():
             self.conv_1 = nn.Conv2d(*CHANNELS, 3, padding=1)
             self.dense = nn.Linear(POSITIONS * CHANNELS[1], HIDDEN)
             self.dense_1 = nn.Linear(HIDDEN, CLASSES)
-            self.to(memory_format=channels_last)
+            for conv in (self.conv, self.conv_1):
+                conv.weight.data = conv.weight.data.contiguous(memory_format=channels_last)
 
         def forward(self, x):
             x = max_pool2d(relu(self.conv(x.permute(0, 3, 1, 2))), 2)

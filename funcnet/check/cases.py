@@ -164,6 +164,7 @@ CASES: tuple[Case, ...] = (
     Case("conv/depthwise", conv(3, 3, (1, 2), dilation=(2, 1), groups=3), "f32[2,5,6,3]"),
     Case("conv/one axis, one entry", conv(2, 1, 2), "f32[2,5,3]"),
     Case("conv/three axes, no bias", conv(2, 2, use_bias=False), "f32[1,3,2,3,2]"),
+    Case("conv/kernel larger than the input", conv(5, (3, 2), 1, ((2, 0), (1, 3)), (1, 2)), "f32[1,2,2,4]"),
     Case("conv/depthwise, rows left over", conv(2, (3, 2), groups=2), "f32[2,9,3,2]"),
     Case("conv_transpose", conv_transpose(4, 3, 2), "f32[2,3,2,3]"),
     Case("conv_transpose/valid", conv_transpose(2, (2, 3), (3, 1), "VALID"), "f32[2,2,3,3]"),

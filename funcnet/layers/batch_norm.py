@@ -75,11 +75,10 @@ def batch_norm(
         raise InputError("a positive eps", f"eps={eps}", "use the default, 1e-5")
     names = ("scale",) * use_scale + ("bias",) * use_bias
 
-    def check(params: Any, state: Any, x: Any) -> None:
+    def check(params: Any, state: Any, x: Array) -> None:
         expect.float_array(x, rank=2)
-        if not isinstance(state, Mapping) or {k: jnp.shape(v) for k, v in state.items()} != dict.fromkeys(
-            ("mean", "var"), x.shape[-1:]
-        ):
+        shapes = {name: jnp.shape(v) for name, v in state.items()} if isinstance(state, Mapping) else {}
+        if shapes != dict.fromkeys(("mean", "var"), x.shape[-1:]):
             wanted = f"running statistics mean and var of {x.shape[-1]} features"
             raise InputError(wanted, describe(state), "pass the state that this layer's init returned for such input")
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))

@@ -13,6 +13,9 @@ Backward:
 so dx is dy, dilated by the stride, correlated with the flipped kernel whose channels and features are exchanged. With
 groups, features of group g see the channels of group g alone.
 
+Where a kernel is larger than x and dy together, dx is a product for each entry of the window, and the kernel needs not
+be flipped.
+
 A depthwise convolution (a group for each channel, a feature for each group) is a sum of shifted products, one for each
 entry of the window, both ways: XLA's CPU backend is slow at it otherwise.
 
@@ -31,7 +34,7 @@ from jax.nn import initializers
 
 from funcnet import expect
 from funcnet.expect import InputError
-from funcnet.factors import Shift, Window, wide
+from funcnet.factors import Shift, Window, flat, product, wide
 from funcnet.layer import Layer, stateless
 from funcnet.layers.dense import Initializer
 from funcnet.window import Padding, Sizes, Windows, entries, sliding
@@ -96,7 +99,8 @@ def conv(
         windows, shapes = laid(x)
         expect.fields(params, x.dtype, shapes)
         dy = expect.cotangent(dy, (x.shape[0], *windows.outputs, features), x.dtype)
-        pull = _pull_depthwise if groups == x.shape[-1] == features else _pull
+        few = groups == 1 and max(windows.strides) == 1 and params["kernel"].size > x.size + dy.size
+        pull = _pull_depthwise if groups == x.shape[-1] == features else _pull_by_taps if few else _pull
         dx = pull(dy, params["kernel"], windows, groups).astype(x.dtype)
         dparams = {"kernel": contract(Window(x, dy, windows), params["kernel"])}
         if use_bias:
@@ -166,6 +170,16 @@ def correlate(x: Array, kernel: Array, windows: Windows) -> Array:
 def _pull(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     """dx: dy, dilated by the strides, correlated with the flipped kernel."""
     return spread(dy, flipped(kernel, groups), windows, groups)
+
+
+def _pull_by_taps(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
+    """The same for stride 1 as a product for each entry of the window, which takes the kernel as it lies."""
+    channels, features = kernel.shape[-2:]
+    taps = kernel.reshape(-1, channels, features)[::-1]
+    dx = jnp.zeros((), wide(dy.dtype))
+    for entry, tap in zip(entries(_back(windows), dy), taps, strict=True):
+        dx = dx + product(flat(entry), tap, (1, 1), flat(dy))
+    return dx.reshape(len(dy), *windows.inputs, channels)
 
 
 def spread(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:

@@ -8,6 +8,7 @@ import ast
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOTS = {"bwd", "df", "pullback", "__call__"}
@@ -76,28 +77,31 @@ def mutants(package: Path, files: list[str]) -> list[Mutant]:
         parents = {child: node for node in ast.walk(trees[file]) for child in ast.iter_child_nodes(node)}
         for node in (node for region in regions for node in _computing(region)):
             for new in {ast.unparse(new): None for new in alternatives(node)}:
-                if new != ast.unparse(node):
-                    mutant = _mutant(file, sources[file], list(_ancestors(node, parents)), node, new)
+                mutant = _mutant(file, sources[file], list(_ancestors(node, parents)), node, new)
+                if mutant and new != ast.unparse(node):
                     found.setdefault((file, mutant.key), mutant)
-    return [mutant for mutant in found.values() if _is_python(mutant.source)]
+    return list(found.values())
 
 
-def _is_python(source: str) -> bool:
-    try:
-        ast.parse(source)
-    except SyntaxError:
-        return False
-    return True
-
-
-def _mutant(file: str, source: str, ancestors: list[ast.AST], node: ast.AST, new: str) -> Mutant:
+def _mutant(file: str, source: str, ancestors: list[ast.AST], node: ast.AST, new: str) -> Mutant | None:
+    """None where it is no Python."""
     shown = _around(node, ancestors)
-    named = [a for a in ancestors if isinstance(a, (ast.FunctionDef, ast.ClassDef))]
-    start, stop = _span(source, shown)
+    outermost = [a for a in ancestors if isinstance(a, (ast.FunctionDef, ast.ClassDef))][-1]
     mutated = _spliced(source, node, new)
-    before, after = source[start:stop], mutated[start : stop + len(mutated) - len(source)]
+    before, after = (_text(source, shown, text) for text in (source, mutated))
+    try:
+        ast.parse(_text(source, outermost, mutated))
+    except SyntaxError:
+        return None
     lines = range(shown.lineno, shown.end_lineno + 1)
-    return Mutant(file, node.lineno, named[-1].name, lines, _one_line(before), _one_line(after), mutated)
+    return Mutant(file, node.lineno, outermost.name, lines, _one_line(before), _one_line(after), mutated)
+
+
+def _text(source: str, node: ast.AST, mutated: str) -> str:
+    """What of a mutated source stands where a node of the source was, its decorators included."""
+    first = [*getattr(node, "decorator_list", []), node][0]
+    start, stop = _span(source, first)[0], _span(source, node)[1]
+    return mutated[start : stop + len(mutated) - len(source)]
 
 
 def _around(node: ast.AST, ancestors: list[ast.AST]) -> ast.AST:
@@ -152,13 +156,14 @@ def _calls(function: ast.FunctionDef, file: str, trees: dict[str, ast.Module]) -
     return [node for node in named if node.id == function.name and node not in own]
 
 
+@cache
 def _all(tree: ast.AST, kind: type) -> list:
     return [node for node in ast.walk(tree) if isinstance(node, kind)]
 
 
 def _computing(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a function that compute: no annotations, defaults, context managers or checks of the input."""
-    if isinstance(node, (ast.Raise, ast.arguments, ast.withitem)):
+    if isinstance(node, (ast.Raise, ast.arguments, ast.withitem)) or getattr(node, "arg", "") == "strict":
         return
     if isinstance(node, ast.Call) and (name := ast.unparse(node.func)).startswith(CHECKS):
         yield from _computing(node.args[0]) if name == "expect.cotangent" else ()
@@ -232,7 +237,9 @@ def _of_call(node: ast.Call) -> list[ast.AST]:
     """Without the call, or a keyword; with another function, two arguments exchanged, or the first one negated."""
     name = ast.unparse(node.func)
     found: list[ast.AST] = [
-        _changed(node, keywords=[other for other in node.keywords if other is not keyword]) for keyword in node.keywords
+        _changed(node, keywords=[other for other in node.keywords if other is not keyword])
+        for keyword in node.keywords
+        if keyword.arg != "strict"
     ]
     found += [_changed(node, args=args) for args in _exchanged(node.args)]
     last = name.split(".")[-1]

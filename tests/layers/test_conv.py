@@ -18,6 +18,7 @@ CASES = {
     "dilation": ((2, 7, 8, 2), 3, {"kernel_size": (3, 2), "strides": (1, 2), "padding": 1, "dilation": (2, 3)}),
     "one entry": ((2, 5, 4, 3), 4, {"kernel_size": 1, "strides": 2}),
     "the whole input": ((2, 3, 4, 3), 4, {"kernel_size": (3, 4), "padding": "VALID"}),
+    "kernel larger than the input": ((1, 2, 2, 4), 5, {"kernel_size": (3, 2), "padding": ((2, 0), (1, 3))}),
     "groups": ((2, 5, 4, 4), 6, {"kernel_size": 3, "strides": 2, "padding": 1, "groups": 2}),
     "depthwise": ((2, 5, 6, 3), 3, {"kernel_size": 3, "strides": (1, 2), "padding": 1, "groups": 3}),
     "depthwise, dilation": ((2, 7, 7, 3), 3, {"kernel_size": 3, "padding": "VALID", "dilation": 2, "groups": 3}),
