@@ -4,9 +4,10 @@ Equality is asserted first. Medians of interleaved repetitions, so only the rati
 machine that does nothing else.
 """
 
+import argparse
 import time
 from collections.abc import Callable
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import jax
@@ -51,10 +52,20 @@ WORKLOADS: dict[str, tuple[Layer, Callable, tuple[int, ...]]] = {
     "max_pool 3x3/2, 32x32x32x64": (fn.max_pool(3, 2), max_pool(3, 2), (32, 32, 32, 64)),
     "avg_pool 3x3/2, 32x32x32x64": (fn.avg_pool(3, 2), avg_pool(3, 2), (32, 32, 32, 64)),
     "conv 3x3, 32x28x28x32 to 64": (fn.conv(64, 3), conv(), (32, 28, 28, 32)),
-    "conv 3x3/2, 16x28x28x64 to 128": (fn.conv(128, 3, 2), conv(2), (16, 28, 28, 64)),
     "conv 1x1, 8x56x56x64 to 64": (fn.conv(64, 1), conv(), (8, 56, 56, 64)),
     "conv 3x3, 4 groups, 16x16x16x64": (fn.conv(64, 3, groups=4), conv(groups=4), (16, 16, 16, 64)),
     "depthwise 3x3, 16x32x32x128": (fn.conv(128, 3, groups=128), conv(groups=128), (16, 32, 32, 128)),
+}
+# the convolutions of ResNet-18 on images of 32 x 32, batch 16: height and width, channels, features, stride
+RESNET_18 = ((32, 3, 64, 1), (32, 64, 64, 1), (32, 64, 128, 2), (16, 128, 128, 1), (16, 128, 256, 2), (8, 256, 256, 1))
+RESNET_18 += ((4, 512, 512, 1),)
+USUAL = {
+    f"conv 3x3{f'/{stride}' * (stride > 1)}, 16x{size}x{size}x{channels} to {features}": (
+        fn.conv(features, 3, stride),
+        conv(stride),
+        (16, size, size, channels),
+    )
+    for size, channels, features, stride in RESNET_18
 }
 
 
@@ -88,13 +99,22 @@ def milliseconds(calls: tuple[Callable[[], Any], ...]) -> list[float]:
     return [1e3 * median(times) for times in seconds]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="beginnings of names, or `usual` for the seven shapes of ResNet-18")
+    names = parser.parse_args(arguments).names
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}: milliseconds by hand, by jax.grad, and their ratio")
-    for name, workload in WORKLOADS.items():
+    ratios = []
+    for name, workload in (WORKLOADS | USUAL).items():
+        if names and not name.startswith(tuple(names)) and not ("usual" in names and name in USUAL):
+            continue
         for way, calls in sides(*workload).items():
             assert_equal(*(call() for call in calls))
             hand, autodiff = milliseconds(calls)
-            print(f"{name:34}{way:10}{hand:9.2f}{autodiff:9.2f}{autodiff / hand:8.1f}x", flush=True)
+            print(f"{name:34}{way:10}{hand:9.2f}{autodiff:9.2f}{autodiff / hand:8.2f}x", flush=True)
+            ratios += [autodiff / hand] * (name in USUAL and way == "backward")
+    if len(ratios) == len(USUAL):
+        print(f"geometric mean of the seven usual shapes' backward passes: {geometric_mean(ratios):.2f}x")
 
 
 if __name__ == "__main__":

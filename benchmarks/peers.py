@@ -59,6 +59,7 @@ def sides(
     flax: Network,
     torch: Network,
     places: Places,
+    example_rank: int = 1,
 ) -> dict[str, Callable[[], Side]]:
     """The five sides of a workload, each made when called, so that what is not installed is not needed.
 
@@ -69,6 +70,7 @@ def sides(
         plain: (funcnet's params, inputs) -> prediction in plain JAX.
         equinox, flax, torch: make the network; Equinox's takes one example without its leading axes.
         places: as above, for all three.
+        example_rank: how many axes the input of Equinox's network has.
     """
     key = jax.random.key(0)
     objective = fn.objective(model, loss.funcnet, metrics={})
@@ -77,7 +79,7 @@ def sides(
     return {
         "funcnet": lambda: funcnet_side(objective, key, batch),
         "plain": lambda: plain_side(plain, loss, params, batch),
-        "equinox": lambda: equinox_side(equinox(), loss, places, fields, batch),
+        "equinox": lambda: equinox_side(equinox(), loss, places, fields, batch, example_rank),
         "flax": lambda: flax_side(flax(), loss, places, fields, batch),
         "torch": lambda: torch_side(torch(), loss, places, fields, batch),
     }
@@ -124,7 +126,7 @@ def plain_side(predict: Callable[[Any, Any], Any], loss: Loss, params: Any, batc
     return _jax_side(start, check, advance, lambda carried: step.lower(*carried, batch))
 
 
-def equinox_side(network: Any, loss: Loss, places: Places, fields: Fields, batch: Batch) -> Side:
+def equinox_side(network: Any, loss: Loss, places: Places, fields: Fields, batch: Batch, example_rank: int = 1) -> Side:
     """`eqx.filter_jit`; the batch goes first, since `donate="all-except-first"` keeps exactly that."""
     import equinox as eqx
 
@@ -134,11 +136,13 @@ def equinox_side(network: Any, loss: Loss, places: Places, fields: Fields, batch
     def weights(network):
         return [getattr(places(network)[path], _WEIGHT[field]) for path, field in _slots(fields)]
 
+    # a bias of a convolution has axes of size one for the positions
+    values = [value.reshape(weight.shape) for value, weight in zip(values, weights(network), strict=True)]
     network = eqx.tree_at(weights, network, values)
 
     def loss_of(network, batch):
         inputs, targets = batch
-        for _ in range(inputs.ndim - 1):
+        for _ in range(inputs.ndim - example_rank):
             network = jax.vmap(network)
         return loss.jax(network(inputs), targets)
 
@@ -152,7 +156,11 @@ def equinox_side(network: Any, loss: Loss, places: Places, fields: Fields, batch
     def check(carried):
         value, grads = eqx.filter_jit(eqx.filter_value_and_grad(loss_of))(carried[0], batch)
         found = places(grads)
-        return float(value), _read(fields, lambda path, field: _native(field, getattr(found[path], _WEIGHT[field])))
+
+        def gradient(path, field):
+            return _ours(field, getattr(found[path], _WEIGHT[field])).reshape(fields[path][field].shape)
+
+        return float(value), _read(fields, gradient)
 
     def advance(carried):
         network, opt_state, value = step(batch, *carried)
@@ -221,7 +229,7 @@ def torch_side(network: Any, loss: Loss, places: Places, fields: Fields, batch: 
         return value.detach()
 
     def gradient(path, field):
-        parts = [_native(field, getattr(module, _WEIGHT[field]).grad.numpy()) for module in modules[path]]
+        parts = [_ours(field, getattr(module, _WEIGHT[field]).grad.numpy()) for module in modules[path]]
         return np.stack(parts) if path in stacked else parts[0]
 
     def step():
@@ -283,9 +291,19 @@ _WEIGHT = {
 
 
 def _native(field: str, value: Any) -> np.ndarray:
-    """A parameter as Equinox and PyTorch store it, or back: kernels are transposed there."""
+    """A parameter as Equinox and PyTorch store it: kernels with features and channels in front, or transposed."""
     value = np.array(value)
-    return value.swapaxes(-1, -2) if field == "kernel" else value
+    if field != "kernel":
+        return value
+    return np.moveaxis(value, (-1, -2), (0, 1)) if value.ndim > 3 else value.swapaxes(-1, -2)
+
+
+def _ours(field: str, value: Any) -> np.ndarray:
+    """The way back from `_native`."""
+    value = np.array(value)
+    if field != "kernel":
+        return value
+    return np.moveaxis(value, (0, 1), (-1, -2)) if value.ndim > 3 else value.swapaxes(-1, -2)
 
 
 def _slots(fields: Fields) -> Iterator[tuple[str, str]]:

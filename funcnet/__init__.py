@@ -8,6 +8,7 @@ from funcnet.check.compare import compare_grads
 from funcnet.check.judge import Leaf
 from funcnet.check.report import Failure, Report
 from funcnet.combine import branch, parallel, repeat, serial, skip
+from funcnet.conv_blocks import residual_block, separable_conv
 from funcnet.expect import InputError
 from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
 from funcnet.factors import (
@@ -52,7 +53,9 @@ from funcnet.layers.activation import (
     tanh,
 )
 from funcnet.layers.attention import attention
-from funcnet.layers.conv import conv
+from funcnet.layers.batch_norm import batch_norm
+from funcnet.layers.conv import conv, depthwise_conv
+from funcnet.layers.conv_transpose import conv_transpose
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
 from funcnet.layers.embedding import embedding, position_embedding, rotary, sinusoidal_positions
@@ -74,6 +77,7 @@ from funcnet.losses.loss import Loss
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
+from funcnet.reparametrize import spectral_norm, weight_norm
 from funcnet.reversible import reversible
 from funcnet.summary import Row, Summary, summary
 from funcnet.tie import tied
@@ -118,6 +122,7 @@ __all__ = [
     "add",
     "attention",
     "avg_pool",
+    "batch_norm",
     "bidirectional",
     "binary_cross_entropy",
     "branch",
@@ -130,10 +135,12 @@ __all__ = [
     "contraction",
     "contrastive",
     "conv",
+    "conv_transpose",
     "cosine",
     "cross_entropy",
     "ctc",
     "dense",
+    "depthwise_conv",
     "derivative",
     "differentiable",
     "drop_path",
@@ -198,6 +205,7 @@ __all__ = [
     "remat",
     "repeat",
     "reshape",
+    "residual_block",
     "reversible",
     "rms_norm",
     "rnn",
@@ -205,6 +213,7 @@ __all__ = [
     "rows",
     "save_params",
     "selu",
+    "separable_conv",
     "serial",
     "sigmoid",
     "silu",
@@ -214,6 +223,7 @@ __all__ = [
     "softplus",
     "softsign",
     "spatial_dropout",
+    "spectral_norm",
     "squared_norm",
     "squareplus",
     "stateless",
@@ -227,4 +237,5 @@ __all__ = [
     "transformer_block",
     "triplet",
     "value_and_grad",
+    "weight_norm",
 ]

@@ -152,40 +152,74 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     return Layer("parallel", init, apply, fwd, bwd, parts, lambda parts: parallel(**parts), Made("parallel", fwd, bwd))
 
 
-def skip(layer: Layer) -> Layer:
-    """The residual connection y = x + f(x), with dx = dy + bwd_f(dy).
+def skip(layer: Layer, shortcut: Layer | None = None) -> Layer:
+    """The residual connection y = x + f(x), with dx = dy + bwd_f(dy); with a shortcut g, y = g(x) + f(x).
+
+    With a shortcut params and state are dicts over main (f) and shortcut (g), and dx = bwd_g(dy) + bwd_f(dy).
 
     Raises:
-        InputError: if f's output has not the shape and dtype of its input.
+        InputError: if f's output has not the shape and dtype of its input, or of the shortcut's output.
     """
-
     a_layer(layer)
-
-    @expect.by("skip")
-    def add(x, y):
-        x = jnp.asarray(x) if expect.is_array(x) else x
-        if not expect.is_floating(x) or not expect.same(x, y):
-            wanted = f"a floating array, and an output like the input, {describe(x)}"
-            raise InputError(wanted, describe(y), "let the last layer return that shape")
-        return x + y
+    if shortcut is not None:
+        return _around_shortcut(layer, a_layer(shortcut))
 
     def init(key, x):
         params, state = layer.init(key, x)
-        jax.eval_shape(add, x, output(layer, params, state, x))
+        jax.eval_shape(_add, x, output(layer, params, state, x))
         return params, state
 
     def apply(params, state, x):
-        return add(x, layer.apply(params, state, x))
+        return _add(x, layer.apply(params, state, x))
 
     def fwd(params, state, x, key):
         y, state, residuals = layer.fwd(params, state, x, key)
-        return add(x, y), state, residuals
+        return _add(x, y), state, residuals
 
     def bwd(params, residuals, dy, contract=total):
         dparams, dx = layer.bwd(params, residuals, dy, contract)
         return dparams, dy + dx
 
     return around(layer, replace(layer, name="skip", init=init, apply=apply, fwd=fwd, bwd=bwd), skip, "skip")
+
+
+def _around_shortcut(layer: Layer, shortcut: Layer) -> Layer[dict, dict, dict]:
+    both = parallel(shortcut=shortcut, main=layer)
+
+    def added(ys):
+        aside, y = ys
+        return _add(aside, y, "the shortcut's output")
+
+    def init(key, x):
+        params, state = both.init(key, (x, x))
+        jax.eval_shape(added, output(both, params, state, (x, x)))
+        return params, state
+
+    def apply(params, state, x):
+        return added(both.apply(params, state, (x, x)))
+
+    def fwd(params, state, x, key):
+        ys, state, residuals = both.fwd(params, state, (x, x), key)
+        return added(ys), state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        dparams, dxs = both.bwd(params, residuals, (dy, dy), contract)
+        return dparams, jax.tree.map(jnp.add, *dxs)
+
+    def again(parts):
+        return skip(parts["main"], parts["shortcut"])
+
+    return Layer("skip", init, apply, fwd, bwd, both.parts, again, Made("skip_shortcut", fwd, bwd))
+
+
+@expect.by("skip")
+def _add(x: Any, y: Any, other: str = "the input") -> Any:
+    """x + y; `other` says what x is."""
+    x = jnp.asarray(x) if expect.is_array(x) else x
+    if not expect.is_floating(x) or not expect.same(x, y):
+        wanted = f"a floating array, and an output like {other}, {describe(x)}"
+        raise InputError(wanted, describe(y), "let the last layer return that shape, or change the shortcut, a layer")
+    return x + y
 
 
 def repeat(layer: Layer, times: int) -> Layer:

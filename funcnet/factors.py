@@ -11,7 +11,7 @@ With b over examples and t over positions (every axis between the first and the 
     Shift(dy)          dL/dbias[j]      = sum_bt dy[b, t, j]
     Scale(x_hat, dy)   dL/dscale[j]     = sum_bt x_hat[b, t, j] dy[b, t, j]
     Gather(ids, dy)    dL/dtable[v, j]  = sum_bt [ids[b, t] = v] dy[b, t, j]
-    Window(x, dy)      dL/dkernel[o, i, j] = sum_bt x[b, s t + o, i] dy[b, t, j]        s the stride
+    Window(x, dy)      dL/dkernel[o, i, j] = sum_bt x[b, s t + o, i] dy[b, t, j]        s the stride; also transposed
     Blocks(..)         one of these for each block of the parameter's last axis, formed when it is contracted
     Sum(factors)       the sum of theirs: of a parameter that is used several times
     Pulled(pull)       what `jax.vjp` of a function gives that no factors are known of
@@ -25,7 +25,9 @@ A contraction is one function of a factor and its parameter, so one backward pas
     keep           the factor as it is, to be contracted later, as often as one likes
 
 `layers` counts the axes that `repeat` has stacked in front of the batch axis, one a nesting; every contraction is
-mapped over them. Sums run in float32 for half-precision inputs.
+mapped over them. `mixes` says that the factor is of a layer whose output for one example depends on the others, such as
+batch norm: no example has a gradient of its own, and per_example and squared_norm are refused. Sums run in float32 for
+half-precision inputs.
 """
 
 from collections.abc import Callable
@@ -36,13 +38,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from funcnet.expect import InputError, describe
 from funcnet.window import Windows, entries
 
 
-def _static(default: int) -> Any:
+def _static(default: int | bool) -> Any:
     return field(default=default, metadata={"static": True})
 
 
@@ -63,6 +66,7 @@ class Shift:
 
     dy: Array
     layers: int = _static(0)
+    mixes: bool = _static(False)
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +77,7 @@ class Scale:
     x_hat: Array
     dy: Array
     layers: int = _static(0)
+    mixes: bool = _static(False)
 
 
 @jax.tree_util.register_dataclass
@@ -89,12 +94,17 @@ class Gather:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Window:
-    """x [*layers, B, *spatial, C] and dy [*layers, B, *outputs, F] of a kernel [*window, C / groups, F]."""
+    """x [*layers, B, *spatial, C] and dy [*layers, B, *outputs, F] of a kernel [*window, C / groups, F].
+
+    Of a transposed convolution, `transposed`: its windows lie on dy, one for each entry of x, and its kernel
+    [*window, C, F] is that of the convolution from dy's shape to x's, flipped, features and channels exchanged.
+    """
 
     x: Array
     dy: Array
     geometry: Windows = field(metadata={"static": True})
     layers: int = _static(0)
+    transposed: bool = _static(False)
 
 
 @jax.tree_util.register_dataclass
@@ -122,6 +132,11 @@ class Sum:
 
     factors: tuple[Any, ...]
     layers: int = _static(0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether one of them does."""
+        return any(getattr(each, "mixes", False) for each in self.factors)
 
 
 @jax.tree_util.register_dataclass
@@ -183,6 +198,8 @@ class Contraction:
     def __call__(self, factor: Any, param: Array) -> Any:
         if not hasattr(factor, "layers"):
             raise _unknown(factor, self.name)
+        if getattr(factor, "mixes", False):
+            mixing(self)
         if factor.layers == 0:
             if self.joined is None or not isinstance(factor, Blocks):
                 return self.of(factor, param)
@@ -292,6 +309,14 @@ def _table(ids: Array, dy: Array, size: int) -> Array:
     return zeros.at[ids].add(dy.astype(zeros.dtype), mode="drop", out_sharding=jax.typeof(zeros).sharding)
 
 
+def _of_window(factor: Window, param: Array, correlation: Callable[..., Array]) -> Array:
+    """The gradient of the kernel by `correlation(x, dy, geometry, kernel)`."""
+    if not factor.transposed:
+        return correlation(factor.x, factor.dy, factor.geometry, param)
+    answer = correlation(factor.dy, factor.x, factor.geometry, jnp.swapaxes(param, -1, -2))
+    return lax.rev(jnp.swapaxes(answer, -1, -2), range(param.ndim - 2))
+
+
 def _correlation(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
     """The gradient of a kernel [*window, C / groups, F]: x correlated with dy, whose strides are now its dilation.
 
@@ -320,13 +345,38 @@ def _correlation_by_taps(x: Array, dy: Array, windows: Windows, kernel: Array) -
     """The same as one product for each entry of the window."""
     groups, high = x.shape[-1] // kernel.shape[-2], wide(x.dtype)
     split = lambda a: a.reshape(-1, groups, a.shape[-1] // groups).astype(high)
+    if groups == x.shape[-1] == dy.shape[-1]:
+        return _correlation_by_channels(x, dy, windows, kernel)
     if groups == 1:
         tap = lambda entry: product(flat(entry), flat(dy), (0, 0), kernel[(0,) * len(windows.window)])
-    elif groups == x.shape[-1] == dy.shape[-1]:
-        tap = lambda entry: jnp.sum(flat(entry).astype(high) * flat(dy).astype(high), axis=0)
     else:
         tap = lambda entry: jnp.einsum("ngi,ngj->igj", split(entry), split(dy))
     return jnp.stack([tap(entry) for entry in entries(windows, x)]).reshape(kernel.shape)
+
+
+def _correlation_by_channels(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
+    """The same for a depthwise convolution: x times dy, channel by channel, summed for each entry of the window.
+
+    XLA's CPU backend makes slow loops of a sum fused with slices, and a temporary of every product that it does not
+    fuse. So the first axis is cut into blocks, whose products are added up element by element in one vectorised loop;
+    what is left, an eighth, is summed by a product with ones, which is never fused.
+    """
+    count = min(8, windows.outputs[0])
+    rows = -(-windows.outputs[0] // count)
+    missing = rows * count - windows.outputs[0]
+    (low, high), *others = windows.padding
+    longer = ((low, high + missing * windows.strides[0]), *others)
+    cut = windows._replace(outputs=(rows * count, *windows.outputs[1:]), padding=longer)
+    dy = lax.pad(dy, np.zeros((), dy.dtype), [(0, missing * (axis == 1), 0) for axis in range(dy.ndim)])
+    blocks = [slice(n * rows, (n + 1) * rows) for n in range(count)]
+    parts = lambda a: [a[:, block].astype(wide(a.dtype)) for block in blocks]
+
+    def tap(entry: Array) -> Array:
+        products = (a * b for a, b in zip(parts(entry), parts(dy), strict=True))
+        added = flat(sum(products, jnp.zeros((), wide(dy.dtype))))
+        return product(jnp.ones((len(added), 1), added.dtype), added, (0, 0), kernel[(0,) * len(windows.window)])
+
+    return jnp.stack([tap(entry) for entry in entries(cut, x)]).reshape(kernel.shape)
 
 
 def _touched(ids: Array, dy: Array, size: int) -> Rows:
@@ -349,8 +399,8 @@ def total(factor: Factor, param: Array) -> Array:
         case Gather(size=size):
             ids, dy = _in_table(factor)
             answer = placed(_table(ids.reshape(-1), flat(dy), size), param)
-        case Window(x, dy, geometry):
-            answer = placed(_correlation(x, dy, geometry, param), param)
+        case Window():
+            answer = placed(_of_window(factor, param, _correlation), param)
         case Sum(factors):
             answer = reduce(jnp.add, [total.of(each, param.astype(wide(param.dtype))) for each in factors])
         case Pulled(gradient):
@@ -376,9 +426,9 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
             return jnp.sum(_wide_examples(x_hat, name) * _wide_examples(dy, name), axis=1)
         case Gather(size=size):
             return jax.vmap(partial(_table, size=size))(*_examples_in_table(factor, name))
-        case Window(x, dy, geometry):
-            by_taps = lambda x, dy: _correlation_by_taps(x[None], dy[None], geometry, param)
-            return jax.vmap(by_taps)(x, dy)
+        case Window(x, dy):
+            one = lambda x, dy: replace(factor, x=x[None], dy=dy[None])
+            return jax.vmap(lambda x, dy: _of_window(one(x, dy), param, _correlation_by_taps))(x, dy)
         case Sum(factors):
             return reduce(jnp.add, [_per_example(each, param, name) for each in factors])
         case Pulled():

@@ -4,6 +4,14 @@
 
 Padding is "VALID" (none), "SAME" (outputs = ceil(inputs / stride), an odd one at the end), a number for both ends of
 every axis, or one pair (low, high) for each axis.
+
+A transposed convolution has the roles exchanged: its windows lie on its output, one for each entry of its input. Its
+padding is as in Flax and `lax.conv_transpose`, zeros around the input after strides - 1 zeros came between its entries:
+
+    outputs = (inputs - 1) * stride + 1 + low + high - (span - 1)
+
+"SAME" pads so that outputs = inputs * stride, "VALID" so that nothing is cut off: outputs = inputs * stride +
+max(span - stride, 0).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +52,26 @@ def sliding(window: Sizes, strides: Sizes, padding: Padding, dilation: Sizes = 1
     Raises:
         InputError: at once for options that make no sense, later for an input that they do not fit.
     """
+    return _laying(_laid_over, window, strides, padding, dilation)
+
+
+def spreading(window: Sizes, strides: Sizes, padding: Padding, dilation: Sizes = 1) -> Callable[[Any], Windows]:
+    """The same for a transposed convolution of x: the windows lie on its output, which takes the place of `inputs`."""
+    return _laying(_laid_under, window, strides, padding, dilation)
+
+
+def entries(windows: Windows, x: Any, fill: float = 0) -> Iterator[Array]:
+    """For each offset in a window, row by row, the entries that all windows have there: [B, *outputs, C]."""
+    x = lax.pad(x, np.asarray(fill, x.dtype), [(0, 0, 0), *((*pads, 0) for pads in windows.padding), (0, 0, 0)])
+    for offset in np.ndindex(*windows.window):
+        starts = [o * d for o, d in zip(offset, windows.dilation, strict=True)]
+        ends = [a + (n - 1) * s + 1 for a, n, s in zip(starts, windows.outputs, windows.strides, strict=True)]
+        yield lax.slice(x, (0, *starts, 0), (x.shape[0], *ends, x.shape[-1]), (1, *windows.strides, 1))
+
+
+def _laying(
+    lay: Callable, window: Sizes, strides: Sizes, padding: Padding, dilation: Sizes
+) -> Callable[[Any], Windows]:
     options = {"window": window, "strides": strides, "dilation": dilation}
     options = {what: _sizes(value, what) for what, value in options.items()} | {"padding": _padding(padding)}
     axes = {what: len(value) for what, value in options.items() if isinstance(value, tuple)}
@@ -58,18 +86,9 @@ def sliding(window: Sizes, strides: Sizes, padding: Padding, dilation: Sizes = 1
             wanted = f"an input [B, *spatial, C] of {next(iter(axes.values()))} spatial axes"
             raise InputError(wanted, describe(x), f"give {' and '.join(axes)} one entry for each axis between B and C")
         size, step, gap = (_each(options[what], n) for what in ("window", "strides", "dilation"))
-        return _laid_over(x, size, step, gap, options["padding"])
+        return lay(x, size, step, gap, options["padding"])
 
     return over
-
-
-def entries(windows: Windows, x: Any, fill: float = 0) -> Iterator[Array]:
-    """For each offset in a window, row by row, the entries that all windows have there: [B, *outputs, C]."""
-    x = lax.pad(x, np.asarray(fill, x.dtype), [(0, 0, 0), *((*pads, 0) for pads in windows.padding), (0, 0, 0)])
-    for offset in np.ndindex(*windows.window):
-        starts = [o * d for o, d in zip(offset, windows.dilation, strict=True)]
-        ends = [a + (n - 1) * s + 1 for a, n, s in zip(starts, windows.outputs, windows.strides, strict=True)]
-        yield lax.slice(x, (0, *starts, 0), (x.shape[0], *ends, x.shape[-1]), (1, *windows.strides, 1))
 
 
 def _laid_over(x: Any, window: tuple, strides: tuple, dilation: tuple, padding: Any) -> Windows:
@@ -82,6 +101,26 @@ def _laid_over(x: Any, window: tuple, strides: tuple, dilation: tuple, padding: 
         raise InputError(wanted, describe(x), 'take a smaller window, or padding="SAME"')
     outputs = tuple(r // s + 1 for r, s in zip(room, strides, strict=True))
     return Windows(inputs, outputs, window, strides, padding, dilation)
+
+
+def _laid_under(x: Any, window: tuple, strides: tuple, dilation: tuple, padding: Any) -> Windows:
+    """Seen from the output, what was padding of the input is span - 1 less it."""
+    span = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    if padding in ("SAME", "VALID"):
+        missing = [k + s - 2 + (padding == "VALID") * max(k - s, 0) for k, s in zip(span, strides, strict=True)]
+        whole = [padding == "VALID" or s > k - 1 for k, s in zip(span, strides, strict=True)]
+        lows = [k - 1 if w else -(-m // 2) for k, m, w in zip(span, missing, whole, strict=True)]
+        padding = tuple((low, m - low) for low, m in zip(lows, missing, strict=True))
+    elif isinstance(padding, int):
+        padding = ((padding, padding),) * len(span)
+    inputs = tuple(x.shape[1:-1])
+    each = zip(inputs, strides, span, padding, strict=True)
+    outputs = tuple((i - 1) * s + 1 + low + high - (k - 1) for i, s, k, (low, high) in each)
+    if min(outputs) < 1:
+        wanted = f"an input that is larger than a window over {span}, with its padding"
+        raise InputError(wanted, describe(x), 'pad more, or take padding="VALID", which keeps all of the output')
+    pads = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(span, padding, strict=True))
+    return Windows(outputs, inputs, window, strides, pads, dilation)
 
 
 def _pads(padding: Any, inputs: tuple, span: Sequence[int], strides: tuple) -> tuple[tuple[int, int], ...]:

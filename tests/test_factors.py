@@ -67,7 +67,7 @@ def draw(model, shape, dtype=jnp.float64):
     """Params, state, input and cotangent."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     params, state = jax.eval_shape(model.init, jax.random.key(0), x)
-    return normal(1, params), state, normal(2, x), normal(3, jax.eval_shape(model.apply, params, state, x))
+    return normal(1, params), normal(4, state), normal(2, x), normal(3, jax.eval_shape(model.apply, params, state, x))
 
 
 def contract(factors, params, how):
@@ -250,6 +250,9 @@ SHARDED = {
     "gelu": (fn.gelu(), (8, 12), P("data"), {}),
     "layer_norm": (fn.layer_norm(), (8, 3, 12), P("data"), {}),
     "rms_norm, sharded scale": (fn.rms_norm(), (8, 12), P(), {"scale": P("data")}),
+    "batch_norm": (fn.batch_norm(), (8, 3, 12), P("data"), {}),
+    "batch_norm, sharded parameters": (fn.batch_norm(), (8, 12), P("data"), {"scale": P("model"), "bias": P("model")}),
+    "depthwise conv": (fn.conv(12, 3, groups=12), (8, 5, 4, 12), P("data"), {}),
     "embedding": (fn.serial(largest_feature, fn.embedding(12, 4)), (8, 3, 12), P("data"), {}),
     "embedding, no positions": (fn.serial(largest_feature, fn.embedding(12, 4)), (8, 12), P("data"), {}),
     "position_embedding": (fn.position_embedding(4), (8, 3, 12), P("data"), {}),
@@ -296,15 +299,17 @@ def check_sharded(name, mesh):
 
     @jax.jit
     def gradients(params, x, dy):
-        return model.bwd(params, model.fwd(params, state, x, None)[2], dy)
+        _, new_state, residuals = model.fwd(params, state, x, None)
+        return *model.bwd(params, residuals, dy), new_state
 
-    wanted = jax.tree.map(np.asarray, gradients(params, x, dy))
+    *wanted, wanted_state = jax.tree.map(np.asarray, gradients(params, x, dy))
     with jax.set_mesh(mesh):
         params = {k: jax.device_put(v, layouts.get(k, P())) for k, v in params.items()}
         x = jax.device_put(x, layout)
         y = jax.eval_shape(lambda params, x: model.fwd(params, state, x, None)[0], params, x)
-        dparams, dx = gradients(params, x, jax.device_put(dy, y.sharding.spec))
-        same_and_alike((dparams, dx), (params, x), wanted)
+        dparams, dx, new_state = gradients(params, x, jax.device_put(dy, y.sharding.spec))
+        same_and_alike((dparams, dx), (params, x), tuple(wanted))
+        assert_trees_close(new_state, wanted_state, rtol=1e-5, atol=1e-6)
 
 
 def check_sharded_factor(name, mesh):
@@ -367,12 +372,35 @@ def check_sharded_step(name, mesh):
             assert_trees_close(after(jax.device_put(batch, P("data"))), wanted, rtol=1e-4, atol=1e-5)
 
 
+def check_batch_statistics(kind):
+    """The running statistics and gradients of a batch cut along four devices are those of the whole batch."""
+    model = fn.serial(fn.dense(6), fn.batch_norm(), fn.relu(), fn.dense(3))
+    params, state, x, dy = draw(model, (8, 5), jnp.float32)
+
+    @jax.jit
+    def one_pass(params, x, dy):
+        y, new_state, residuals = model.fwd(params, state, x, None)
+        return y, new_state, model.bwd(params, residuals, dy)
+
+    wanted = jax.tree.map(np.asarray, one_pass(params, x, dy))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        cut = [jax.device_put(a, jax.NamedSharding(mesh, P("data"))) for a in (x, dy)]
+        assert len(cut[0].sharding.device_set) == 4
+        got = one_pass(jax.device_put(params, jax.NamedSharding(mesh, P())), *cut)
+        assert_trees_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def check_all_sharded():
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
     report = {name: in_child(lambda name=name: check_sharded(name, mesh)) for name in SHARDED}
     report |= {name: in_child(lambda name=name: check_sharded_factor(name, mesh)) for name in SHARDED_FACTORS}
     report |= {name: in_child(lambda name=name: check_sharded_step(name, mesh)) for name in STEPS}
+    report |= {
+        f"batch statistics, {kind.name}": in_child(lambda kind=kind: check_batch_statistics(kind))
+        for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
+    }
     return report | {"value_and_grad": in_child(lambda: check_sharded_objective(mesh))}
 
 
@@ -388,7 +416,10 @@ def sharded_report():
     return json.loads(child.stdout)
 
 
-@pytest.mark.parametrize("name", [*SHARDED, *SHARDED_FACTORS, *STEPS, "value_and_grad"])
+STATISTICS = ["batch statistics, Auto", "batch statistics, Explicit"]
+
+
+@pytest.mark.parametrize("name", [*SHARDED, *SHARDED_FACTORS, *STEPS, *STATISTICS, "value_and_grad"])
 def test_under_explicit_axes_gradients_are_right_and_lie_like_their_parameters(name, sharded_report):
     assert sharded_report[name] == ""
 

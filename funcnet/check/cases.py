@@ -16,6 +16,7 @@ from funcnet.bridge import from_function
 from funcnet.check.checker import ORACLES, check_layer
 from funcnet.check.report import Report
 from funcnet.combine import branch, parallel, repeat, serial, skip
+from funcnet.conv_blocks import residual_block, separable_conv
 from funcnet.layer import Layer, elementwise, no_params, stateless
 from funcnet.layers.activation import (
     celu,
@@ -39,7 +40,9 @@ from funcnet.layers.activation import (
     tanh,
 )
 from funcnet.layers.attention import attention
-from funcnet.layers.conv import conv
+from funcnet.layers.batch_norm import batch_norm
+from funcnet.layers.conv import conv, depthwise_conv
+from funcnet.layers.conv_transpose import conv_transpose
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
 from funcnet.layers.embedding import embedding, position_embedding, sinusoidal_positions
@@ -60,6 +63,7 @@ from funcnet.losses.linear import linear_cross_entropy
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
+from funcnet.reparametrize import spectral_norm, weight_norm
 from funcnet.reversible import reversible
 from funcnet.tie import tied
 from funcnet.transform import freeze, mixed, named, remat
@@ -174,6 +178,13 @@ CASES: tuple[Case, ...] = (
     Case("rms_norm/one feature", rms_norm(), "f32[3,1]", ("float64", "float32")),
     Case("rms_norm/one feature, large eps", rms_norm(eps=0.3), "f32[3,1]"),
     Case("rms_norm/large eps", rms_norm(eps=0.3), "f32[4,5]"),
+    Case("batch_norm", batch_norm(), "f32[6,3]"),
+    Case("batch_norm/rank 4", batch_norm(0.7, eps=0.3), "f32[3,2,3,2]"),
+    Case("batch_norm/no bias", batch_norm(use_bias=False), "f32[5,1,4]"),
+    Case("batch_norm/no parameters", batch_norm(use_scale=False, use_bias=False), "f32[4,3,1]"),
+    Case("batch_norm/one value a feature", batch_norm(eps=0.3), "f32[1,3]"),
+    Case("batch_norm/between", serial(dense(3, use_bias=False), batch_norm(eps=0.1), dense(2)), "f32[5,4]"),
+    Case("batch_norm/repeated", repeat(serial(batch_norm(eps=0.1), dense(4)), 2), "f32[5,4]"),
     Case("group_norm", group_norm(2), "f32[4,3,6]"),
     Case("group_norm/one group", group_norm(1), "f32[3,5]"),
     Case("group_norm/rank 5", group_norm(3), "f32[2,1,3,2,3]"),
@@ -191,6 +202,16 @@ CASES: tuple[Case, ...] = (
     Case("conv/depthwise", conv(3, 3, (1, 2), dilation=(2, 1), groups=3), "f32[2,5,6,3]"),
     Case("conv/one axis, one entry", conv(2, 1, 2), "f32[2,5,3]"),
     Case("conv/three axes, no bias", conv(2, 2, use_bias=False), "f32[1,3,2,3,2]"),
+    Case("conv/kernel larger than the input", conv(5, (3, 2), 1, ((2, 0), (1, 3)), (1, 2)), "f32[1,2,2,4]"),
+    Case("conv/depthwise, rows left over", conv(2, (3, 2), groups=2), "f32[2,9,3,2]"),
+    Case("conv_transpose", conv_transpose(4, 3, 2), "f32[2,3,2,3]"),
+    Case("conv_transpose/valid", conv_transpose(2, (2, 3), (3, 1), "VALID"), "f32[2,2,3,3]"),
+    Case("conv_transpose/dilation, pads", conv_transpose(2, 3, (1, 2), ((2, 5), (1, 3)), (2, 1)), "f32[2,3,2,2]"),
+    Case("conv_transpose/one axis, one entry", conv_transpose(2, 1, 2), "f32[2,3,3]"),
+    Case("conv_transpose/three axes, no bias", conv_transpose(2, 2, use_bias=False), "f32[1,2,3,1,2]"),
+    Case("depthwise_conv", depthwise_conv(3, multiplier=2), "f32[2,4,3,3]"),
+    Case("depthwise_conv/one axis, strides", depthwise_conv(3, 2, "VALID", use_bias=False), "f32[2,6,2]"),
+    Case("separable_conv", separable_conv(4, 3, 2), "f32[2,5,4,3]"),
     Case("max_pool", max_pool(2), "f32[2,4,5,3]"),
     Case("max_pool/overlapping", max_pool(3, 2), "f32[2,5,7,2]"),
     Case("max_pool/one axis, same", max_pool(3, 2, "SAME"), "f32[2,6,3]"),
@@ -362,11 +383,28 @@ CASES: tuple[Case, ...] = (
     Case("parallel/integers beside floats", parallel(tanh(), flatten()), ("f32[4,5]", "i32[4,2,3]<7")),
     Case("skip", skip(_BLOCK), "f32[4,5]"),
     Case("skip/of a skip", skip(skip(dense(5))), "f32[2,3,5]"),
+    Case("skip/shortcut", skip(serial(dense(3), tanh()), dense(3, use_bias=False)), "f32[4,5]"),
+    Case("residual_block", residual_block(2, eps=0.1), "f32[3,3,3,2]"),
+    Case("residual_block/projection", residual_block(3, 2, eps=0.1), "f32[2,5,4,2]"),
     Case("repeat", repeat(skip(_BLOCK), 3), "f32[4,5]"),
     Case("repeat/once, random", repeat(dropout(0.4), 1), "f32[4,5]"),
     Case("repeat/of a repeat", repeat(repeat(serial(dense(3), silu()), 2), 2), "f32[4,3]"),
     Case("remat", remat(_BLOCK), "f32[4,5]"),
     Case("remat/random, repeated", repeat(remat(serial(dense(3), dropout(0.4))), 2), "f32[4,3]"),
+    Case("weight_norm", weight_norm(dense(3)), "f32[4,5]"),
+    Case(
+        "weight_norm/nested, repeated", repeat(weight_norm(skip(serial(dense(3), tanh(), dense(4)))), 2), "f32[2,3,4]"
+    ),
+    Case("weight_norm/conv", weight_norm(conv(2, 3, use_bias=False)), "f32[3,4,2]"),
+    Case("weight_norm/other names", weight_norm(rnn(2), ("kernel", "recurrent_kernel")), "f32[2,3,3]"),
+    # Large kernels, whose singular vectors are still about right once the parameters are moved.
+    Case("spectral_norm", spectral_norm(dense(3, kernel_init=_init.constant(2))), "f32[4,5]"),
+    Case("spectral_norm/conv", spectral_norm(conv(2, 3, kernel_init=_init.constant(-2)), iterations=2), "f32[3,4,2]"),
+    Case(
+        "spectral_norm/nested, repeated",
+        repeat(spectral_norm(serial(dense(3, kernel_init=_init.ones), tanh(), dense(4, kernel_init=_init.ones))), 2),
+        "f32[2,4]",
+    ),
     Case("mixed", mixed(serial(dense(3), gelu(), rms_norm())), "f32[4,5]", ("float32",)),
     Case("mixed/float16", mixed(serial(dense(3), tanh()), compute="float16"), "f32[4,5]", ("float32",)),
     Case("mixed/float64", mixed(dense(3), "float64", "float32", "float64"), "f32[4,5]", ("float64",)),

@@ -143,41 +143,61 @@ def _contractions(point: Point) -> list[Failure]:
     count = examples.pop() if len(examples) == 1 else 0
     alone = {k: np.concatenate([np.zeros_like(v[:-1]), v[-1:]]) if v.ndim else v for k, v in dy.items()}
 
+    refused: dict[str, InputError] = {}
+
     def all_of_them(params, x):
         residuals = layer.fwd(params, point.subject.state, x, point.subject.key)[2]
         by = lambda contract, dy: layer.bwd(params, residuals, point.cotangent(dy), contract)[0]
-        kept = jax.tree.map(_totalled, by(keep, dy), params, is_leaf=is_factor)
-        return kept, by(per_example, dy), by(squared_norm, dy), by(total, alone)
+        answers = {"total": by(total, alone)}
+        for contract in (keep, per_example, squared_norm):
+            try:
+                answers[contract.name] = by(contract, dy)
+            except InputError as error:
+                refused[contract.name] = error
+        if "keep" in answers:
+            answers["keep"] = jax.tree.map(_totalled, answers["keep"], params, is_leaf=is_factor)
+        return answers
 
     try:
-        kept, each, norms, last = (host(leaves_of(t, "params")) for t in quickly(all_of_them)(params, x))
-    except InputError as error:
-        if error.expected.startswith("an example axis") or _mixes(point, alone, count):
-            point.notes.append(f"per-example contractions are refused: {error.expected}")
-            return []
-        message = f"bwd refuses per-example contractions of examples that have no part in each other: {error.expected}"
-        return [Failure("", "laws", "contractions", message)]
+        trees = quickly(all_of_them)(params, x)
+        answers = {name: host(leaves_of(tree, "params")) for name, tree in trees.items()}
     except Exception as error:
         message = f"bwd raises {type(error).__name__} for other contractions than total: {error}"
         return [Failure("", "laws", "contractions", message)]
-    failures = []
+    failures = _refusals(point, refused, alone, count)
     for path, wanted in {k: v for k, v in point.rule[0].items() if k.startswith("params")}.items():
-        failures += _contraction(point, path, "keep, then total", kept[path], wanted)
-        if not count:
+        if "keep" in answers:
+            failures += _contraction(point, path, "keep, then total", answers["keep"][path], wanted)
+        if not count or "per_example" not in answers:
             continue
-        if each[path].shape != (count, *wanted.shape) or each[path].dtype != wanted.dtype:
-            message = f"per_example gives {describe(each[path])} for a leaf {describe(wanted)} and {count} examples"
+        each, last = answers["per_example"][path], answers["total"][path]
+        if each.shape != (count, *wanted.shape) or each.dtype != wanted.dtype:
+            message = f"per_example gives {describe(each)} for a leaf {describe(wanted)} and {count} examples"
             failures.append(Failure(path, "laws", "contractions", message))
             continue
-        failures += _contraction(point, path, "the sum of per_example", wide(each[path]).sum(0), wanted)
-        failures += _contraction(point, path, "the last of per_example", each[path][-1], last[path])
-        squares = np.sum(np.abs(wide(each[path])) ** 2, axis=tuple(range(1, each[path].ndim)))
+        failures += _contraction(point, path, "the sum of per_example", wide(each).sum(0), wanted)
+        failures += _contraction(point, path, "the last of per_example", each[-1], last)
+        if "squared_norm" not in answers:
+            continue
+        squares = np.sum(np.abs(wide(each)) ** 2, axis=tuple(range(1, each.ndim)))
         allowed, size = 8 * tolerance(wanted.dtype, point.terms), (squares.max(initial=0.0) * wanted.size) ** 0.5
-        leaf = measure(path, norms[path], squares, allowed)
+        norms = answers["squared_norm"][path]
+        leaf = measure(path, norms, squares, allowed)
         if not leaf.within:
-            leaf = measure(path, norms[path], squares, allowed, 4 * point.honest[path].max() * size)
+            leaf = measure(path, norms, squares, allowed, 4 * point.honest[path].max() * size)
         failures += [] if leaf.within else [values_failure(leaf, "laws", "contractions", "squared_norm")]
     return failures
+
+
+def _refusals(point: Point, refused: dict[str, InputError], alone: Values, count: int) -> list[Failure]:
+    """What is said of refused contractions: per-example ones are for layers that mix examples, or have no such axis."""
+    for name, error in refused.items():
+        point.notes.append(f"{name} is refused: {error.expected}")
+        if name == "keep" or error.expected.startswith("an example axis") or _mixes(point, alone, count):
+            continue
+        message = f"bwd refuses {name} for examples that have no part in each other: {error.expected}"
+        return [Failure("", "laws", "contractions", message)]
+    return []
 
 
 def _totalled(kept: Any, param: Any) -> Any:
@@ -186,7 +206,9 @@ def _totalled(kept: Any, param: Any) -> Any:
 
 
 def _mixes(point: Point, alone: Values, count: int) -> bool:
-    """Whether the last example's cotangent has a gradient in another example, as far as can be seen."""
+    """Whether the last example's cotangent has a gradient in another example, as far as can be seen: not with one."""
+    if count < 2:
+        return True
     gradients = {path: g for path, g in point.gradients(alone).items() if path.startswith("x")}
     seen = [wide(g) for g in gradients.values() if g.ndim > 1 and len(g) == count]
     return not seen or any(np.any(g[:-1] != 0) for g in seen)

@@ -13,6 +13,9 @@ Backward:
 so dx is dy, dilated by the stride, correlated with the flipped kernel whose channels and features are exchanged. With
 groups, features of group g see the channels of group g alone.
 
+Where a kernel is larger than x and dy together, dx is a product for each entry of the window, and the kernel needs not
+be flipped.
+
 A depthwise convolution (a group for each channel, a feature for each group) is a sum of shifted products, one for each
 entry of the window, both ways: XLA's CPU backend is slow at it otherwise.
 
@@ -31,7 +34,7 @@ from jax.nn import initializers
 
 from funcnet import expect
 from funcnet.expect import InputError
-from funcnet.factors import Shift, Window, wide
+from funcnet.factors import Shift, Window, flat, product, wide
 from funcnet.layer import Layer, stateless
 from funcnet.layers.dense import Initializer
 from funcnet.window import Padding, Sizes, Windows, entries, sliding
@@ -88,7 +91,7 @@ def conv(
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         windows, shapes = laid(x)
         expect.fields(params, x.dtype, shapes)
-        y = (_depthwise if groups == x.shape[-1] == features else _correlate)(x, params["kernel"], windows)
+        y = (_depthwise if groups == x.shape[-1] == features else correlate)(x, params["kernel"], windows)
         y = y.astype(x.dtype)
         return (y + _row(params["bias"], y.ndim) if use_bias else y), x
 
@@ -96,7 +99,8 @@ def conv(
         windows, shapes = laid(x)
         expect.fields(params, x.dtype, shapes)
         dy = expect.cotangent(dy, (x.shape[0], *windows.outputs, features), x.dtype)
-        pull = _pull_depthwise if groups == x.shape[-1] == features else _pull
+        few = groups == 1 and max(windows.strides) == 1 and params["kernel"].size > x.size + dy.size
+        pull = _pull_depthwise if groups == x.shape[-1] == features else _pull_by_taps if few else _pull
         dx = pull(dy, params["kernel"], windows, groups).astype(x.dtype)
         dparams = {"kernel": contract(Window(x, dy, windows), params["kernel"])}
         if use_bias:
@@ -106,7 +110,51 @@ def conv(
     return stateless("conv", init, fwd, bwd)
 
 
-def _correlate(x: Array, kernel: Array, windows: Windows) -> Array:
+def depthwise_conv(
+    kernel_size: Sizes,
+    strides: Sizes = 1,
+    padding: Padding = "SAME",
+    dilation: Sizes = 1,
+    multiplier: int = 1,
+    use_bias: bool = True,
+    *,
+    kernel_init: Initializer = initializers.lecun_normal(),
+    bias_init: Initializer = initializers.zeros,
+) -> Layer[dict[str, Array], tuple[()], Array]:
+    """Each channel of x [B, *spatial, C] by itself, to [B, *outputs, multiplier C]: `conv` with C groups.
+
+    Params kernel [*window, 1, multiplier C] and bias [multiplier C]; the features of channel i are adjacent.
+
+    Args:
+        multiplier: features made of each channel.
+        kernel_size, strides, padding, dilation, use_bias, kernel_init, bias_init: as for `conv`.
+
+    Raises:
+        expect.InputError: as `conv`.
+    """
+    multiplier = expect.count(multiplier, "multiplier")
+
+    def of(x: Any) -> Layer:
+        expect.float_array(x, rank=3)
+        features, groups = multiplier * x.shape[-1], x.shape[-1]
+        inits = {"kernel_init": kernel_init, "bias_init": bias_init}
+        return conv(features, kernel_size, strides, padding, dilation, groups, use_bias, **inits)
+
+    def init(key: Array, x: Any) -> dict[str, Array]:
+        return of(x).init(key, x)[0]
+
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
+        y, _, x = of(x).fwd(params, (), x, None)
+        return y, x
+
+    def bwd(params, x, dy, contract):
+        return of(x).bwd(params, x, dy, contract)
+
+    sliding(kernel_size, strides, padding, dilation)  # complains of its options at once
+    return stateless("depthwise_conv", init, fwd, bwd)
+
+
+def correlate(x: Array, kernel: Array, windows: Windows) -> Array:
     """y, in the accumulation dtype."""
     return lax.conv_general_dilated(
         _high(x),
@@ -121,16 +169,27 @@ def _correlate(x: Array, kernel: Array, windows: Windows) -> Array:
 
 def _pull(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     """dx: dy, dilated by the strides, correlated with the flipped kernel."""
+    return spread(dy, flipped(kernel, groups), windows, groups)
+
+
+def _pull_by_taps(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
+    """The same for stride 1 as a product for each entry of the window, which takes the kernel as it lies."""
+    channels, features = kernel.shape[-2:]
+    taps = kernel.reshape(-1, channels, features)[::-1]
+    dx = jnp.zeros((), wide(dy.dtype))
+    for entry, tap in zip(entries(_back(windows), dy), taps, strict=True):
+        dx = dx + product(flat(entry), tap, (1, 1), flat(dy))
+    return dx.reshape(len(dy), *windows.inputs, channels)
+
+
+def spread(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
+    """dy, dilated by the strides, correlated with the kernel so that the windows' inputs come out."""
     n = dy.ndim - 2
-    each = zip(windows.inputs, windows.outputs, windows.window, windows.strides, windows.dilation, strict=True)
-    # what dy, dilated, lacks so that as many windows fit in as x has entries
-    room = [i - (o - 1) * s - 1 + (k - 1) * d for i, o, k, s, d in each]
-    lows = [(k - 1) * d - low for (low, _), k, d in zip(windows.padding, windows.window, windows.dilation, strict=True)]
     return lax.conv_general_dilated(
         _high(dy),
-        lax.rev(_exchanged(_high(kernel), groups), range(n)),
+        _high(kernel),
         (1,) * n,
-        [(low, r - low) for low, r in zip(lows, room, strict=True)],
+        _back(windows).padding,
         lhs_dilation=windows.strides,
         rhs_dilation=windows.dilation,
         dimension_numbers=_channels_last(n),
@@ -138,10 +197,21 @@ def _pull(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     )
 
 
-def _exchanged(kernel: Array, groups: int) -> Array:
-    """[*window, C / groups, F] -> [*window, F / groups, C], group by group."""
+def _back(windows: Windows) -> Windows:
+    """The windows on dy, dilated by the strides, that the entries of x are in; pads below 0 cut off."""
+    each = zip(windows.inputs, windows.outputs, windows.window, windows.strides, windows.dilation, strict=True)
+    # what dy, dilated, lacks so that as many windows fit in as x has entries
+    room = [i - (o - 1) * s - 1 + (k - 1) * d for i, o, k, s, d in each]
+    lows = [(k - 1) * d - low for (low, _), k, d in zip(windows.padding, windows.window, windows.dilation, strict=True)]
+    padding = tuple((low, r - low) for low, r in zip(lows, room, strict=True))
+    ones = (1,) * len(lows)
+    return Windows(windows.outputs, windows.inputs, windows.window, ones, padding, windows.dilation)
+
+
+def flipped(kernel: Array, groups: int) -> Array:
+    """[*window, C / groups, F] from its end to its start, as [*window, F / groups, C], group by group."""
     *window, channels, features = kernel.shape
-    split = kernel.reshape(*window, channels, groups, features // groups)
+    split = lax.rev(kernel, range(len(window))).reshape(*window, channels, groups, features // groups)
     return jnp.swapaxes(split, -1, -3).reshape(*window, features // groups, groups * channels)
 
 
@@ -156,6 +226,8 @@ def _depthwise(x: Array, kernel: Array, windows: Windows) -> Array:
 
 def _pull_depthwise(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     """dx of one channel a group, in the accumulation dtype: for each tap dy times it, put where its entries were."""
+    if max(windows.strides) == 1:
+        return _depthwise(dy, lax.rev(kernel, range(dy.ndim - 2)), _back(windows))
     taps = _high(kernel).reshape(-1, groups)
     dy, dx = _high(dy), jnp.zeros((), taps.dtype)
     each = list(zip(windows.inputs, windows.outputs, windows.strides, windows.dilation, windows.padding, strict=True))

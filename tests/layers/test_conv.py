@@ -18,9 +18,12 @@ CASES = {
     "dilation": ((2, 7, 8, 2), 3, {"kernel_size": (3, 2), "strides": (1, 2), "padding": 1, "dilation": (2, 3)}),
     "one entry": ((2, 5, 4, 3), 4, {"kernel_size": 1, "strides": 2}),
     "the whole input": ((2, 3, 4, 3), 4, {"kernel_size": (3, 4), "padding": "VALID"}),
+    "kernel larger than the input": ((1, 2, 2, 4), 5, {"kernel_size": (3, 2), "padding": ((2, 0), (1, 3))}),
     "groups": ((2, 5, 4, 4), 6, {"kernel_size": 3, "strides": 2, "padding": 1, "groups": 2}),
     "depthwise": ((2, 5, 6, 3), 3, {"kernel_size": 3, "strides": (1, 2), "padding": 1, "groups": 3}),
     "depthwise, dilation": ((2, 7, 7, 3), 3, {"kernel_size": 3, "padding": "VALID", "dilation": 2, "groups": 3}),
+    "depthwise, rows left over": ((2, 11, 4, 3), 3, {"kernel_size": (3, 2), "groups": 3}),
+    "depthwise, strides, rows left over": ((2, 19, 3, 2), 2, {"kernel_size": 3, "strides": 2, "groups": 2}),
     "depthwise, two features each": ((2, 5, 6, 3), 6, {"kernel_size": 3, "groups": 3}),
     "one axis": ((2, 9, 3), 4, {"kernel_size": 3, "strides": 2, "padding": 1}),
     "three axes": ((2, 3, 4, 5, 2), 3, {"kernel_size": (2, 1, 3), "strides": (1, 2, 2), "padding": "VALID"}),
@@ -219,3 +222,20 @@ def test_groups_that_do_not_divide_the_channels_and_wrong_cotangents_are_refused
         fn.conv(4, 3, groups=2).init(KEY, jnp.ones((1, 5, 5, 3)))
     with pytest.raises(fn.InputError, match=r"float32\[2, 5, 5, 4\]"):
         fn.conv(4, 3).bwd(PARAMS, jnp.ones((2, 5, 5, 2)), jnp.ones((2, 5, 4, 4)))
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_depthwise_conv_is_conv_with_a_group_for_each_channel(strides, x64):
+    x = jnp.asarray(RNG.normal(size=(2, 5, 4, 3)))
+    layer, grouped = fn.depthwise_conv(3, strides, multiplier=2), fn.conv(6, 3, strides, groups=3)
+    params = layer.init(KEY, x)[0]
+    assert jax.tree.map(jnp.shape, params) == {"kernel": (3, 3, 1, 6), "bias": (6,)}
+    y, _, residuals = layer.fwd(params, (), x, None)
+    np.testing.assert_array_equal(y, grouped.apply(params, (), x))
+    for contract in (fn.total, fn.squared_norm):
+        got, wanted = (each.bwd(params, residuals, y, contract) for each in (layer, grouped))
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    with pytest.raises(fn.InputError, match="window as a positive"):
+        fn.depthwise_conv(0)
+    with pytest.raises(fn.InputError, match="multiplier"):
+        fn.depthwise_conv(3, multiplier=0)

@@ -1,0 +1,142 @@
+"""Batch normalisation: each feature over the whole batch and all positions.
+
+In training, with means over the N values that a feature has in x [B, .., C], all axes but the last:
+
+    mean = mean(x)      var = mean((x - mean)^2)      rstd = 1 / sqrt(var + eps)
+    x_hat = (x - mean) * rstd                         y = scale * x_hat + bias
+
+Backward, since mean and var depend on every value:
+
+    dx = scale * rstd * (dy - mean(dy) - x_hat * mean(dy * x_hat))
+
+dscale is the factor Scale(x_hat, dy), dbias the factor Shift(dy): sums that dx needs as well, so they are made once. In
+evaluation mean and var are the running ones, which every training pass moves towards those of its batch:
+
+    running <- momentum * running + (1 - momentum) * batch
+
+Every example's output depends on all others, so no example has a gradient of its own: the factors are marked `mixes`,
+and contractions that answer for each example are refused here, in the layers before and in those after.
+
+Residuals: x [B, .., C], and mean and rstd [C] in the dtype of the statistics.  Why these: x is the output of the layer
+before, x_hat would be an array of its own; in half precision x is exact, x_hat rounded.
+Numerics: statistics and sums in float32 for half precision. The variance is that of x less its mean, not the difference
+of two large means; of one value, or of equal ones, it is 0, and so is x_hat.
+Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1 and section 3.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from funcnet import expect
+from funcnet.expect import InputError, describe
+from funcnet.factors import Scale, Shift, flat, mixing, placed, total, wide
+from funcnet.layer import Layer
+
+
+class OfBatch(NamedTuple):
+    """Residuals of `batch_norm`: x [B, .., C], mean and rstd [C]."""
+
+    x: Array
+    mean: Array
+    rstd: Array
+
+
+def batch_norm(
+    momentum: float = 0.9, eps: float = 1e-5, use_scale: bool = True, use_bias: bool = True
+) -> Layer[dict[str, Array], dict[str, Array], OfBatch]:
+    """y = scale * (x - mean) * rstd + bias for each feature of x [B, .., C]; params scale [C] (ones), bias [C] (zeros).
+
+    `fwd` takes mean and variance from the batch, over all axes but the last, and returns the moved state; `apply` takes
+    the state's, {"mean": [C] (zeros), "var": [C] (ones)}, in float32 or wider.
+
+    The statistics are of all of x, wherever it lies: of the whole batch if it is cut along a mesh, but of a device's
+    own part inside `jax.shard_map`, and of a micro-batch where a step accumulates over such. Rows that only fill a
+    batch up count like the others, and so do examples of weight 0 in the loss: leave them out instead.
+
+    Args:
+        momentum: what the running statistics are multiplied by before (1 - momentum) times the batch's are added, as in
+            Flax and Keras; PyTorch's `momentum` is 1 minus this.
+        eps: added to the variance, inside the root.
+        use_scale, use_bias: whether there are such parameters.
+
+    The running variance is the biased one, the mean square, as in Flax; PyTorch's is N / (N - 1) of it.
+
+    Raises:
+        expect.InputError: if x is not floating of at least two axes, has not the state's and parameters' features, its
+            dtype is not the parameters', or the contraction wants each example's own gradient.
+    """
+    if not 0 <= momentum <= 1:
+        raise InputError("a momentum from 0 to 1", f"momentum={momentum}", "use the default, 0.9")
+    if not eps > 0:
+        raise InputError("a positive eps", f"eps={eps}", "use the default, 1e-5")
+    names = ("scale",) * use_scale + ("bias",) * use_bias
+
+    def check(params: Any, state: Any, x: Array) -> None:
+        expect.float_array(x, rank=2)
+        shapes = {name: jnp.shape(v) for name, v in state.items()} if isinstance(state, Mapping) else {}
+        if shapes != dict.fromkeys(("mean", "var"), x.shape[-1:]):
+            wanted = f"running statistics mean and var of {x.shape[-1]} features"
+            raise InputError(wanted, describe(state), "pass the state that this layer's init returned for such input")
+        expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
+
+    def line(params: dict[str, Array], x: Array, mean: Array, rstd: Array) -> Array:
+        """scale * (x - mean) * rstd + bias."""
+        slope = rstd * params["scale"].astype(rstd.dtype) if use_scale else rstd
+        y = (x - _row(mean, x.ndim)) * _row(slope, x.ndim)
+        return y + _row(params["bias"].astype(y.dtype), y.ndim) if use_bias else y
+
+    @expect.by("batch_norm")
+    def init(key: Array, x: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+        expect.float_array(x, rank=2)
+        features, dtype = x.shape[-1], expect.dtype(x)
+        params = {"scale": jnp.ones(features, dtype), "bias": jnp.zeros(features, dtype)}
+        state = {"mean": jnp.zeros(features, wide(dtype)), "var": jnp.ones(features, wide(dtype))}
+        return {name: params[name] for name in names}, state
+
+    @expect.by("batch_norm")
+    def apply(params: dict[str, Array], state: dict[str, Array], x: Any) -> Array:
+        x = jnp.asarray(x)
+        check(params, state, x)
+        mean, var = (state[name].astype(wide(x.dtype)) for name in ("mean", "var"))
+        return line(params, x.astype(mean.dtype), mean, lax.rsqrt(var + eps)).astype(x.dtype)
+
+    @expect.by("batch_norm")
+    def fwd(params: dict[str, Array], state: dict[str, Array], x: Any, key: Array | None):
+        x = jnp.asarray(x)
+        check(params, state, x)
+        high = x.astype(wide(x.dtype))
+        mean = _mean(high)
+        var = _mean(jnp.square(high - _row(mean, x.ndim)))
+        rstd = lax.rsqrt(var + eps)
+        move = lambda running, batch: momentum * running + (1 - momentum) * batch.astype(running.dtype)
+        moved = {"mean": move(state["mean"], mean), "var": move(state["var"], var)}
+        return line(params, high, mean, rstd).astype(x.dtype), moved, OfBatch(x, mean, rstd)
+
+    @expect.by("batch_norm")
+    def bwd(params: dict[str, Array], residuals: OfBatch, dy: Any, contract=total):
+        x, mean, rstd = residuals
+        mixing(contract)
+        expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
+        dy = expect.cotangent(dy, x.shape, x.dtype)
+        x_hat, g = (x.astype(rstd.dtype) - _row(mean, x.ndim)) * _row(rstd, x.ndim), dy.astype(rstd.dtype)
+        dx = g - _row(_mean(g), x.ndim) - x_hat * _row(_mean(x_hat * g), x.ndim)
+        slope = rstd * params["scale"].astype(rstd.dtype) if use_scale else rstd
+        factors = {"scale": Scale(x_hat, dy, mixes=True), "bias": Shift(dy, mixes=True)}
+        dparams = {name: contract(factors[name], params[name]) for name in names}
+        return dparams, placed((dx * _row(slope, x.ndim)).astype(x.dtype), x)
+
+    return Layer("batch_norm", init, apply, fwd, bwd)
+
+
+def _mean(x: Array) -> Array:
+    """[.., C] to [C]; the sum as `total` makes it, so that the compiler sees one where both are wanted."""
+    return jnp.sum(flat(x), axis=0) / prod(x.shape[:-1])
+
+
+def _row(v: Array, rank: int) -> Array:
+    """v [C] with leading axes of size one, since ranks are never promoted silently."""
+    return v.reshape((1,) * (rank - 1) + v.shape)
