@@ -1,7 +1,14 @@
-"""Strict dtypes and ranks for every test, and warnings are errors (pyproject.toml)."""
+"""Strict dtypes and ranks for every test, and warnings are errors (pyproject.toml).
 
-import jax
-import pytest
+XLA compiles without much optimisation, for speed; `XLA_FLAGS= python -m pytest` tests what it makes otherwise.
+"""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what the tests do
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
