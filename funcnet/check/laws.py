@@ -128,8 +128,9 @@ def _apply(point: Point) -> list[Failure]:
 def _draws(point: Point) -> bool:
     """Whether fwd's output depends on its key."""
     subject = point.subject
-    (params, x), state = subject.args, subject.state
-    program = jaxpr_of(lambda key: subject.layer.fwd(params, state, x, key)[0], subject.key)
+    program = jaxpr_of(
+        lambda key, args: subject.layer.fwd(args[0], subject.state, args[1], key)[0], subject.key, subject.args
+    )
     return bool(program.reached([0]))
 
 
