@@ -50,6 +50,13 @@ _BY_REASON = {
         "selu: lambda y: jnp.where(y > 0, (s), y + s * a)",
     ],
     "q of an integer label sums to one": ["cross_entropy: mass = (jnp.sum(q, axis=-1, keepdims=True))"],
+    "the gradient is the same however long its blocks are; test_linear.py counts what is formed at a time": [
+        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (chunk))",
+        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (label.size))",
+    ],
+    "a contraction that takes factors as they are looks at no parameter": [
+        "linear_cross_entropy: dparams = {name: contract(factors[name], (params)) for name in names}",
+    ],
     "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
         "cross_entropy: dlogits = jnp.where(factor == -1, 0.0, factor * dy * slope)",
         "cross_entropy: dlogits = jnp.where(factor == 0, 0.0, (dy) * slope)",
@@ -67,8 +74,6 @@ _BY_REASON = {
         "_wide_examples: return (a.reshape(a.shape[0], -1, *a.shape[a.ndim - rank:]))",
     ],
     "what fwd returned has these lengths": [
-        "parallel: (zip(parts.items(), dys))",
-        "parallel: zip(parts.items(), dys, strict=False)",
         "repeat: dx, dparams = (lax.scan(body, dy, (params, residuals), reverse=True))",
     ],
 }
