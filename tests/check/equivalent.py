@@ -56,6 +56,35 @@ _BY_REASON = {
         "selu: lambda y: jnp.where(y > 0, (s), y + s * a)",
     ],
     "q of an integer label sums to one": ["cross_entropy: mass = (jnp.sum(q, axis=-1, keepdims=True))"],
+    "the gradient is the same however long its blocks are; test_linear.py counts what is formed at a time": [
+        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (chunk))",
+        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (label.size))",
+    ],
+    "a contraction that takes factors as they are looks at no parameter": [
+        "linear_cross_entropy: dparams = {name: contract(factors[name], (params)) for name in names}",
+    ],
+    "what all states of a step have in common goes when their shares are divided by their sum; test_ctc.py is long": [
+        "ctc: share = jnp.exp((a + b + _highest(a + b, 1)))",
+        "ctc: share = jnp.exp((a + b))",
+        "ctc: share = jnp.exp(a + b - _highest((a), 1))",
+        "ctc: share = jnp.exp(a + b - _highest((b), 1))",
+        "ctc: end = jnp.where(of.last, 1, -jnp.inf).astype(lse.dtype)",
+        "ctc: end = jnp.where(of.last, -1, -jnp.inf).astype(lse.dtype)",
+    ],
+    "the sum is 0 only where there is no alignment, and there the gradient is set to 0": [
+        "ctc: share = share / jnp.where(total == 1, 1.0, total)",
+        "ctc: share = share / jnp.where(total == -1, 1.0, total)",
+        "ctc: share = share / jnp.where(total == 0, 0, total)",
+        "ctc: share = share / jnp.where(total == 0, 2, total)",
+    ],
+    "no case has a loss of inf; test_ctc.py has": ["ctc: counted = (steps[None] < lengths[:, None])"],
+    "a sum is the same in any order, and an exchange of two axes has none": [
+        "ctc: ways = ((_shifted(after, -1, -jnp.inf), after, "
+        "_shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf)))",
+        "ctc: ways = ((after, _shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf), "
+        "_shifted(after, -1, -jnp.inf)))",
+        "ctc: slope = softmax.at[place].add(-(jnp.swapaxes(shares, 1, 0)))",
+    ],
     "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
         "cross_entropy: dlogits = jnp.where(factor == -1, 0.0, factor * dy * slope)",
         "cross_entropy: dlogits = jnp.where(factor == 0, 0.0, (dy) * slope)",
