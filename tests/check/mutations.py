@@ -42,6 +42,7 @@ FILES = [
     "losses.py",
     "combine.py",
     "transform.py",
+    "reparametrize.py",
     *sorted(f"layers/{path.name}" for path in (PACKAGE / "layers").glob("[a-z]*.py")),
 ]
 MANY, FEW = 12, 4  # cases that are asked about a mutant: by autodiff, and by the other oracles
