@@ -83,4 +83,4 @@ _BY_REASON = {
 EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys}
 
 # Conditions that choose between two formulas for the same number.
-CHOICES = {"squared_norm: 2 * x.shape[1] ** 2 <= x.shape[2] * dy.shape[2]"}
+CHOICES = {"squared_norm: 2 * x.shape[1] ** 2 <= x.shape[2] * dy.shape[2]", "_pull: kernel.size > inputs + dy.size"}
