@@ -75,10 +75,10 @@ def sides(layer: Layer, natural: Callable, shape: tuple[int, ...]) -> dict[str, 
     params, _ = layer.init(jax.random.key(1), x)
     y, _, residuals = jax.jit(lambda params, x: layer.fwd(params, (), x, None))(params, x)
     dy = jax.random.normal(jax.random.key(2), y.shape)
-    forward, plain = jax.jit(lambda params, x: layer.fwd(params, (), x, None)), jax.jit(natural)
+    forward, plain = jax.jit(lambda params, x: layer.fwd(params, (), x, None)[0]), jax.jit(natural)
     backward, pullback = jax.jit(layer.bwd), jax.jit(lambda params, x, dy: jax.vjp(natural, params, x)[1](dy))
     return {
-        "forward": (lambda: forward(params, x)[0], lambda: plain(params, x)),
+        "forward": (lambda: forward(params, x), lambda: plain(params, x)),
         "backward": (lambda: backward(params, residuals, dy), lambda: pullback(params, x, dy)),
     }
 

@@ -233,6 +233,7 @@ def everything(model, params, state, x):
         (fn.parallel(fn.dense(4), tanh=fn.tanh()), TWO),
         (fn.branch(fn.dense(4), tanh=fn.tanh()), TWO[0]),
         (fn.skip(BLOCK), TWO[0]),
+        (fn.skip(BLOCK, fn.dense(5)), TWO[0]),
         (fn.repeat(BLOCK, 2), TWO[0]),
         (fn.remat(BLOCK), TWO[0]),
         (fn.mixed(BLOCK), TWO[0]),
@@ -241,7 +242,7 @@ def everything(model, params, state, x):
         (fn.reversible(fn.dense(5), fn.tanh()), TWO),
         (fn.tied(fn.serial(a=fn.dense(5), b=fn.dense(5)), {"b/kernel": "a/kernel"}), TWO[0]),
     ],
-    ids=["serial", "parallel", "branch", "skip", "repeat", "remat", "mixed", "freeze", "named", "reversible", "tied"],
+    ids=("serial parallel branch skip skip_with_a_shortcut repeat remat mixed freeze named reversible tied".split()),
 )
 def test_rebuilt_of_its_own_parts_a_combinator_is_the_same(model, x):
     rebuilt = model.rebuild(model.parts)
@@ -638,3 +639,17 @@ def test_bwd_refuses_params_and_residuals_of_another_model():
     y, _, residuals = deep.fwd(params, state, x, None)
     with pytest.raises(fn.InputError, match="a first axis of 3 layers"):
         deep.bwd(jax.tree.map(lambda p: p[:2], params), residuals, y)
+
+
+def test_a_shortcut_is_added_in_the_place_of_the_input(x64):
+    model = fn.skip(fn.serial(fn.dense(4), fn.tanh()), fn.dense(4, use_bias=False))
+    params, state, x = draw(model, S((3, 5), jnp.float64))
+    y, _, residuals = model.fwd(params, state, x, None)
+    wanted = x @ params["shortcut"]["kernel"] + model.parts["main"].apply(params["main"], state["main"], x)
+    np.testing.assert_allclose(y, wanted, rtol=1e-12)
+    dparams, dx = model.bwd(params, residuals, y)
+    assert set(dparams) == {"main", "shortcut"}
+    grads = jax.grad(lambda params, x: jnp.vdot(model.apply(params, state, x), y), (0, 1))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), (dparams, dx), grads)
+    with pytest.raises(fn.InputError, match=r"(?s)output like the shortcut's output, float64\[3, 4\].*float64\[3, 5\]"):
+        fn.skip(fn.dense(5), fn.dense(4)).init(KEY, x)

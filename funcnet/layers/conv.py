@@ -25,6 +25,7 @@ Source: LeCun et al. 1989, "Backpropagation applied to handwritten zip code reco
 arXiv:1603.07285 (strides); Yu and Koltun 2016, arXiv:1511.07122 (dilation).
 """
 
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -99,8 +100,7 @@ def conv(
         windows, shapes = laid(x)
         expect.fields(params, x.dtype, shapes)
         dy = expect.cotangent(dy, (x.shape[0], *windows.outputs, features), x.dtype)
-        few = groups == 1 and max(windows.strides) == 1 and params["kernel"].size > x.size + dy.size
-        pull = _pull_depthwise if groups == x.shape[-1] == features else _pull_by_taps if few else _pull
+        pull = _pull_depthwise if groups == x.shape[-1] == features else _pull
         dx = pull(dy, params["kernel"], windows, groups).astype(x.dtype)
         dparams = {"kernel": contract(Window(x, dy, windows), params["kernel"])}
         if use_bias:
@@ -169,10 +169,14 @@ def correlate(x: Array, kernel: Array, windows: Windows) -> Array:
 
 def _pull(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     """dx: dy, dilated by the strides, correlated with the flipped kernel."""
+    if groups == max(windows.strides) == 1:
+        inputs = len(dy) * prod(windows.inputs) * kernel.shape[-2]
+        if kernel.size > inputs + dy.size:
+            return _pull_by_taps(dy, kernel, windows)
     return spread(dy, flipped(kernel, groups), windows, groups)
 
 
-def _pull_by_taps(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
+def _pull_by_taps(dy: Array, kernel: Array, windows: Windows) -> Array:
     """The same for stride 1 as a product for each entry of the window, which takes the kernel as it lies."""
     channels, features = kernel.shape[-2:]
     taps = kernel.reshape(-1, channels, features)[::-1]

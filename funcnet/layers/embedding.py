@@ -184,7 +184,11 @@ def _rows(table: Array, ids: Array) -> Array:
     """table[ids], NaN for an id out of range; a lookup by sharded ids must say how its result lies: like them."""
     sharding = jax.typeof(ids).sharding
     like_ids = NamedSharding(sharding.mesh, jax.P(*sharding.spec, None))
-    return jnp.asarray(table).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=like_ids)
+    return (
+        jnp.asarray(table)
+        .at[ids]
+        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=like_ids)
+    )
 
 
 def _ids(x: Any, vocab: int) -> None:

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import harness, report, workloads
+import funcnet as fn
+from benchmarks import harness, norms, report, workloads
 from benchmarks.__main__ import main
 
 
@@ -95,3 +96,12 @@ def test_every_side_follows_every_other_side_equally_often(sides):
     followers = [pair for order in orders for pair in pairwise(order)]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert {followers.count(pair) for pair in permutations(names, 2)} <= {2}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_norms_are_compared_once_they_agree():
+    found = norms.compare(norms.Task(fn.batch_norm(), norms.batch_norm, (6, 4)), rounds=2)
+    assert min(found.hand, found.autodiff, found.ratio) > 0
+    wrong = lambda params, state, x: (2 * x, norms.batch_norm(params, state, x)[1])
+    with pytest.raises(AssertionError):
+        norms.compare(norms.Task(fn.batch_norm(), wrong, (6, 4)), rounds=2)

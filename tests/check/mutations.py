@@ -50,6 +50,7 @@ FILES = [
     "reversible.py",
     "tie.py",
     "transform.py",
+    "reparametrize.py",
     *sorted(
         f"{family}/{path.name}" for family in ("layers", "losses") for path in (PACKAGE / family).glob("[a-z]*.py")
     ),
