@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import harness, report, workloads
+from benchmarks import harness, report, reversible, workloads
 from benchmarks.__main__ import main
 
 
@@ -95,3 +95,12 @@ def test_every_side_follows_every_other_side_equally_often(sides):
     followers = [pair for order in orders for pair in pairwise(order)]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert {followers.count(pair) for pair in permutations(names, 2)} <= {2}
+
+
+def test_the_reversible_stack_is_compared_with_equals_and_a_wrong_gradient_is_refused(x64):
+    sides, point = reversible.sides(2, 3, 2, "float64")
+    reversible.assert_equal(sides, point, rounding=1e-10)
+    right = sides["jax.grad of the forward pass"]
+    wrong = {"wrong": lambda *point: jax.tree.map(lambda g: 1.001 * g, right(*point)), "right": right}
+    with pytest.raises(AssertionError, match="wrong: a gradient differs by 1"):
+        reversible.assert_equal(wrong, point, rounding=1e-4)
