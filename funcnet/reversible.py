@@ -62,13 +62,10 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
             expect.named(tree, parts, what)
 
     @expect.by("reversible")
-    def moved(half: Array, name: str, by: Array, sign: int) -> Array:
-        if not expect.same(half, by):
-            remedy = f"let the last layer of {name} return that shape and dtype"
-            raise InputError(
-                f"an output of {name} like the half it is added to, {describe(half)}", describe(by), remedy
-            )
-        return half + by if sign > 0 else half - by
+    def check_output(name: str, y: Any, half: Any) -> None:
+        if not expect.same(half, y):
+            wanted = f"an output of {name} like the half it is added to, {describe(half)}"
+            raise InputError(wanted, describe(y), f"let the last layer of {name} return that shape and dtype")
 
     def init(key, x):
         halves = jax.eval_shape(_halves, x)
@@ -78,7 +75,7 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
             with at(name):
                 params[name], state[name] = layer.init(child(key, i), given)
                 y = output(layer, params[name], state[name], given)
-            jax.eval_shape(lambda half, y, name=name: moved(half, name, y, 1), half, y)
+            check_output(name, y, half)
         return params, state
 
     def apply(params, state, x):
@@ -86,20 +83,24 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
         x1, x2 = _halves(x)
         with at("f"):
             u = f.apply(params["f"], state["f"], x2)
-        y1 = moved(x1, "f", u, 1)
+        check_output("f", u, x1)
+        y1 = x1 + u
         with at("g"):
             v = g.apply(params["g"], state["g"], y1)
-        return _like(x, y1, moved(x2, "g", v, 1))
+        check_output("g", v, x2)
+        return _like(x, y1, x2 + v)
 
     def fwd(params, state, x, key):
         check(params=params, state=state)
         x1, x2 = _halves(x)
         with at("f"):
             u, state_f, _ = f.fwd(params["f"], state["f"], x2, child(key, 0))
-        y1 = moved(x1, "f", u, 1)
+        check_output("f", u, x1)
+        y1 = x1 + u
         with at("g"):
             v, state_g, _ = g.fwd(params["g"], state["g"], y1, child(key, 1))
-        y = _like(x, y1, moved(x2, "g", v, 1))
+        check_output("g", v, x2)
+        y = _like(x, y1, x2 + v)
         return y, {"f": state_f, "g": state_g}, Undone(Called(state, key), y)
 
     def undo(params, residuals, dy, contract):
@@ -109,11 +110,11 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
         with at("g"):
             v, _, saved = g.fwd(params["g"], state["g"], y1, child(key, 1))
             dg, through = g.bwd(params["g"], saved, dy2, contract)
-        x2, dx1 = moved(y2, "g", v, -1), dy1 + through
+        x2, dx1 = y2 - v, dy1 + through
         with at("f"):
             u, _, saved = f.fwd(params["f"], state["f"], x2, child(key, 0))
             df, through = f.bwd(params["f"], saved, dx1, contract)
-        x1, dx2 = moved(y1, "f", u, -1), dy2 + through
+        x1, dx2 = y1 - u, dy2 + through
         return {"f": df, "g": dg}, _like(y, x1, x2), _like(y, dx1, dx2)
 
     bwd = without_x(undo)

@@ -242,3 +242,13 @@ def test_a_rule_that_gives_no_factor_is_refused():
 def test_params_of_the_model_that_is_not_tied_are_not_lost_silently():
     with pytest.raises(fn.InputError, match="a parameter embedding/embedding"):
         LANGUAGE.apply({"embedding": {}, "skip": {}, "head": {}}, LANGUAGE.init(KEY, IDS)[1], IDS)
+
+
+def test_a_copy_whose_rule_gives_no_factor_is_refused_too():
+    kernel = lambda key, x: {"kernel": jnp.ones((4, 4))}
+    careless = fn.stateless("careless", kernel, lambda p, x: (x @ p["kernel"], x), lambda p, x, dy, contract: (p, dy))
+    model = fn.tied(fn.serial(a=fn.dense(4), b=careless), {"b/kernel": "a/kernel"})
+    x = jnp.ones((2, 4))
+    params, state = model.init(KEY, x)
+    with pytest.raises(fn.InputError, match="a factor as the gradient of b/kernel"):
+        model.bwd(params, model.fwd(params, state, x, None)[2], x)

@@ -130,6 +130,7 @@ _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
 
 _TRANSPOSED = {"head/kernel": "embedding/embedding.T"}
 _LANGUAGE = serial(embedding(7, 5), layer_norm(), head=dense(7))
+_DROPPING = serial(dense(3), dropout(0.4))
 _SQUARE = serial(dense(3), tanh(), dense(3))
 
 
@@ -414,7 +415,11 @@ CASES: tuple[Case, ...] = (
     Case("mixed/frozen parts", mixed(serial(freeze(serial(freeze(dense(3)), dense(2))))), "f32[4,5]", ("float32",)),
     Case("branch", branch(dense(3), serial(dense(2), softsign())), "f32[4,5]"),
     Case("branch/of a pair, one branch", branch(parallel(tanh(), flatten())), ("f32[4,5]", "i32[4,2,3]<7")),
-    Case("branch/integers", serial(branch(embedding(5, 3), embedding(5, 3), embedding(5, 3)), add()), "i32[4,2]<5"),
+    Case(
+        "serial/branch of integers, add",
+        serial(branch(embedding(5, 3), embedding(5, 3), embedding(5, 3)), add()),
+        "i32[4,2]<5",
+    ),
     Case("concat", concat(), ("f32[4,3,5]", "f32[4,3,1]", "f32[4,3,2]")),
     Case("concat/one array", concat(), ("f32[3,4]",)),
     Case("concat/an axis from the front", concat(1), ("f32[2,1,3]", "f32[2,4,3]")),
@@ -423,10 +428,10 @@ CASES: tuple[Case, ...] = (
     Case("add/one array", add(), ("f32[3]",)),
     Case("named", named("middle", serial(dense(3), dropout(0.3))), "f32[4,5]"),
     Case("freeze", freeze(dense(3)), "f32[4,5]"),
-    Case("freeze/part of a block", repeat(serial(freeze(serial(dense(4), tanh())), dense(3)), 2), "f32[4,3]"),
+    Case("repeat/of a frozen part", repeat(serial(freeze(serial(dense(4), tanh())), dense(3)), 2), "f32[4,3]"),
     # In half precision x comes back rounded, which all blocks before pass on.
     Case("reversible", reversible(serial(dense(4), gelu(), dense(3)), dense(3)), "f32[4,6]"),
-    Case("reversible/a pair", reversible(dense(3), serial(dense(2), dropout(0.3))), ("f32[4,1,3]", "f32[4,1,2]")),
+    Case("reversible/a pair", reversible(_DROPPING, serial(dense(2), dropout(0.3))), ("f32[4,1,3]", "f32[4,1,2]")),
     Case("repeat/of a reversible layer", repeat(named("block", reversible(dense(3), dropout(0.3))), 3), "f32[4,6]"),
     Case("serial/of reversible layers", serial(reversible(dense(2), tanh()), reversible(silu(), dense(2))), "f32[3,4]"),
     Case("tied", tied(_LANGUAGE, _TRANSPOSED), "i32[3,4]<7"),
@@ -440,10 +445,11 @@ CASES: tuple[Case, ...] = (
     Case(
         "tied/lookups", tied(branch(a=embedding(5, 3), b=embedding(5, 3)), {"b/embedding": "a/embedding"}), "i32[4,3]<5"
     ),
+    Case("tied/repeats", tied(serial(*[repeat(dense(3), 2)] * 2), {"repeat_1/kernel": "repeat/kernel"}), "f32[4,3]"),
     Case("tied/convolutions", tied(serial(conv(2, 3), conv(2, 3)), {"conv_1/kernel": "conv/kernel"}), "f32[2,4,3,2]"),
     Case("from_function", from_function(_affine, _affine_init), "f32[4,5]"),
     Case("from_function/no params, integers", from_function(_chosen), {"x": "f32[4,5]", "ids": "i32[4]<5"}),
-    Case("from_function/repeated", repeat(skip(from_function(_affine, _affine_init)), 2), "f32[4,2,3]"),
+    Case("repeat/of a function", repeat(skip(from_function(_affine, _affine_init)), 2), "f32[4,2,3]"),
 )
 
 

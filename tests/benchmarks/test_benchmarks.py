@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
-from benchmarks import harness, norms, report, workloads
+from benchmarks import harness, norms, report, reversible, workloads
 from benchmarks.__main__ import main
 
 
@@ -105,3 +105,12 @@ def test_norms_are_compared_once_they_agree():
     wrong = lambda params, state, x: (2 * x, norms.batch_norm(params, state, x)[1])
     with pytest.raises(AssertionError):
         norms.compare(norms.Task(fn.batch_norm(), wrong, (6, 4)), rounds=2)
+
+
+def test_the_reversible_stack_is_compared_with_equals_and_a_wrong_gradient_is_refused(x64):
+    sides, point = reversible.sides(2, 3, 2, "float64")
+    reversible.assert_equal(sides, point, rounding=1e-10)
+    right = sides["jax.grad of the forward pass"]
+    wrong = {"wrong": lambda *point: jax.tree.map(lambda g: 1.001 * g, right(*point)), "right": right}
+    with pytest.raises(AssertionError, match="wrong: a gradient differs by 1"):
+        reversible.assert_equal(wrong, point, rounding=1e-4)

@@ -109,6 +109,10 @@ _BY_REASON = {
         "total: answer = placed((jnp.sum(dy.reshape(-1, *param.shape), axis=0)), param)",
         "_wide_examples: return (a.reshape(a.shape[0], -1, *a.shape[a.ndim - rank:]))",
     ],
+    "all uses of a parameter have as many layer axes": [
+        "tied: both = Sum(tuple(replace(use, layers=0) for use in uses), uses[1].layers)",
+    ],
+    "a check of what a rule returned; test_tie.py has such a rule": ["_use: factor = (answer)"],
     "what fwd returned has these lengths": [
         "repeat: dx, dparams = (lax.scan(body, dy, (params, residuals), reverse=True))",
     ],
