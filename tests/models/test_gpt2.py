@@ -55,7 +55,8 @@ def params_of(t):
 def test_logits_loss_and_every_gradient_are_those_of_transformers(dtype, rtol):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(V, T + 2, D, LAYERS, HEADS, attn_implementation="eager")
+    sizes = {"vocab_size": V, "n_positions": T + 2, "n_embd": D, "n_layer": LAYERS, "n_head": HEADS}
+    config = transformers.GPT2Config(**sizes, attn_implementation="eager", bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(config).to(getattr(torch, dtype)).eval()
     rng = np.random.default_rng(0)
