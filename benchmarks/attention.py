@@ -1,6 +1,6 @@
 """`python -m benchmarks.attention`: a long sequence's attention beside `jax.grad` of the same layer, written naturally.
 
-Both sides compute sum(y * w) and its gradients with respect to parameters and input, projections (without biases)
+Both sides compute sum(y * w) and its gradients with respect to parameters and input, projections without biases
 included, and are shown to agree before time and temporary memory are taken, in interleaved rounds. A whole transformer
 beside Equinox, Flax and PyTorch is the workload `transformer` of `python -m benchmarks`.
 """

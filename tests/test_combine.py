@@ -242,7 +242,22 @@ def everything(model, params, state, x):
         (fn.reversible(fn.dense(5), fn.tanh()), TWO),
         (fn.tied(fn.serial(a=fn.dense(5), b=fn.dense(5)), {"b/kernel": "a/kernel"}), TWO[0]),
     ],
-    ids=("serial parallel branch skip skip_with_a_shortcut repeat remat mixed freeze named reversible tied".split()),
+    ids=(
+        [
+            "serial",
+            "parallel",
+            "branch",
+            "skip",
+            "skip_with_a_shortcut",
+            "repeat",
+            "remat",
+            "mixed",
+            "freeze",
+            "named",
+            "reversible",
+            "tied",
+        ]
+    ),
 )
 def test_rebuilt_of_its_own_parts_a_combinator_is_the_same(model, x):
     rebuilt = model.rebuild(model.parts)
