@@ -1,6 +1,6 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
-from funcnet.blocks import mlp, transformer_block
+from funcnet.blocks import mlp, residual_block, separable_conv, transformer_block
 from funcnet.bridge import differentiable, from_function
 from funcnet.calculus import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
 from funcnet.check.checker import check_layer, check_vjp
@@ -8,7 +8,6 @@ from funcnet.check.compare import compare_grads
 from funcnet.check.judge import Leaf
 from funcnet.check.report import Failure, Report
 from funcnet.combine import branch, parallel, repeat, serial, skip
-from funcnet.conv_blocks import residual_block, separable_conv
 from funcnet.expect import InputError
 from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
 from funcnet.factors import (

@@ -2,24 +2,33 @@
 
     mlp                 y = dense(s(dense(x)))
     transformer_block   h = x + attention(norm(x))        y = h + mlp(norm(h))
+    separable_conv      y = pointwise(depthwise(x))
+    residual_block      y = relu(g(x) + f(x)),   f: conv, batch norm, relu, conv, batch norm
 
-Params, state and residuals are those of the layers, by name. The norms stand in front of the branches, so that nothing
-lies between x, h and y but sums, and the gradient of y reaches x whole.
-Source: Vaswani et al. 2017, arXiv:1706.03762; Xiong et al. 2020, arXiv:2002.04745 (the norm in front).
+where g is the identity, or a convolution of one entry and a batch norm where the block changes the shape. Params, state
+and residuals are those of the layers, by name. In a transformer block the norms stand in front of the branches, so that
+nothing lies between x, h and y but sums, and the gradient of y reaches x whole.
+Source: Vaswani et al. 2017, arXiv:1706.03762; Xiong et al. 2020, arXiv:2002.04745 (the norm in front); Chollet 2017,
+arXiv:1610.02357; He et al. 2016, arXiv:1512.03385, figure 5 and option B.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
+from jax.nn import initializers
+
 from funcnet import expect
 from funcnet.combine import serial, skip
 from funcnet.layer import Layer
-from funcnet.layers.activation import gelu
+from funcnet.layers.activation import gelu, relu
 from funcnet.layers.attention import attention
-from funcnet.layers.dense import dense
+from funcnet.layers.batch_norm import batch_norm
+from funcnet.layers.conv import conv, depthwise_conv
+from funcnet.layers.dense import Initializer, dense
 from funcnet.layers.dropout import dropout
 from funcnet.layers.gate import swiglu
 from funcnet.layers.norm import layer_norm
+from funcnet.window import Padding, Sizes
 
 
 def mlp(
@@ -95,3 +104,69 @@ def transformer_block(
         return skip(serial(norm=norm(), **layer, **({"dropout": dropout(rate)} if rate else {})))
 
     return replace(serial(attention=branch(attention=attend), mlp=branch(mlp=units)), name="transformer_block")
+
+
+def separable_conv(
+    features: int,
+    kernel_size: Sizes,
+    strides: Sizes = 1,
+    padding: Padding = "SAME",
+    dilation: Sizes = 1,
+    multiplier: int = 1,
+    use_bias: bool = True,
+) -> Layer[dict, dict, dict]:
+    """A depthwise convolution without a bias, then a pointwise one: `serial` of the parts depthwise and pointwise.
+
+    [B, *spatial, C] -> [B, *outputs, F]; params depthwise kernel [*window, 1, multiplier C], pointwise kernel
+    [1, .., multiplier C, F] and bias [F].
+
+    Args:
+        features: F, the size of the output's last axis.
+        multiplier: features that the depthwise convolution makes of each channel.
+        kernel_size, strides, padding, dilation: of the depthwise convolution, as for `conv`.
+        use_bias: whether to add a bias, after the pointwise convolution.
+
+    Raises:
+        expect.InputError: as `conv`.
+    """
+    depthwise = depthwise_conv(kernel_size, strides, padding, dilation, multiplier, use_bias=False)
+    parts = serial(depthwise=depthwise, pointwise=conv(features, 1, use_bias=use_bias))
+    return replace(parts, name="separable_conv")
+
+
+def residual_block(
+    features: int,
+    strides: Sizes = 1,
+    project: bool | None = None,
+    *,
+    momentum: float = 0.9,
+    eps: float = 1e-5,
+    kernel_init: Initializer = initializers.he_normal(),
+) -> Layer[dict, dict, dict]:
+    """Two convolutions of windows of 3 around a shortcut, as in ResNet-18: [B, *spatial, C] to [B, *outputs, F].
+
+    Every convolution is without bias, padded by 1 where its window is 3, and followed by a batch norm, so outputs =
+    ceil(spatial / strides). Params skip: those of conv, batch_norm, conv_1, batch_norm_1, or with a projection main:
+    the same, and shortcut: conv, batch_norm.
+
+    Args:
+        features: F, of both convolutions.
+        strides: of the first convolution and of the projection.
+        project: whether the shortcut is a projection; None for one if there are strides. Where the block changes the
+            number of channels alone, say True.
+        momentum, eps: of the batch norms.
+        kernel_init: by default He's normal, which keeps the variance through a relu: std = sqrt(2 / inputs).
+
+    Raises:
+        expect.InputError: for what the layers refuse, and for a shape that changes without a projection.
+    """
+    features = expect.count(features, "features")
+    moved = any(s != 1 for s in strides) if isinstance(strides, (tuple, list)) else strides != 1
+
+    def normalised(window: int, strides: Sizes) -> tuple[Layer, Layer]:
+        convolution = conv(features, window, strides, window // 2, use_bias=False, kernel_init=kernel_init)
+        return convolution, batch_norm(momentum, eps)
+
+    main = serial(*normalised(3, strides), relu(), *normalised(3, 1))
+    shortcut = serial(*normalised(1, strides)) if project or (project is None and moved) else None
+    return replace(serial(skip(main, shortcut), relu()), name="residual_block")

@@ -11,12 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax.nn import initializers as _init
 
-from funcnet.blocks import mlp, transformer_block
+from funcnet.blocks import mlp, residual_block, separable_conv, transformer_block
 from funcnet.bridge import from_function
 from funcnet.check.checker import ORACLES, check_layer
 from funcnet.check.report import Report
 from funcnet.combine import branch, parallel, repeat, serial, skip
-from funcnet.conv_blocks import residual_block, separable_conv
 from funcnet.layer import Layer, elementwise, no_params, stateless
 from funcnet.layers.activation import (
     celu,
