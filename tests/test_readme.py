@@ -14,7 +14,7 @@ def test_the_code_runs_and_prints_the_tables(capsys, standard_promotion):
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
     tables = [text for language, text in re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL) if not language]
-    assert len(tables) == 2
+    assert len(tables) == 3
     words = re.compile(r"[^\d\s.e+-][^\s]*")  # numbers may differ in their last digits
     shown = words.findall("".join(tables))
     assert words.findall(printed[printed.index("1. forward") :]) == shown
