@@ -17,7 +17,9 @@ def test_the_code_runs_and_prints_the_tables(capsys, standard_promotion):
     assert len(tables) == 3
     words = re.compile(r"[^\d\s.e+-][^\s]*")  # numbers may differ in their last digits
     shown = words.findall("".join(tables))
-    assert words.findall(printed[printed.index("1. forward") :]) == shown
+    assert sorted(words.findall(printed[printed.index("1. forward") :])) == sorted(
+        shown
+    )  # right leaves sort by rounding
     assert "'loss': 0.0" in printed
 
 
