@@ -15,11 +15,9 @@ def test_the_code_runs_and_prints_the_tables(capsys, standard_promotion):
     printed = capsys.readouterr().out
     tables = [text for language, text in re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL) if not language]
     assert len(tables) == 3
-    words = re.compile(r"[^\d\s.e+-][^\s]*")  # numbers may differ in their last digits
-    shown = words.findall("".join(tables))
-    assert sorted(words.findall(printed[printed.index("1. forward") :])) == sorted(
-        shown
-    )  # right leaves sort by rounding
+    # Last digits may differ, and by them which element is worst, and the order of leaves that are right.
+    words = lambda text: sorted(re.findall(r"[^\d\s.e+-][^\s]*", re.sub(r"\d+", "0", text)))
+    assert words(printed[printed.index("1. forward") :]) == words("".join(tables))
     assert "'loss': 0.0" in printed
 
 
