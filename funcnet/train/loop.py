@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -107,9 +107,9 @@ def fit(
     folder = None if run_dir is None else start_run(run_dir, config, overwrite=overwrite)
     first, history, since = int(train_state.step), [], []
     try:
-        with progress(first, first + steps) as report:
+        with progress(first, first + steps) as report, _interrupts() as held:
             for done, stacked in _stacked(check, batches, steps, steps_per_call):
-                with _uninterrupted():
+                with held():
                     train_state, metrics = call(train_state, stacked)
                 rows = _rows(jax.device_get(metrics))
                 for i, row in enumerate(rows):
@@ -154,20 +154,39 @@ def _halting_call(
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait: between the donation of a train state and the arrival of the next one, there is none."""
+def _interrupts() -> Iterator[Callable[[], AbstractContextManager]]:
+    """Inside `held()` Ctrl-C waits: between the donation of a train state and the arrival of the next there is none.
+
+    Python drops an exception that a signal raises in a finaliser or a callback of its garbage collector. Such a Ctrl-C
+    is not lost either: it is raised again at the end of the next `held()`.
+    """
     default = signal.getsignal(signal.SIGINT)
     if not callable(default) or threading.current_thread() is not threading.main_thread():
-        yield
+        yield nullcontext
         return
-    caught = []
-    signal.signal(signal.SIGINT, lambda *signalled: caught.append(signalled))
+    unheard, waiting = [], []
+
+    def heard(*signalled: Any) -> None:
+        unheard.append(signalled)
+        if not waiting:
+            default(*signalled)
+            unheard.clear()
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        waiting.append(True)
+        try:
+            yield
+        finally:
+            waiting.clear()
+            if unheard:
+                default(*unheard.pop())
+
+    signal.signal(signal.SIGINT, heard)
     try:
-        yield
+        yield held
     finally:
         signal.signal(signal.SIGINT, default)
-        if caught:
-            default(*caught[0])
 
 
 def _select(alive: Array, after: Array, before: Array) -> Array:

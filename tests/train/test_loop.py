@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import chex
@@ -184,6 +185,25 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
     fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 1, run_dir=tmp_path, overwrite=True)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+
+
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)  # the signal is looked for here, and Python drops what it raises
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_python_drops_is_heard_after_the_step():
+    def interrupting():
+        for i, batch in enumerate(batches()):
+            if i == 3:
+                Finalised()
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fn.fit(OBJECTIVE, OPTIMIZER, fresh(), interrupting(), 1000)
+    assert int(caught.value.train_state.step) == 4
 
 
 @pytest.mark.parametrize("delay", [0.0005 * i for i in range(12)])
