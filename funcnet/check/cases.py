@@ -183,8 +183,8 @@ CASES: tuple[Case, ...] = (
     Case("batch_norm/no bias", batch_norm(use_bias=False), "f32[5,1,4]"),
     Case("batch_norm/no parameters", batch_norm(use_scale=False, use_bias=False), "f32[4,3,1]"),
     Case("batch_norm/one value a feature", batch_norm(eps=0.3), "f32[1,3]"),
-    Case("batch_norm/between", serial(dense(3, use_bias=False), batch_norm(eps=0.1), dense(2)), "f32[5,4]"),
-    Case("batch_norm/repeated", repeat(serial(batch_norm(eps=0.1), dense(4)), 2), "f32[5,4]"),
+    Case("serial/batch_norm between", serial(dense(3, use_bias=False), batch_norm(eps=0.1), dense(2)), "f32[5,4]"),
+    Case("repeat/of a batch_norm", repeat(serial(batch_norm(eps=0.1), dense(4)), 2), "f32[5,4]"),
     Case("group_norm", group_norm(2), "f32[4,3,6]"),
     Case("group_norm/one group", group_norm(1), "f32[3,5]"),
     Case("group_norm/rank 5", group_norm(3), "f32[2,1,3,2,3]"),
@@ -392,16 +392,14 @@ CASES: tuple[Case, ...] = (
     Case("remat", remat(_BLOCK), "f32[4,5]"),
     Case("remat/random, repeated", repeat(remat(serial(dense(3), dropout(0.4))), 2), "f32[4,3]"),
     Case("weight_norm", weight_norm(dense(3)), "f32[4,5]"),
-    Case(
-        "weight_norm/nested, repeated", repeat(weight_norm(skip(serial(dense(3), tanh(), dense(4)))), 2), "f32[2,3,4]"
-    ),
+    Case("repeat/of weight_norm", repeat(weight_norm(skip(serial(dense(3), tanh(), dense(4)))), 2), "f32[2,3,4]"),
     Case("weight_norm/conv", weight_norm(conv(2, 3, use_bias=False)), "f32[3,4,2]"),
     Case("weight_norm/other names", weight_norm(rnn(2), ("kernel", "recurrent_kernel")), "f32[2,3,3]"),
     # Large kernels, whose singular vectors are still about right once the parameters are moved.
     Case("spectral_norm", spectral_norm(dense(3, kernel_init=_init.constant(2))), "f32[4,5]"),
     Case("spectral_norm/conv", spectral_norm(conv(2, 3, kernel_init=_init.constant(-2)), iterations=2), "f32[3,4,2]"),
     Case(
-        "spectral_norm/nested, repeated",
+        "repeat/of spectral_norm",
         repeat(spectral_norm(serial(dense(3, kernel_init=_init.ones), tanh(), dense(4, kernel_init=_init.ones))), 2),
         "f32[2,4]",
     ),

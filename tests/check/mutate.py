@@ -150,8 +150,11 @@ def _contracts(node: ast.FunctionDef) -> bool:
 
 def _calls(function: ast.FunctionDef, file: str, trees: dict[str, ast.Module]) -> list[ast.AST]:
     """Where else a function is named: in its own file, and where it is imported."""
-    own = set(ast.walk(function))
-    imports = [tree for tree in trees.values() if function.name in {alias.name for alias in _all(tree, ast.alias)}]
+    own, module = set(ast.walk(function)), "funcnet." + file.removesuffix(".py").replace("/", ".")
+    imported = lambda tree: [
+        alias for node in _all(tree, ast.ImportFrom) if node.module == module for alias in node.names
+    ]
+    imports = [tree for tree in trees.values() if function.name in {alias.name for alias in imported(tree)}]
     named = [node for tree in (trees[file], *imports) for node in _all(tree, ast.Name)]
     return [node for node in named if node.id == function.name and node not in own]
 
