@@ -7,7 +7,6 @@ randomness from `fold_in(key, i)`, so a layer appended at the end leaves the dra
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax import Array, lax
 
 from funcnet import expect
 from funcnet.expect import InputError, at, describe
-from funcnet.factors import total, wide
+from funcnet.factors import added, total
 from funcnet.layer import Layer, Made, Undone, a_layer, around, child, output, undoing, without_x
 
 Tree = Any
@@ -186,21 +185,21 @@ def skip(layer: Layer, shortcut: Layer | None = None) -> Layer:
 def _around_shortcut(layer: Layer, shortcut: Layer) -> Layer[dict, dict, dict]:
     both = parallel(shortcut=shortcut, main=layer)
 
-    def added(ys):
+    def summed(ys):
         aside, y = ys
         return _add(aside, y, "the shortcut's output")
 
     def init(key, x):
         params, state = both.init(key, (x, x))
-        jax.eval_shape(added, output(both, params, state, (x, x)))
+        jax.eval_shape(summed, output(both, params, state, (x, x)))
         return params, state
 
     def apply(params, state, x):
-        return added(both.apply(params, state, (x, x)))
+        return summed(both.apply(params, state, (x, x)))
 
     def fwd(params, state, x, key):
         ys, state, residuals = both.fwd(params, state, (x, x), key)
-        return added(ys), state, residuals
+        return summed(ys), state, residuals
 
     def bwd(params, residuals, dy, contract=total):
         dparams, dxs = both.bwd(params, residuals, (dy, dy), contract)
@@ -257,13 +256,14 @@ def repeat(layer: Layer, times: int) -> Layer:
             raise InputError(wanted, describe(y), "repeat a layer that keeps its shape and dtype")
 
     @expect.by("repeat")
-    def check(params):
-        if any(jnp.shape(leaf)[:1] != (times,) for leaf in jax.tree.leaves(params)):
-            wanted = f"params stacked along a first axis of {times} layers"
-            raise InputError(wanted, describe(params), "pass the params that this model's init returned")
+    def check(params, state=()):
+        for what, tree in {"params": params, "state": state}.items():
+            if any(jnp.shape(leaf)[:1] != (times,) for leaf in jax.tree.leaves(tree)):
+                wanted = f"{what} stacked along a first axis of {times} layers"
+                raise InputError(wanted, describe(tree), f"pass the {what} that this model's init returned")
 
     def apply(params, state, x):
-        check(params)
+        check(params, state)
 
         def body(x, layers):
             params, state = layers
@@ -272,7 +272,7 @@ def repeat(layer: Layer, times: int) -> Layer:
         return lax.scan(body, x, (params, state), length=times)[0]
 
     def fwd(params, state, x, key):
-        check(params)
+        check(params, state)
 
         def body(x, layers):
             params, state, key = layers
@@ -293,7 +293,7 @@ def repeat(layer: Layer, times: int) -> Layer:
         return jax.tree.map(lambda _, answer: contract.stacked(answer), params, dparams), dx
 
     def fwd_of_reversible(params, state, x, key):
-        check(params)
+        check(params, state)
 
         def body(x, layers):
             params, state, key = layers
@@ -350,15 +350,10 @@ def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
 
     def bwd(params, residuals, dys, contract=total):
         dparams, dxs = each.bwd(params, residuals, dys, contract)
-        return dparams, jax.tree.map(_added, *dxs)
+        return dparams, jax.tree.map(added, *dxs)
 
     parts = each.parts
     return Layer("branch", init, apply, fwd, bwd, parts, lambda parts: branch(**parts), Made("branch", fwd, bwd))
-
-
-def _added(*arrays: Array) -> Array:
-    """Their sum, wide."""
-    return reduce(jnp.add, [a.astype(wide(a.dtype)) for a in arrays]).astype(arrays[0].dtype)
 
 
 @jax.tree_util.register_dataclass

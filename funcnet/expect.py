@@ -93,7 +93,8 @@ def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:
     if features is not None:
         wanted += f" with {features} features on its last axis"
     if not is_floating(x):
-        raise InputError(wanted, describe(x), "convert it first, for instance with jnp.asarray(x, jnp.float32)")
+        received = f"a list of {len(x)}" if isinstance(x, list) else describe(x)
+        raise InputError(wanted, received, "convert it first, for instance with jnp.asarray(x, jnp.float32)")
     if x.ndim < rank or x.ndim == 0:
         raise InputError(wanted, describe(x), "add the missing axes; the batch axis comes first")
     if 0 in x.shape:
@@ -105,14 +106,17 @@ def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:
 def count(value: Any, what: str) -> int:
     """`value` if it is a positive whole number."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-        raise InputError(f"{what} as a positive whole number", repr(value), "ask for 1 or more")
+        raise InputError(f"{what} as a positive whole number", repr(value), "give one from 1, such as 4, not 4.0")
     return int(value)
 
 
 def key(key: Any) -> jax.Array:
     """`key` if it is a `jax.random.key`."""
+    if key is None:
+        remedy = "pass one, such as jax.random.key(0); to evaluate use apply, which draws nothing"
+        raise InputError("a random key", "None", remedy)
     if not is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
-        raise InputError("a random key", repr(key) if key is None else describe(key), "make one with jax.random.key(0)")
+        raise InputError("a random key", describe(key), "make one with jax.random.key(0)")
     return key
 
 
@@ -169,9 +173,9 @@ def named(tree: Tree, names: Any, what: str) -> None:
     """Refuse a `tree` that is not a dict with exactly `names` as its keys."""
     if not isinstance(tree, Mapping) or set(tree) != set(names):
         received = f"keys {list(tree)}" if isinstance(tree, Mapping) else describe(tree)
-        raise InputError(
-            f"{what} for the layers {list(names)}", received, f"pass the {what} that this model's init returned"
-        )
+        of_objective = isinstance(tree, Mapping) and set(tree) == {"model", "loss"}
+        remedy = f'pass {what}["model"]' if of_objective else f"pass the {what} that this model's init returned"
+        raise InputError(f"{what} for the layers {list(names)}", received, remedy)
 
 
 def cotangent(dy: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:

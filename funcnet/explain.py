@@ -252,7 +252,7 @@ def _unrolled(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:
         for (turn, of), saved in zip(reversed(turns(params)), reversed(residuals), strict=True):
             dparams, dy = turn.bwd(of(params), saved, dy, contract)
             grads.append(dparams)
-        return _stack(grads[::-1]), dy
+        return jax.tree.map(lambda _, answer: contract.stacked(answer), params, _stack(grads[::-1])), dy
 
     return replace(layer, fwd=fwd, bwd=bwd)
 

@@ -261,6 +261,11 @@ def wide(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
+def added(*arrays: Array) -> Array:
+    """Their sum, made wide and rounded once."""
+    return reduce(jnp.add, [a.astype(wide(a.dtype)) for a in arrays]).astype(arrays[0].dtype)
+
+
 def flat(x: Array) -> Array:
     """x [.., D] as a matrix [N, D]: XLA then needs no transposes around a contraction over the leading axes."""
     return x.reshape(-1, x.shape[-1])
@@ -373,8 +378,8 @@ def _correlation_by_channels(x: Array, dy: Array, windows: Windows, kernel: Arra
 
     def tap(entry: Array) -> Array:
         products = (a * b for a, b in zip(parts(entry), parts(dy), strict=True))
-        added = flat(sum(products, jnp.zeros((), wide(dy.dtype))))
-        return product(jnp.ones((len(added), 1), added.dtype), added, (0, 0), kernel[(0,) * len(windows.window)])
+        sums = flat(sum(products, jnp.zeros((), wide(dy.dtype))))
+        return product(jnp.ones((len(sums), 1), sums.dtype), sums, (0, 0), kernel[(0,) * len(windows.window)])
 
     return jnp.stack([tap(entry) for entry in entries(cut, x)]).reshape(kernel.shape)
 
@@ -402,7 +407,7 @@ def total(factor: Factor, param: Array) -> Array:
         case Window():
             answer = placed(_of_window(factor, param, _correlation), param)
         case Sum(factors):
-            answer = reduce(jnp.add, [total.of(each, param.astype(wide(param.dtype))) for each in factors])
+            answer = reduce(jnp.add, [total(each, param.astype(wide(param.dtype))) for each in factors])
         case Pulled(gradient):
             answer = gradient
         case _:
@@ -552,7 +557,10 @@ def rows(factor: Factor, param: Array) -> Array | Rows:
 
 @contraction(lambda factor: replace(factor, layers=factor.layers + 1))
 def keep(factor: Factor, param: Array) -> Factor:
-    """The factor itself. Contract it later: `total(factor, param)`, `squared_norm(factor, param)`."""
+    """The factor itself. Contract it later: `total(factor, param)`, `squared_norm(factor, param)`.
+
+    Factors of layers in front of one that mixes examples do not know of it: of them `total` alone means anything.
+    """
     return factor
 
 

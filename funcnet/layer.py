@@ -6,6 +6,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from funcnet import expect
@@ -32,7 +33,7 @@ class Layer(Generic[Params, State, Residuals]):
     by layer name (`{}` without parameters), state is `()` without state. `dy` is the cotangent of `y`; an integer
     input has the cotangent None. `contract` says what becomes of a parameter's gradient (`funcnet.factors`).
 
-    The laws, which `fn.check_layer` enforces:
+    The laws; `fn.check_layer` enforces all but the fifth, which is `serial`'s own:
 
     1. `bwd` is the VJP of `fwd`'s first output.
     2. `apply` equals that output where there is no state and nothing is drawn.
@@ -99,8 +100,11 @@ class Made:
 
 def a_layer(given: Any) -> Layer:
     """`given` if it is a layer."""
+    if isinstance(given, (list, tuple)):
+        raise InputError("a layer", f"a {type(given).__name__}", "pass layers one by one: serial(*layers)")
     if not isinstance(given, Layer):
-        raise InputError("a layer", describe(given), "call its constructor: relu(), not relu")
+        name = getattr(given, "__name__", "relu")
+        raise InputError("a layer", f"{describe(given)} {name}", f"call its constructor: {name}(..), not {name}")
     return given
 
 
@@ -118,7 +122,7 @@ def stateless(
 
     def with_state(params, state, x, key):
         with expect.by(name):
-            y, residuals = fwd(params, jax.tree.map(jnp.asarray, x))
+            y, residuals = fwd(params, jax.tree.map(_as_jax, x))
         return y, state, residuals
 
     def apply(params, state, x):
@@ -129,6 +133,15 @@ def stateless(
             return bwd(params, residuals, dy, contract)
 
     return Layer(name, init_with_state, apply, with_state, pullback)
+
+
+def _as_jax(leaf: Any) -> Array:
+    """NumPy's integers may be too large for JAX, which would wrap them around."""
+    a = jnp.asarray(leaf)
+    narrowed = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu" and a.dtype != leaf.dtype
+    if narrowed and np.any(np.asarray(a) != leaf):
+        raise InputError(f"integers that fit {a.dtype}", describe(leaf), "map them to smaller ones")
+    return a
 
 
 def no_params(key: Array | None, x: Any) -> dict[str, Array]:

@@ -97,7 +97,7 @@ def weight_norm(layer: Layer, names: tuple[str, ...] = ("kernel",)) -> Layer[dic
     def bwd(params, residuals, dy, contract=total):
         return _through(layer, names, made(params), params, residuals, dy, contract, pull)
 
-    return Layer("weight_norm", init, apply, fwd, bwd)
+    return _around(layer, "weight_norm", init, apply, fwd, bwd)
 
 
 def spectral_norm(layer: Layer, names: tuple[str, ...] = ("kernel",), iterations: int = 1) -> Layer[Any, dict, Divided]:
@@ -130,8 +130,8 @@ def spectral_norm(layer: Layer, names: tuple[str, ...] = ("kernel",), iterations
         matrix = _columns(jax.lax.stop_gradient(kernel))
         left, right = (vectors[name].astype(matrix.dtype) for name in ("left", "right"))
         for _ in range(times):
-            left = unit(matrix @ right)[0]
-            right = unit(left @ matrix)[0]
+            left = _unless_zero(unit(matrix @ right)[0], left)
+            right = _unless_zero(unit(left @ matrix)[0], right)
         return {"left": left.astype(vectors["left"].dtype), "right": right.astype(vectors["right"].dtype)}
 
     def whole(kernel: Array, vectors: Mapping[str, Array]) -> Array:
@@ -174,7 +174,18 @@ def spectral_norm(layer: Layer, names: tuple[str, ...] = ("kernel",), iterations
         kernels, vectors = made(params, residuals.vectors), residuals.vectors
         return _through(layer, names, kernels, params, residuals.layer, dy, contract, pull, vectors)
 
-    return Layer("spectral_norm", init, apply, fwd, bwd)
+    return _around(layer, "spectral_norm", init, apply, fwd, bwd)
+
+
+def _around(layer: Layer, name: str, init: Callable, apply: Callable, fwd: Callable, bwd: Callable) -> Layer:
+    """A layer, or a loss with all that a training step wants to know of it, without its parts."""
+    ours = {"name": name, "init": init, "apply": apply, "fwd": fwd, "bwd": bwd}
+    return replace(layer, **ours, parts={}, rebuild=None, made=None)
+
+
+def _unless_zero(new: Array, old: Array) -> Array:
+    """A zero matrix says nothing of directions, and 0 would stay 0 for ever."""
+    return jnp.where(jnp.any(new != 0), new, old)
 
 
 def _checked(layer: Layer, names: Any) -> tuple[str, ...]:
@@ -217,7 +228,7 @@ def _through(
     A sum can be pulled back itself. Whatever else is asked for gets the gradients of the examples, which the compiler
     makes in the same backward pass as the other leaves' answers.
     """
-    summed = contract.name in ("total", "rows")
+    summed = not contract.by_example and contract.name != "keep"
     found = total if summed else per_example
     widely = replace(found, of=lambda factor, param: found.of(factor, param.astype(wide(param.dtype))))
     dkernels, _ = layer.bwd(kernels, residuals, dy, widely)

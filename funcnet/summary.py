@@ -118,7 +118,7 @@ def _combinators(layer: Layer) -> Iterator[str]:
 
 def _kind(layer: Layer) -> str:
     combinators = list(_combinators(layer))
-    while layer.combinator == "named" and layer.made:
+    while layer.made and layer.made.inner and layer.combinator in ("named", "freeze", "mixed", "remat", "tied"):
         layer = layer.made.inner
     frozen, automatic = "freeze" in combinators, "from_function" in combinators
     return layer.name + ", frozen" * frozen + " by jax.vjp" * automatic

@@ -55,7 +55,8 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
         )
 
     The copies are no longer among the params, state and residuals are the model's own. All contractions are defined;
-    `squared_norm` has the cross terms between the uses, and `rows` gives rows where every use is a lookup.
+    `squared_norm` has the cross terms between the uses, and `rows` gives rows where every use is a lookup. The kernel
+    of `linear_cross_entropy`, whose factor is never whole, cannot be a transpose: take `dense` and `cross_entropy`.
 
     Args:
         model: a combinator with parts.
@@ -115,6 +116,9 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
             for source in sources:
                 uses = [_factor(_get(dparams, source), source)]
                 uses += [_use(link, _get(dparams, link.copy)) for link in links if link.source == source]
+                if len({use.layers for use in uses}) > 1:
+                    remedy = "tie what is repeated to what is repeated with it"
+                    raise InputError(f"uses of {'/'.join(source)} inside the same repeat", "some outside of it", remedy)
                 both = Sum(tuple(replace(use, layers=0) for use in uses), uses[0].layers)
                 dparams = _put(dparams, source, contract(both, _get(params, source)))
         return apart(dparams), dx
@@ -148,13 +152,13 @@ def _links(model: Layer, ties: Mapping[str, str]) -> list[Tie]:
 
 def _keeping(layer: Layer, paths: Sequence[Path]) -> Layer:
     """The same layer, whose `bwd` gives the factors of the parameters at these paths, of all others what it should."""
-    if layer.parts and layer.rebuild:
+    if layer.parts and layer.rebuild and layer.combinator:
         inside = {name: [path[1:] for path in paths if path[0] == name and path[1:]] for name in layer.parts}
         parts = {name: _keeping(part, inside[name]) if inside[name] else part for name, part in layer.parts.items()}
         return layer.rebuild(parts)
 
     def bwd(params, residuals, dy, contract=total):
-        keeping = replace(contract, of=keep.of, stacked=keep.stacked)
+        keeping = replace(contract, of=keep.of, stacked=keep.stacked, joined=None)
         factors, dx = layer.bwd(params, residuals, dy, keeping)
 
         def one(path, param, factor):

@@ -79,11 +79,9 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
     param, compute, output = map(jnp.dtype, (param, compute, output))
 
     @expect.by("mixed")
-    def check(x):
+    def check(x, what="an input"):
         if any(is_floating(leaf) and expect.dtype(leaf) != output for leaf in jax.tree.leaves(x)):
-            raise InputError(
-                f"an input of dtype {output}", describe(x), "convert it, or give mixed another output dtype"
-            )
+            raise InputError(f"{what} of dtype {output}", describe(x), "convert it, or give mixed another output dtype")
 
     def enter(x):
         check(x)
@@ -106,6 +104,7 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
         in_param_dtype = replace(contract, of=lambda factor, p: contract.of(factor, p.astype(param)))
         fits = jax.tree.structure(dy, lambda leaf: leaf is None) == jax.tree.structure(saved.outputs)
         if fits:  # else the layer inside says what is wrong
+            check(dy, "a cotangent")
             dy = jax.tree.map(lambda like, leaf: cast(leaf, like.dtype), saved.outputs, dy)
         dparams, dx = layer.bwd(cast(params, compute), saved.residuals, dy, in_param_dtype)
         return dparams, cast(dx, output)
@@ -166,7 +165,7 @@ def freeze(layer: Layer) -> Layer:
         return y, Frozen(state.params, inner), Unlearned(state.params, residuals)
 
     def bwd(params, residuals, dy, contract=total):
-        nothing = replace(contract, of=lambda factor, param: None, stacked=lambda answer: None)
+        nothing = replace(contract, of=lambda factor, param: None, stacked=lambda answer: None, joined=None)
         return {}, layer.bwd(*residuals, dy, nothing)[1]
 
     return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), freeze, "freeze")

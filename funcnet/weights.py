@@ -252,7 +252,7 @@ def _filled(other: str, found: re.Match) -> str:
 
 def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> dict[str, Any]:
     """The arrays of a layer in PyTorch's layout, by our names."""
-    made = layer.made
+    made = layer.made if layer.combinator else None
     match layer.combinator:
         case "repeat" if made:
             turns = [_turn(i, params, state) for i in range(_turns(params, state))]
@@ -277,7 +277,7 @@ def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> di
 
 def _back(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...], arrays: Mapping[str, Any]) -> tuple[Any, Any]:
     """(params, state) of the arrays, in the structure of those given."""
-    made = layer.made
+    made = layer.made if layer.combinator else None
     match layer.combinator:
         case "repeat" if made:
             like = jax.eval_shape(partial(_turn, 0), params, state) if _turns(params, state) else (params, state)

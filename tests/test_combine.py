@@ -546,7 +546,7 @@ def test_init_refuses_an_input_that_does_not_suit_the_combinator(model, x, messa
 @pytest.mark.parametrize("combinator", [fn.serial, fn.parallel, fn.branch])
 def test_what_is_no_layer_is_refused(combinator):
     for layers, named in (((fn.relu,), {}), ((fn.relu(), None), {}), ((), {"a": fn.tanh})):
-        with pytest.raises(fn.InputError, match="relu\\(\\), not relu"):
+        with pytest.raises(fn.InputError, match=r"relu\(\.\.\), not relu"):
             combinator(*layers, **named)
 
 
@@ -668,3 +668,10 @@ def test_a_shortcut_is_added_in_the_place_of_the_input(x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), (dparams, dx), grads)
     with pytest.raises(fn.InputError, match=r"(?s)output like the shortcut's output, float64\[3, 4\].*float64\[3, 5\]"):
         fn.skip(fn.dense(5), fn.dense(4)).init(KEY, x)
+
+
+def test_a_state_of_another_depth_is_refused():
+    x = jnp.ones((2, 6))
+    _, of_two = fn.repeat(fn.freeze(fn.dense(6)), 2).init(KEY, x)
+    with pytest.raises(fn.InputError, match="state stacked along a first axis of 3 layers"):
+        fn.repeat(fn.freeze(fn.dense(6)), 3).apply({}, of_two, x)

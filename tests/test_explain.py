@@ -42,7 +42,7 @@ def test_the_jacobians_multiplied_by_the_cotangent_are_what_bwd_returns(name):
             ]
             return jax.tree.map(lambda *terms: sum(terms), *parts)
 
-        rtol = 1e-6 if name in ("mixed/float64", "embedding") else 1e-10  # computed in float32
+        rtol = 1e-5 if name in ("mixed/float64", "embedding") else 1e-10  # computed in float32
         for hand, wanted in ((dparams, products(jacobians.params)), (dx, products(jacobians.x))):
             assert jax.tree.structure(hand) == jax.tree.structure(wanted)
             for got, want in zip(jax.tree.leaves(hand), jax.tree.leaves(wanted), strict=True):

@@ -121,3 +121,17 @@ def test_around_rebuilds_the_wrapper_over_other_parts():
     assert wrapped == [rebuilt]
     assert rebuilt.parts["relu"].name == "tanh"
     assert around(fn.dense(3), fn.dense(3), fn.skip, "skip").rebuild is None
+
+
+def test_integers_that_jax_would_wrap_around_are_refused():
+    params, _ = fn.embedding(10, 2).init(jax.random.key(0), jnp.zeros(3, jnp.int32))
+    assert fn.embedding(10, 2).apply(params, (), np.array([3])).shape == (1, 2)
+    with pytest.raises(fn.InputError, match="integers that fit int32"):
+        fn.embedding(10, 2).apply(params, (), np.array([2**32 + 3]))
+
+
+def test_layers_in_a_list_and_constructors_are_refused_by_name():
+    with pytest.raises(fn.InputError, match=r"serial\(\*layers\)"):
+        fn.serial([fn.relu(), fn.relu()])
+    with pytest.raises(fn.InputError, match=r"dense\(\.\.\), not dense"):
+        fn.serial(fn.dense)

@@ -189,3 +189,23 @@ def test_what_makes_no_sense_is_refused(wrap):
         assert str(caught.value).startswith(wrap.__name__)
     with pytest.raises(fn.InputError, match="iterations"):
         fn.spectral_norm(fn.dense(3), iterations=0)
+
+
+def test_a_kernel_that_was_zero_finds_its_singular_vectors_again():
+    layer = fn.spectral_norm(fn.dense(3, use_bias=False, kernel_init=jax.nn.initializers.zeros))
+    x = jnp.ones((2, 4))
+    _, state = layer.init(jax.random.key(0), x)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    step = jax.jit(lambda state: layer.fwd({"kernel": 50 * kernel}, state, x, None)[1])
+    for _ in range(30):
+        state = step(state)
+    y = layer.apply({"kernel": 50 * kernel}, state, x)
+    np.testing.assert_allclose(y, x @ kernel / np.linalg.norm(kernel, 2), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [fn.weight_norm, fn.spectral_norm])
+def test_a_loss_stays_a_loss(norm):
+    loss = fn.linear_cross_entropy(8, ignore_index=-1)
+    normed, labels = norm(loss), jnp.array([1, -1, -1])
+    assert isinstance(normed, fn.Loss)
+    np.testing.assert_array_equal(normed.counted(labels), loss.counted(labels))

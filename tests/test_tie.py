@@ -1,5 +1,7 @@
 """tied: against `jax.grad` of a model that uses one array twice, by every contraction, and what it refuses."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,3 +254,38 @@ def test_a_copy_whose_rule_gives_no_factor_is_refused_too():
     params, state = model.init(KEY, x)
     with pytest.raises(fn.InputError, match="a factor as the gradient of b/kernel"):
         model.bwd(params, model.fwd(params, state, x, None)[2], x)
+
+
+def test_a_use_inside_a_repeat_and_one_outside_are_refused():
+    model = fn.serial(fn.dense(8, use_bias=False), fn.repeat(fn.dense(8), 3))
+    tied = fn.tied(model, {"repeat/bias": "dense/kernel"})
+    x = jnp.ones((4, 3))
+    params, state = tied.init(jax.random.key(0), x)
+    y, _, residuals = tied.fwd(params, state, x, None)
+    with pytest.raises(fn.InputError, match="inside the same repeat"):
+        tied.bwd(params, residuals, y)
+
+
+def test_a_rule_that_was_replaced_is_the_one_that_runs():
+    right = fn.serial(a=fn.dense(3, use_bias=False), b=fn.dense(3, use_bias=False))
+
+    def bwd(*args):
+        dparams, dx = right.bwd(*args)
+        return dparams, -dx
+
+    dxs = []
+    for model in (right, replace(right, bwd=bwd)):
+        tied = fn.tied(fn.serial(r=model), {"r/b/kernel": "r/a/kernel"})
+        params, state = tied.init(jax.random.key(0), jnp.ones((2, 3)))
+        y, _, residuals = tied.fwd(params, state, jnp.ones((2, 3)), None)
+        dxs.append(tied.bwd(params, residuals, y)[1])
+    np.testing.assert_array_equal(dxs[0], -dxs[1])
+
+
+def test_ties_inside_a_repeat_can_be_explained():
+    block = fn.serial(a=fn.dense(6, use_bias=False), b=fn.dense(6, use_bias=False))
+    objective = fn.objective(fn.tied(fn.repeat(block, 2), {"b/kernel": "a/kernel.T"}), fn.mse())
+    batch = jnp.ones((3, 6)), jnp.zeros((3, 6))
+    params, state = objective.model.init(jax.random.key(0), batch[0])
+    explanation = fn.explain(objective, params, state, batch)
+    np.testing.assert_allclose(explanation.loss, fn.value_and_grad(objective)(params, state, batch)[0][0], rtol=1e-6)

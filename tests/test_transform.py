@@ -430,3 +430,20 @@ def test_named_changes_the_name_alone():
 def test_what_is_no_name_is_refused(name):
     with pytest.raises(fn.InputError, match="a name without"):
         fn.named(name, fn.relu())
+
+
+def test_a_frozen_head_and_loss_gives_the_gradient_of_what_is_below():
+    objective = fn.objective(fn.dense(6), fn.freeze(fn.linear_cross_entropy(8)))
+    batch = jnp.ones((3, 4)), jnp.array([0, 3, 7])
+    params, state = objective.init(jax.random.key(0), batch)
+    (loss, _), grads = fn.value_and_grad(objective)(params, state, batch)
+    assert np.isfinite(loss)
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads["model"]))
+
+
+def test_a_cotangent_of_another_dtype_is_refused():
+    layer = fn.mixed(fn.dense(3))
+    params, state = layer.init(jax.random.key(0), jnp.ones((2, 4)))
+    y, _, residuals = layer.fwd(params, state, jnp.ones((2, 4)), None)
+    with pytest.raises(fn.InputError, match="a cotangent of dtype float32"):
+        layer.bwd(params, residuals, y.astype(jnp.float16))

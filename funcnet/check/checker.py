@@ -227,12 +227,11 @@ def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: i
     with jax.enable_x64(x64):
         x = cast(jax.tree.map(np.asarray, drawn(x, seed)), dtype)
         params = drawn(params, seed)
-        if params is None or state is None:
-            fresh, fresh_state = quickly(layer.init)(key, x)
-            params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else params
+        fresh, own_state = quickly(layer.init)(key, x) if params is None or state is None else (None, None)
+        params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else params
         params = cast(jax.tree.map(_array, params), dtype)
         # a state keeps the dtype that the layer gave it: statistics may be wider than x
-        state = fresh_state if state is None else cast(jax.tree.map(_array, state), dtype)
+        state = own_state if state is None else cast(jax.tree.map(_array, state), dtype)
         plain = trace(lambda params, x: layer.fwd(params, state, x, key)[0], params, x)
 
     return Subject(layer.name, (params, x), ("params", "x"), pulling(layer, state, key), plain, x64, layer, state, key)

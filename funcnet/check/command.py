@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         choices=DTYPES,
         metavar="NAME",
-        help="a layer's, float64 by default; of the cases, in this one only",
+        help=f"{', '.join(DTYPES)}: of a layer (float64 by default); of the cases, in this one only",
     )
     add("--x64", action="store_true", help="run a function in JAX's 64-bit mode, in float64")
     add("--seed", type=_not_negative, default=0, metavar="N", help="of everything that is drawn (0)")

@@ -44,7 +44,7 @@ from jax.nn import initializers
 
 from funcnet import expect
 from funcnet.expect import InputError, describe
-from funcnet.factors import total, wide
+from funcnet.factors import added, total, wide
 from funcnet.layer import Layer
 from funcnet.layers import embedding
 from funcnet.layers.dense import Initializer, dense
@@ -213,12 +213,12 @@ def attention(
         o, do = (_by_head(a, heads).reshape(q.shape) for a in (out, pull("out", out, dy)))
         dq, dk, dv, dbias = _pull(q, k, v, o, lse, do, rule(parts, key))
         dx = pull("query", x, _side_by_side(turned(dq.reshape(len(q), heads, *q.shape[3:]), -1)))
-        dcontext = pull("key", context, _side_by_side(turned(dk, -1))) + pull("value", context, _side_by_side(dv))
+        of_context = pull("key", context, _side_by_side(turned(dk, -1))), pull("value", context, _side_by_side(dv))
         if not isinstance(inputs, Mapping):
-            return dparams, dx + dcontext
-        dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else dx + dcontext}
+            return dparams, added(dx, *of_context)
+        dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else added(dx, *of_context)}
         if "context" in inputs:
-            dinputs["context"] = dcontext
+            dinputs["context"] = added(*of_context)
         if dbias is not None:
             dinputs["bias"] = dbias.reshape(inputs["bias"].shape)
         return dparams, dinputs

@@ -19,7 +19,7 @@ from jax import Array
 
 from funcnet import expect
 from funcnet.expect import InputError, describe
-from funcnet.factors import wide
+from funcnet.factors import whole, wide
 from funcnet.losses.loss import Loss, stateless_loss
 
 
@@ -131,7 +131,7 @@ def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
 
 def counts(label: Array, ignore_index: int | None) -> Array:
     """Which integer labels count."""
-    return jnp.ones(label.shape, bool) if ignore_index is None else label != ignore_index
+    return jnp.ones(label.shape, bool) if ignore_index is None else whole(label) != ignore_index
 
 
 def integer_labels(target: Any, shape: tuple[int, ...], classes: int, given: str, ignore_index: int | None) -> None:

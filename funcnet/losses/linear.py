@@ -105,6 +105,9 @@ def linear_cross_entropy(
         integer_labels(label, x.shape[:-1], vocab, f"{vocab} classes and features {describe(x)}", ignore_index)
 
     def fits(params, x):
+        if not params:
+            remedy = 'make them with objective.init or fn.init_train_state: params are {"model": .., "loss": ..}'
+            raise InputError(f"the head's parameters {', '.join(names)}", "none", remedy)
         expect.float_array(x, features=expect.size(params, "kernel"))
         shapes = {"kernel": (x.shape[-1], vocab), "bias": (vocab,)}
         expect.fields(params, x.dtype, {name: shapes[name] for name in names})

@@ -38,6 +38,8 @@ def not_finite(objective: Objective, train_state: TrainState, batch: Batch, step
         facts.append(f"gradient leaves not finite: {', '.join(leaves)}")
     elif not np.isfinite(row["grad_norm"]):
         facts.append(f"the gradients are finite; the largest is {_largest(grads)}, whose square overflows")
+    elif not np.isfinite(row["loss"]):
+        facts.append("the gradients are finite, the loss is not")
     else:
         facts.append("loss and gradients are finite, but the update that the optimizer makes of them is not")
     remedy = "a smaller learning rate, gradient clipping, or inputs of a smaller scale are the usual remedies"

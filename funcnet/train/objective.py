@@ -285,7 +285,11 @@ def check_batch(batch: Any) -> Batch:
     for path, leaf in leaves:
         if not is_array(leaf) or leaf.ndim == 0:
             received = f"{describe(leaf)} at {jax.tree_util.keystr(path)}"
-            raise InputError("arrays with the batch axis first", received, "convert lists with np.asarray")
+            raise InputError(
+                "arrays with the batch axis first",
+                received,
+                "give arrays, not lists or numbers: (np.asarray(inputs), np.asarray(targets))",
+            )
     sizes = {jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in leaves}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         received = ", ".join(f"{n} in {path}" for path, n in sizes.items()) or "none"

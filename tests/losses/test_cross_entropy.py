@@ -139,3 +139,8 @@ def test_accuracy_of_soft_labels_and_positions():
     labels = np.int32(LOGITS.argmax(1)).reshape(2, 3)
     assert accuracy(LOGITS.reshape(2, 3, 5), labels).all()
     assert not accuracy(LOGITS.reshape(2, 3, 5), (labels + 1) % 5).any()
+
+
+def test_an_ignored_label_is_no_label_of_an_unsigned_kind():
+    loss = fn.cross_entropy(ignore_index=-1)
+    np.testing.assert_array_equal(loss.counted(jnp.array([255, 3], jnp.uint8)), [True, True])

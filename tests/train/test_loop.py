@@ -187,6 +187,14 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal, also where a shell has started the tests with it switched off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Finalised:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -194,7 +202,7 @@ class Finalised:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_ctrl_c_that_python_drops_is_heard_after_the_step():
+def test_a_ctrl_c_that_python_drops_is_heard_after_the_step(interruptible):
     def interrupting():
         for i, batch in enumerate(batches()):
             if i == 3:
@@ -207,7 +215,7 @@ def test_a_ctrl_c_that_python_drops_is_heard_after_the_step():
 
 
 @pytest.mark.parametrize("delay", [0.0005 * i for i in range(12)])
-def test_ctrl_c_at_any_moment_leaves_a_state_to_go_on_with(delay):
+def test_ctrl_c_at_any_moment_leaves_a_state_to_go_on_with(delay, interruptible):
     def interrupting():
         for i, batch in enumerate(batches()):
             if i == 3:
