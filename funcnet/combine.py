@@ -183,27 +183,26 @@ def skip(layer: Layer, shortcut: Layer | None = None) -> Layer:
 
 
 def _around_shortcut(layer: Layer, shortcut: Layer) -> Layer[dict, dict, dict]:
-    both = parallel(shortcut=shortcut, main=layer)
+    both = branch(shortcut=shortcut, main=layer)
 
     def summed(ys):
         aside, y = ys
         return _add(aside, y, "the shortcut's output")
 
     def init(key, x):
-        params, state = both.init(key, (x, x))
-        jax.eval_shape(summed, output(both, params, state, (x, x)))
+        params, state = both.init(key, x)
+        jax.eval_shape(summed, output(both, params, state, x))
         return params, state
 
     def apply(params, state, x):
-        return summed(both.apply(params, state, (x, x)))
+        return summed(both.apply(params, state, x))
 
     def fwd(params, state, x, key):
-        ys, state, residuals = both.fwd(params, state, (x, x), key)
+        ys, state, residuals = both.fwd(params, state, x, key)
         return summed(ys), state, residuals
 
     def bwd(params, residuals, dy, contract=total):
-        dparams, dxs = both.bwd(params, residuals, (dy, dy), contract)
-        return dparams, jax.tree.map(jnp.add, *dxs)
+        return both.bwd(params, residuals, (dy, dy), contract)
 
     def again(parts):
         return skip(parts["main"], parts["shortcut"])

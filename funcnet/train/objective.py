@@ -127,14 +127,14 @@ def join(params: Tree, model: Tree, loss: Tree) -> Tree:
 
 
 def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None):
-    """The training forward pass: (values of the loss, new state, residuals of model and loss)."""
+    """The training forward pass: (prediction, values of the loss, new state, residuals of model and loss)."""
     inputs, targets = batch
     own, states = split(params, state)
     prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
     with at(objective.loss.name):
         pair = prediction, targets
         values, loss_state, loss_residuals = objective.loss.fwd(own.loss, states.loss, pair, loss_key(key))
-    return values, join(params, model_state, loss_state), (residuals, loss_residuals)
+    return prediction, values, join(params, model_state, loss_state), (residuals, loss_residuals)
 
 
 def as_layer(objective: Objective) -> Layer:
@@ -147,7 +147,7 @@ def as_layer(objective: Objective) -> Layer:
             return objective.loss.apply(own.loss, states.loss, (prediction, batch[1]))
 
     def fwd(params, state, batch, key):
-        return forward(objective, params, state, batch, key)
+        return forward(objective, params, state, batch, key)[1:]
 
     def bwd(params, residuals, dy, contract=total):
         of_model, of_loss = Both(**params) if is_both(params) else Both(params, {})
@@ -188,24 +188,18 @@ def start(
 ) -> Start:
     """The forward pass and the loss's backward pass, the loss and the metrics summed with `weights`."""
     inputs, targets = batch
-    loss = objective.loss
-    own, states = split(params, state)
-    prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
-    pair = prediction, targets
-
-    def summed(values):
-        return weighted_sums(objective, prediction, targets, values, weights.astype(values.dtype))
-
+    loss, (own, states) = objective.loss, split(params, state)
     if loss.at_once is not None and contract is total:
+        prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
         with at(loss.name):
-            values, (dloss, (dprediction, _)) = loss.at_once(own.loss, pair, weights)
-        return Start(summed(values), join(params, model_state, states.loss), residuals, dprediction, dloss)
-    with at(loss.name):
-        values, loss_state, loss_residuals = loss.fwd(own.loss, states.loss, pair, loss_key(key))
-    sums = summed(values)  # refuses values of a wrong shape, which bwd would not understand
+            values, (dloss, (dprediction, _)) = loss.at_once(own.loss, (prediction, targets), weights)
+        sums = weighted_sums(objective, prediction, targets, values, weights)
+        return Start(sums, join(params, model_state, states.loss), residuals, dprediction, dloss)
+    prediction, values, new_state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
+    sums = weighted_sums(objective, prediction, targets, values, weights)  # refuses what bwd would not understand
     with at(loss.name):
         dloss, (dprediction, _) = loss.bwd(own.loss, loss_residuals, weights.astype(values.dtype), contract)
-    return Start(sums, join(params, model_state, loss_state), residuals, dprediction, dloss)
+    return Start(sums, new_state, residuals, dprediction, dloss)
 
 
 def weighted_sums(
@@ -215,7 +209,7 @@ def weighted_sums(
 
     A value that does not count (`Loss.counted`) has no weight in a metric.
     """
-    counted = objective.loss.counted(target)
+    counted, weights = objective.loss.counted(target), weights.astype(values.dtype)
     if values.shape != counted.shape:
         remedy = "let the loss's `counted` have the shape of its values, one an example"
         raise InputError(f"values of the loss {list(counted.shape)}", describe(values), remedy)

@@ -183,7 +183,7 @@ def one_step(
         passed = _accumulated(objective, accumulate, params, train_state.state, batch, key, weights)
 
         def value_fn(params):
-            values = forward(objective, params, train_state.state, batch, key)[0]
+            values = forward(objective, params, train_state.state, batch, key)[1]
             return jnp.sum(weights.astype(values.dtype) * values)
 
         updates, opt_state = optimizer.update(
