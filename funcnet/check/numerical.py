@@ -274,10 +274,12 @@ def _beyond_the_sides(
         slope, ours = finder.slope(path, direction), slope_of(gradient, direction)
         low, high = sorted((slope.left, slope.right))
         more = 1e-5 * (high - low) + 8 * min(slope.error, ENOUGH * abs(ours))
+        most = (high - low) / 2  # what the program itself is off by here is the jump between the sides, mostly
 
-        def within(low, high, ours=ours, direction=direction, more=more):
-            rooms = (2 * _norm(room * direction) + more for room in point.rooms(path))
-            return any(low - room <= ours <= high + room for room in rooms)
+        def within(low, high, ours=ours, direction=direction, more=more, most=most):
+            flat, honest = (2 * _norm(room * direction) for room in point.rooms(path))
+            room = more + min(honest, flat + most)
+            return low - room <= ours <= high + room
 
         if slope.kind == "kink" and not within(low, high) and not within(*_beside(point, finder, path, direction)):
             size = _norm(direction)

@@ -189,7 +189,7 @@ SPECIAL = {
     "relu(x) - relu(-x) at 0": ("along a random direction the slope is", relu_twice, at(0, 1)),
     "exp guarded at 0": ("along a random direction the slope is", exp_guarded, at(0, 1)),
     "an index out of bounds": ("along a random direction the slope is", lambda x: x[np.array([0, 7])], at(1, 2, 3)),
-    "quantile at a value": (KINK, quantile, np.float32(0.5)),
+    "quantile at a value": ("at a kink, [], the slope is 0 by the rule", quantile, np.float32(0.5)),
     "logaddexp(inf, 5)": ("the gradient at [0] is", lambda y: jnp.logaddexp(at(INF), y), at(5)),
     "log_ndtr far out": ("the gradient at [0] is", sp.log_ndtr, at(-30)),
     # a derivative other than that of the function, on purpose
