@@ -29,6 +29,7 @@ from jax import Array
 from funcnet import expect
 from funcnet.expect import InputError, describe, is_floating
 from funcnet.kinks import refuse_kinks
+from funcnet.text import tabulated
 
 Function = Callable[[Any], Any]
 
@@ -154,15 +155,8 @@ class ChainRule:
         links = zip(self.names, map(_shape, self.values[1:]), map(_shape, self.jacobians), *spent, strict=True)
         total = ("total", "", "", str(self.reverse_multiplications), str(self.forward_multiplications))
         head = ("function", "value", "Jacobian", "reverse", "forward")
-        rows = [head, ("x", _shape(self.values[0]), "", "", ""), *links, total]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        pads = [str.ljust] * 3 + [str.rjust] * 2
-        lines = [
-            "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], self._verdict()])
+        *table, last = tabulated(head, [("x", _shape(self.values[0]), "", "", ""), *links, total], right=(3, 4))
+        return "\n".join([*table, table[1], last, self._verdict()])
 
     def _verdict(self) -> str:
         (m, n), reverse, forward = self.reverse.shape[-2:], self.reverse_multiplications, self.forward_multiplications

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import added
 from funcnet.expect import InputError, at, describe
-from funcnet.factors import added, total
+from funcnet.factors import total
 from funcnet.layer import Layer, Made, Undone, a_layer, around, child, output, undoing, without_x
 
 Tree = Any

@@ -21,6 +21,7 @@ import numpy as np
 from funcnet.expect import InputError, describe, is_floating
 from funcnet.factors import is_factor, total
 from funcnet.layer import Layer, a_layer
+from funcnet.text import bytes_of, readable, tabulated
 from funcnet.train.objective import Batch, Objective, as_weights, check_batch, is_both, split, start
 
 Tree = Any
@@ -148,11 +149,11 @@ class Explanation:
         return "\n".join(
             [
                 f"1. forward, from the input {self.input}",
-                _table(heads[0], forward, right=(2, 3)),
+                *tabulated(heads[0], forward, right=(2, 3)),
                 f"{self.loss_name}: {self.loss:.6g}",
                 "",
                 "2. and 3. back, from dLoss/d(last activation); w are a layer's parameters, x its input",
-                _table(heads[1], back, right=(2, 3, 5, 6)),
+                *tabulated(heads[1], back, right=(2, 3, 5, 6)),
                 f"vanishing, exploding: below {FAINT:g} or above {FIERCE:g} times the RMS of the input, for y, or of "
                 "dLoss/dy at the output",
             ]
@@ -278,13 +279,13 @@ def _step(path: tuple[str, ...], record: dict[str, Any], ends: tuple[float, floa
         kind=record["layer"].name,
         input=describe(x),
         output=describe(y),
-        residual_bytes=_bytes(record["residuals"]),
+        residual_bytes=bytes_of(record["residuals"]),
         activation=activation,
         cotangent=cotangent,
         gradient=gradient,
         jacobians={name: _shape(y, leaf) for name, leaf in {**named, **inputs}.items()},
         jacobian_bytes=sum(jacobian_bytes(y, leaf) for leaf in jax.tree.leaves((named, inputs))),
-        vjp_bytes=_bytes((record["residuals"], dy, dparams, record["dx"])),
+        vjp_bytes=bytes_of((record["residuals"], dy, dparams, record["dx"])),
         marks=(_mark(activation, ends[0]), "not finite" if lost else _mark(cotangent, ends[1])),
     )
 
@@ -319,26 +320,3 @@ def jacobian_bytes(y: Any, leaf: Any) -> int:
 def _shape(y: Any, leaf: Any) -> str:
     shapes = [(*out.shape, *leaf.shape) for out in jax.tree.leaves(y)]
     return " ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
-
-
-def _bytes(tree: Tree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
-
-
-def readable(size: float) -> str:
-    """A number of bytes with three digits and a unit."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = tuple("-" * width for width in widths)
-
-    def line(cells):
-        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join(padded).rstrip()
-
-    return "\n".join(map(line, (head, rule, *rows)))

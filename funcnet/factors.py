@@ -38,11 +38,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
+from funcnet.arithmetic import flat, placed, product, whole, wide
+from funcnet.columns import block, blocks, joined
+from funcnet.correlation import correlation, correlation_by_taps
 from funcnet.expect import InputError, describe
-from funcnet.window import Windows, entries
+from funcnet.window import Windows
 
 
 def _static(default: int | bool) -> Any:
@@ -227,77 +229,12 @@ def mixing(contract: Contraction) -> None:
         raise InputError(f"{wanted} gradient of its own", contract.name, remedy)
 
 
-def blocks(param: Array, size: int) -> Array:
-    """The numbers of the blocks of the last axis."""
-    return jnp.arange(-(-param.shape[-1] // size))
-
-
-def block(param: Array, i: Array, size: int) -> Array:
-    """Block i of the last axis; the last one ends where the axis does, and begins inside the one before it."""
-    return lax.dynamic_slice_in_dim(param, jnp.minimum(i * size, param.shape[-1] - size), size, -1)
-
-
-def add_block(param: Array, a: Array, i: Array, size: int) -> Array:
-    """`param` with `a` added to its block i."""
-    start = jnp.minimum(i * size, param.shape[-1] - size)
-    return lax.dynamic_update_slice_in_dim(param, block(param, i, size) + a, start, -1)
-
-
-def fresh(i: Array, size: int, of: int) -> tuple[Array, Array]:
-    """The entries of block i of an axis, and whether each is in no block before it."""
-    entries = jnp.minimum(i * size, of - size) + jnp.arange(size)
-    return entries, entries >= i * size
-
-
-def columns(answers: Array, param: Array) -> Array:
-    """Blocks [n, .., size] as one array [.., V]; from the last one what is not in the one before it."""
-    n, size = answers.shape[0], answers.shape[-1]
-    first = jnp.moveaxis(answers[:-1], 0, -2).reshape(*answers.shape[1:-1], (n - 1) * size)
-    return jnp.concatenate([first, answers[-1][..., n * size - param.shape[-1] :]], axis=-1)
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype to accumulate in: float32 for half precision, else the dtype itself."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
-
-
-def added(*arrays: Array) -> Array:
-    """Their sum, made wide and rounded once."""
-    return reduce(jnp.add, [a.astype(wide(a.dtype)) for a in arrays]).astype(arrays[0].dtype)
-
-
-def flat(x: Array) -> Array:
-    """x [.., D] as a matrix [N, D]: XLA then needs no transposes around a contraction over the leading axes."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def product(a: Array, b: Array, axes: tuple[int, int], like: Array) -> Array:
-    """Contract axis `axes[0]` of matrix `a` with `axes[1]` of `b`, summed wide, in the sharding of `like`.
-
-    Under a mesh with explicit axes a contraction over a sharded batch must say how its result lies.
-    """
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    sharding = jax.typeof(like).sharding
-    return lax.dot_general(a, b, dimensions, preferred_element_type=wide(a.dtype), out_sharding=sharding)
-
-
-def placed(a: Array, like: Array) -> Array:
-    """`a` in the sharding of `like`; under a mesh without explicit axes, `a` itself."""
-    sharding = jax.typeof(like).sharding
-    return a if jax.typeof(a).sharding == sharding else jax.sharding.reshard(a, sharding)
-
-
 def _wide_examples(a: Array, name: str, rank: int = 1) -> Array:
     """a [B, .., *param] as [B, T, *param] in the accumulation dtype, `rank` the number of the parameter's axes."""
     if a.ndim < 1 + rank:
         remedy = "give the model a batch axis, or use total"
         raise InputError(f"an example axis in front for {name}", describe(a), remedy)
     return a.reshape(a.shape[0], -1, *a.shape[a.ndim - rank :]).astype(wide(a.dtype))
-
-
-def whole(ids: Array) -> Array:
-    """Integers of at least 32 bits, which can be compared with any size."""
-    return ids if jnp.iinfo(ids.dtype).bits >= 32 else ids.astype(jnp.int32)
 
 
 def _in_table(factor: Gather) -> tuple[Array, Array]:
@@ -322,75 +259,13 @@ def _of_window(factor: Window, param: Array, correlation: Callable[..., Array]) 
     return lax.rev(jnp.swapaxes(answer, -1, -2), range(param.ndim - 2))
 
 
-def _correlation(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
-    """The gradient of a kernel [*window, C / groups, F]: x correlated with dy, whose strides are now its dilation.
-
-    With groups, of which XLA's CPU backend makes a slow loop, and for windows of one entry a GEMM a tap is faster.
-    """
-    if x.shape[-1] != kernel.shape[-2] or max(windows.window) == 1:
-        return _correlation_by_taps(x, dy, windows, kernel)
-    n = len(windows.window)
-    spatial = tuple(range(1, n + 1))
-    # The batch is what is summed over, as channels mostly are; C and F take the places of batch and features.
-    axes = lax.ConvDimensionNumbers((n + 1, 0, *spatial), (n + 1, 0, *spatial), (n, n + 1, *range(n)))
-    each = zip(windows.inputs, windows.outputs, windows.window, windows.strides, windows.dilation, strict=True)
-    seen = [(k - 1) * d + (o - 1) * s + 1 - i for i, o, k, s, d in each]
-    pads = [(low, m - low) for (low, _), m in zip(windows.padding, seen, strict=True)]
-    return lax.conv_general_dilated(
-        x.astype(wide(x.dtype)),
-        dy.astype(wide(dy.dtype)),
-        window_strides=windows.dilation,
-        padding=pads,
-        rhs_dilation=windows.strides,
-        dimension_numbers=axes,
-    )
-
-
-def _correlation_by_taps(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
-    """The same as one product for each entry of the window."""
-    groups, high = x.shape[-1] // kernel.shape[-2], wide(x.dtype)
-    split = lambda a: a.reshape(-1, groups, a.shape[-1] // groups).astype(high)
-    if groups == x.shape[-1] == dy.shape[-1]:
-        return _correlation_by_channels(x, dy, windows, kernel)
-    if groups == 1:
-        tap = lambda entry: product(flat(entry), flat(dy), (0, 0), kernel[(0,) * len(windows.window)])
-    else:
-        tap = lambda entry: jnp.einsum("ngi,ngj->igj", split(entry), split(dy))
-    return jnp.stack([tap(entry) for entry in entries(windows, x)]).reshape(kernel.shape)
-
-
-def _correlation_by_channels(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
-    """The same for a depthwise convolution: x times dy, channel by channel, summed for each entry of the window.
-
-    XLA's CPU backend makes slow loops of a sum fused with slices, and a temporary of every product that it does not
-    fuse. So the first axis is cut into blocks, whose products are added up element by element in one vectorised loop;
-    what is left, an eighth, is summed by a product with ones, which is never fused.
-    """
-    count = min(8, windows.outputs[0])
-    rows = -(-windows.outputs[0] // count)
-    missing = rows * count - windows.outputs[0]
-    (low, high), *others = windows.padding
-    longer = ((low, high + missing * windows.strides[0]), *others)
-    cut = windows._replace(outputs=(rows * count, *windows.outputs[1:]), padding=longer)
-    dy = lax.pad(dy, np.zeros((), dy.dtype), [(0, missing * (axis == 1), 0) for axis in range(dy.ndim)])
-    blocks = [slice(n * rows, (n + 1) * rows) for n in range(count)]
-    parts = lambda a: [a[:, block].astype(wide(a.dtype)) for block in blocks]
-
-    def tap(entry: Array) -> Array:
-        products = (a * b for a, b in zip(parts(entry), parts(dy), strict=True))
-        sums = flat(sum(products, jnp.zeros((), wide(dy.dtype))))
-        return product(jnp.ones((len(sums), 1), sums.dtype), sums, (0, 0), kernel[(0,) * len(windows.window)])
-
-    return jnp.stack([tap(entry) for entry in entries(cut, x)]).reshape(kernel.shape)
-
-
 def _touched(ids: Array, dy: Array, size: int) -> Rows:
     """The same table as its rows."""
     unique, place = jnp.unique(ids, return_inverse=True, size=ids.size, fill_value=size)
     return Rows(unique, _table(place, dy, ids.size))
 
 
-@contraction(joined=columns)
+@contraction(joined=joined)
 def total(factor: Factor, param: Array) -> Array:
     """The gradient: summed over examples and positions in float32 or wider, in the parameter's dtype and sharding."""
     match factor:
@@ -405,7 +280,7 @@ def total(factor: Factor, param: Array) -> Array:
             ids, dy = _in_table(factor)
             answer = placed(_table(ids.reshape(-1), flat(dy), size), param)
         case Window():
-            answer = placed(_of_window(factor, param, _correlation), param)
+            answer = placed(_of_window(factor, param, correlation), param)
         case Sum(factors):
             answer = reduce(jnp.add, [total(each, param.astype(wide(param.dtype))) for each in factors])
         case Pulled(gradient):
@@ -415,7 +290,7 @@ def total(factor: Factor, param: Array) -> Array:
     return answer.astype(param.dtype)
 
 
-@contraction(lambda answer: jnp.moveaxis(answer, 0, 1), by_example=True, joined=columns)
+@contraction(lambda answer: jnp.moveaxis(answer, 0, 1), by_example=True, joined=joined)
 def per_example(factor: Factor, param: Array) -> Array:
     """One gradient an example, [B, *param] ([B, L, *param] under `repeat`), in the parameter's dtype."""
     return _per_example(factor, param, "per_example").astype(param.dtype)
@@ -433,7 +308,7 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
             return jax.vmap(partial(_table, size=size))(*_examples_in_table(factor, name))
         case Window(x, dy):
             one = lambda x, dy: replace(factor, x=x[None], dy=dy[None])
-            return jax.vmap(lambda x, dy: _of_window(one(x, dy), param, _correlation_by_taps))(x, dy)
+            return jax.vmap(lambda x, dy: _of_window(one(x, dy), param, correlation_by_taps))(x, dy)
         case Sum(factors):
             return reduce(jnp.add, [_per_example(each, param, name) for each in factors])
         case Pulled():
@@ -536,7 +411,7 @@ def _examples_in_table(factor: Gather, name: str) -> tuple[Array, Array]:
     return ids.reshape(dy.shape[:2]), dy
 
 
-@contraction(joined=columns)
+@contraction(joined=joined)
 def rows(factor: Factor, param: Array) -> Array | Rows:
     """The touched rows of a table's gradient, as `Rows`; for every other factor what `total` gives.
 

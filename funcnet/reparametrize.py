@@ -32,8 +32,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import flat, wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import Contraction, Shift, flat, per_example, total, wide
+from funcnet.factors import Contraction, Shift, per_example, total
 from funcnet.layer import Layer, a_layer
 from funcnet.layers.normalize import unit, unit_pullback
 

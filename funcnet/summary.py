@@ -10,6 +10,7 @@ from funcnet import expect
 from funcnet.expect import describe
 from funcnet.layer import Layer, a_layer
 from funcnet.observe import observe, paths
+from funcnet.text import bytes_of, readable, tabulated
 from funcnet.train.objective import Objective, as_layer
 
 Tree = Any
@@ -64,16 +65,14 @@ class Summary:
             for r in self.rows
         ]
         total = ("total", "", "", f"{self.parameters:,}", f"{self.residual_bytes:,}")
-        widths = [max(map(len, column)) for column in zip(head, *cells, total, strict=True)]
-        rule = "  ".join("-" * w for w in widths)
-        table = [_line(head, widths), rule, *(_line(row, widths) for row in cells), rule, _line(total, widths)]
-        sizes = f"parameters {_size(self.parameter_bytes)}, residuals of a step {_size(self.residual_bytes)}"
+        *table, last = tabulated(head, [*cells, total], right=(3, 4))
+        sizes = f"parameters {readable(self.parameter_bytes)}, residuals of a step {readable(self.residual_bytes)}"
         foot = f"input {self.input}; {sizes}"
         if any(row.kind.startswith("repeat") for row in self.rows):
             foot += "; rows inside a repeat are for one turn of it"
         if any(a.residual_bytes < b.residual_bytes for a in self.rows for b in self.rows if _inside(b.path, a.path)):
             foot += "; a row with less than a row inside it makes that one's residuals anew in the backward pass"
-        return "\n".join([*table, foot])
+        return "\n".join([*table, table[1], last, foot])
 
 
 def summary(layer: Layer | Objective, x: Any) -> Summary:
@@ -96,7 +95,7 @@ def summary(layer: Layer | Objective, x: Any) -> Summary:
 
     def see(path, part, params, x, out):
         y, _, residuals = out
-        rows[path] = Row(path, _kind(part), describe(y), _count(params), _bytes(residuals))
+        rows[path] = Row(path, _kind(part), describe(y), _count(params), bytes_of(residuals))
         if "freeze" in _combinators(part):
             frozen.append(path)
 
@@ -105,7 +104,7 @@ def summary(layer: Layer | Objective, x: Any) -> Summary:
         rows[path] = replace(rows[path], parameters=0)
     whole = rows[()]
     ordered = tuple(rows[path] for path in paths(layer) if path in rows and path) or (whole,)
-    return Summary(ordered, describe(x), whole.parameters, _bytes(params), whole.residual_bytes)
+    return Summary(ordered, describe(x), whole.parameters, bytes_of(params), whole.residual_bytes)
 
 
 def _combinators(layer: Layer) -> Iterator[str]:
@@ -130,21 +129,3 @@ def _inside(path: tuple[str, ...], other: tuple[str, ...]) -> bool:
 
 def _count(tree: Tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Tree) -> int:
-    """Bytes of the distinct arrays in a tree."""
-    distinct = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in distinct)
-
-
-def _size(size: float) -> str:
-    units = ["B", "kB", "MB", "GB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    padded = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-    return "  ".join(padded).rstrip()

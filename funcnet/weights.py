@@ -34,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe, is_array
-from funcnet.factors import wide
 from funcnet.layer import Layer, a_layer
 from funcnet.tie import Tied
 from funcnet.transform import Frozen

@@ -14,8 +14,10 @@ import optax
 import pytest
 
 import funcnet as fn
-from funcnet.factors import add_block, blocks, columns, flat, fresh, mixing, wide
-from funcnet.factors import block as block_of
+from funcnet.arithmetic import flat, wide
+from funcnet.columns import add_block, blocks, fresh, joined
+from funcnet.columns import block as block_of
+from funcnet.factors import mixing
 from funcnet.layer import no_params
 
 HALF = [jnp.float16, jnp.bfloat16]
@@ -454,7 +456,7 @@ def test_blocks_cover_an_axis_once(size):
     param, added = jnp.arange(14.0).reshape(2, 7), jnp.zeros((2, 7))
     numbers = blocks(param, size)
     answers = jnp.stack([block_of(param, i, size) for i in numbers])
-    np.testing.assert_array_equal(columns(answers, param), param)
+    np.testing.assert_array_equal(joined(answers, param), param)
     entries = np.concatenate([np.asarray(e)[np.asarray(new)] for e, new in (fresh(i, size, 7) for i in numbers)])
     np.testing.assert_array_equal(entries, np.arange(7))
     for i in numbers:

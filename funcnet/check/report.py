@@ -10,6 +10,7 @@ import numpy as np
 
 from funcnet.check.judge import Leaf
 from funcnet.expect import InputError
+from funcnet.text import tabulated
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class Report:
         return "; ".join(filter(None, [counted, beside]))
 
     def __str__(self) -> str:
-        table = _aligned(self._rows()) if self.leaves else []
+        head, *rows = self._rows()
+        left = {0, 1, *(i for i, name in enumerate(head) if i > 6 and name not in ("got", "reference"))}
+        table = tabulated(head, rows, {*range(len(head))} - left) if self.leaves else []
         return "\n".join([self.title, *table, *self._sentences("  "), self.summary])
 
     def to_markdown(self) -> str:
@@ -153,18 +156,6 @@ def _row(leaf: Leaf, oracles: list[str]) -> list[str]:
     )
     worst = str(list(leaf.index)), f"{leaf.got:.9g}", f"{leaf.wanted:.9g}"
     return [leaf.leaf, kind, *numbers, *verdicts, *worst]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    texts = {0, 1, *(i for i, name in enumerate(rows[0]) if i > 6 and name not in ("got", "reference"))}
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i in texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
 
 
 def _plain(record: Any) -> dict:

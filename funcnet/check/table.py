@@ -22,6 +22,7 @@ from funcnet.check.named import again, nearest
 from funcnet.check.report import Failure, Report
 from funcnet.expect import InputError
 from funcnet.progress import progress
+from funcnet.text import aligned
 
 MOST_JOBS = 8  # by default: each has JAX of its own in memory
 WORST = 5  # leaves listed
@@ -77,9 +78,7 @@ class Outcome:
         return sorted(leaves, key=lambda pair: pair[1].badness())[:WORST]
 
     def __str__(self) -> str:
-        rows = [_row(*pair) for pair in self.worst()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        table = [f"  {line}" for line in aligned([_row(*pair) for pair in self.worst()])]
         reports = [f"{check.report}\n" for check in self.wrong]
         return "\n".join([*reports, "nearest to what is allowed:", *table, self.summary])
 

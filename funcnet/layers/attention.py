@@ -43,8 +43,9 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from funcnet import expect
+from funcnet.arithmetic import added, wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import added, total, wide
+from funcnet.factors import total
 from funcnet.layer import Layer
 from funcnet.layers import embedding
 from funcnet.layers.dense import Initializer, dense

@@ -32,8 +32,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import flat, in_front, placed, wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import Scale, Shift, flat, mixing, placed, total, wide
+from funcnet.factors import Scale, Shift, mixing, total
 from funcnet.layer import Layer
 
 
@@ -86,8 +87,8 @@ def batch_norm(
     def line(params: dict[str, Array], x: Array, mean: Array, rstd: Array) -> Array:
         """scale * (x - mean) * rstd + bias."""
         slope = rstd * params["scale"].astype(rstd.dtype) if use_scale else rstd
-        y = (x - _row(mean, x.ndim)) * _row(slope, x.ndim)
-        return y + _row(params["bias"].astype(y.dtype), y.ndim) if use_bias else y
+        y = (x - in_front(mean, x.ndim)) * in_front(slope, x.ndim)
+        return y + in_front(params["bias"].astype(y.dtype), y.ndim) if use_bias else y
 
     @expect.by("batch_norm")
     def init(key: Array, x: Any) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -110,7 +111,7 @@ def batch_norm(
         check(params, state, x)
         high = x.astype(wide(x.dtype))
         mean = _mean(high)
-        var = _mean(jnp.square(high - _row(mean, x.ndim)))
+        var = _mean(jnp.square(high - in_front(mean, x.ndim)))
         rstd = lax.rsqrt(var + eps)
         move = lambda running, batch: momentum * running + (1 - momentum) * batch.astype(running.dtype)
         moved = {"mean": move(state["mean"], mean), "var": move(state["var"], var)}
@@ -122,12 +123,12 @@ def batch_norm(
         mixing(contract)
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
-        x_hat, g = (x.astype(rstd.dtype) - _row(mean, x.ndim)) * _row(rstd, x.ndim), dy.astype(rstd.dtype)
-        dx = g - _row(_mean(g), x.ndim) - x_hat * _row(_mean(x_hat * g), x.ndim)
+        x_hat, g = (x.astype(rstd.dtype) - in_front(mean, x.ndim)) * in_front(rstd, x.ndim), dy.astype(rstd.dtype)
+        dx = g - in_front(_mean(g), x.ndim) - x_hat * in_front(_mean(x_hat * g), x.ndim)
         slope = rstd * params["scale"].astype(rstd.dtype) if use_scale else rstd
         factors = {"scale": Scale(x_hat, dy, mixes=True), "bias": Shift(dy, mixes=True)}
         dparams = {name: contract(factors[name], params[name]) for name in names}
-        return dparams, placed((dx * _row(slope, x.ndim)).astype(x.dtype), x)
+        return dparams, placed((dx * in_front(slope, x.ndim)).astype(x.dtype), x)
 
     return Layer("batch_norm", init, apply, fwd, bwd)
 
@@ -135,8 +136,3 @@ def batch_norm(
 def _mean(x: Array) -> Array:
     """[.., C] to [C]; the sum as `total` makes it, so that the compiler sees one where both are wanted."""
     return jnp.sum(flat(x), axis=0) / prod(x.shape[:-1])
-
-
-def _row(v: Array, rank: int) -> Array:
-    """v [C] with leading axes of size one, since ranks are never promoted silently."""
-    return v.reshape((1,) * (rank - 1) + v.shape)

@@ -34,8 +34,9 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from funcnet import expect
+from funcnet.arithmetic import flat, in_front, product, wide
 from funcnet.expect import InputError
-from funcnet.factors import Shift, Window, flat, product, wide
+from funcnet.factors import Shift, Window
 from funcnet.layer import Layer, stateless
 from funcnet.layers.dense import Initializer
 from funcnet.window import Padding, Sizes, Windows, entries, sliding
@@ -94,7 +95,7 @@ def conv(
         expect.fields(params, x.dtype, shapes)
         y = (_depthwise if groups == x.shape[-1] == features else correlate)(x, params["kernel"], windows)
         y = y.astype(x.dtype)
-        return (y + _row(params["bias"], y.ndim) if use_bias else y), x
+        return (y + in_front(params["bias"], y.ndim) if use_bias else y), x
 
     def bwd(params, x, dy, contract):
         windows, shapes = laid(x)
@@ -224,7 +225,7 @@ def _depthwise(x: Array, kernel: Array, windows: Windows) -> Array:
     taps = _high(kernel).reshape(-1, kernel.shape[-1])
     y = jnp.zeros((), taps.dtype)
     for entry, tap in zip(entries(windows, x), taps, strict=True):
-        y = y + _high(entry) * _row(tap, x.ndim)
+        y = y + _high(entry) * in_front(tap, x.ndim)
     return y
 
 
@@ -238,7 +239,7 @@ def _pull_depthwise(dy: Array, kernel: Array, windows: Windows, groups: int) -> 
     for offset, tap in zip(np.ndindex(*windows.window), taps, strict=True):
         starts = [o * d - low for o, (_, _, _, d, (low, _)) in zip(offset, each, strict=True)]
         pads = [(a, i - a - (n - 1) * s - 1, s - 1) for a, (i, n, s, _, _) in zip(starts, each, strict=True)]
-        placed = lax.pad(dy * _row(tap, dy.ndim), np.zeros((), dy.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+        placed = lax.pad(dy * in_front(tap, dy.ndim), np.zeros((), dy.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
         dx = dx + placed
     return dx
 
@@ -251,8 +252,3 @@ def _channels_last(n: int) -> lax.ConvDimensionNumbers:
 
 def _high(a: Array) -> Array:
     return a.astype(wide(a.dtype))
-
-
-def _row(v: Array, rank: int) -> Array:
-    """v [F] with leading axes of size one, since ranks are never promoted silently."""
-    return v.reshape((1,) * (rank - 1) + v.shape)

@@ -22,6 +22,7 @@ from jax import Array
 from jax.nn import initializers
 
 from funcnet import expect
+from funcnet.arithmetic import in_front
 from funcnet.factors import Shift, Window
 from funcnet.layer import Layer, stateless
 from funcnet.layers.conv import correlate, flipped, spread
@@ -85,7 +86,7 @@ def conv_transpose(
         windows, shapes = laid(x)
         expect.fields(params, x.dtype, shapes)
         y = spread(x, params["kernel"], windows, 1).astype(x.dtype)
-        return (y + params["bias"].reshape((1,) * (y.ndim - 1) + (-1,)) if use_bias else y), x
+        return (y + in_front(params["bias"], y.ndim) if use_bias else y), x
 
     def bwd(params, x, dy, contract):
         windows, shapes = laid(x)

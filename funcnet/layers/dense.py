@@ -20,7 +20,8 @@ from jax import Array
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.factors import Outer, Shift, flat, product
+from funcnet.arithmetic import flat, product
+from funcnet.factors import Outer, Shift
 from funcnet.layer import Layer, stateless
 
 Initializer = Callable[..., Array]

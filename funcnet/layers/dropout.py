@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
-from funcnet.factors import placed, total
+from funcnet.arithmetic import placed
+from funcnet.factors import total
 from funcnet.layer import Layer
 
 

@@ -30,8 +30,9 @@ from jax.nn import initializers
 from jax.sharding import NamedSharding
 
 from funcnet import expect
+from funcnet.arithmetic import in_front, whole, wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import Gather, Shift, whole, wide
+from funcnet.factors import Gather, Shift
 from funcnet.layer import Layer, no_params, stateless
 
 Initializer = Callable[..., Array]
@@ -105,7 +106,7 @@ def position_embedding(
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, tuple[()]]:
         check(x)
         expect.fields(params, x.dtype, {"embedding": (length, x.shape[-1])})
-        return x + _in_front(params["embedding"][: x.shape[-2]], x.ndim), ()
+        return x + in_front(params["embedding"][: x.shape[-2]], x.ndim), ()
 
     def bwd(params, residuals, dy, contract):
         table = params["embedding"]
@@ -135,7 +136,7 @@ def sinusoidal_positions(base: float = 1e4) -> Layer[dict, tuple[()], tuple[()]]
         expect.float_array(x, rank=2)
         angles = _angles(jnp.arange(x.shape[-2]), x, base)
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(x.dtype)
-        return x + _in_front(waves, x.ndim), ()
+        return x + in_front(waves, x.ndim), ()
 
     def bwd(params, residuals, dy, contract):
         expect.float_array(dy, rank=2)
@@ -177,7 +178,7 @@ def _angles(positions: Array, x: Array, base: float) -> Array:
     if features % 2:
         raise InputError("an even number of features on the last axis", describe(x), "they are taken in pairs")
     speed = jnp.asarray(base ** -(np.arange(0, features, 2) / features), dtype)
-    return positions.astype(dtype)[..., None] * _in_front(speed, positions.ndim + 1)
+    return positions.astype(dtype)[..., None] * in_front(speed, positions.ndim + 1)
 
 
 def _rows(table: Array, ids: Array) -> Array:
@@ -209,11 +210,6 @@ def _table(params: Any, shape: tuple[int, int]) -> Array:
     given: Any = params.get("embedding") if isinstance(params, dict) else None
     expect.fields(params, given.dtype if expect.is_floating(given) else jnp.dtype(jnp.float32), {"embedding": shape})
     return params["embedding"]
-
-
-def _in_front(v: Array, rank: int) -> Array:
-    """v with leading axes of size one up to `rank`, since ranks are never promoted silently."""
-    return v.reshape((1,) * (rank - v.ndim) + v.shape)
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

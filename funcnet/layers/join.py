@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import added
 from funcnet.expect import InputError, describe
-from funcnet.factors import wide
 from funcnet.layer import Layer, no_params, stateless
 
 
@@ -70,8 +70,7 @@ def add() -> Layer[dict, tuple[()], tuple[Array, ...]]:
         first = _arrays(xs)
         if any(x.shape != first.shape for x in xs):
             raise InputError("arrays of one shape", describe(xs), "bring them to one shape; nothing is broadcast")
-        high = [x.astype(wide(x.dtype)) for x in xs]
-        return sum(high[1:], high[0]).astype(first.dtype), _empty(xs)
+        return added(*xs), _empty(xs)
 
     def bwd(params, empty, dy, contract):
         return {}, (expect.cotangent(dy, empty[0].shape[:-1], empty[0].dtype),) * len(empty)

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
-from funcnet.factors import Scale, Shift, placed, wide
+from funcnet.arithmetic import in_front, placed, wide
+from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, stateless
 
 
@@ -82,16 +83,16 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
             high = high - _mean(high)  # takes off the rounding error of the first mean
         rstd = lax.rsqrt(_mean(jnp.square(high)) + eps)
         x_hat = (high * rstd).astype(x.dtype)
-        y = x_hat * _row(params["scale"], x.ndim)
+        y = x_hat * in_front(params["scale"], x.ndim)
         if centred:
-            y = y + _row(params["bias"], x.ndim)
+            y = y + in_front(params["bias"], x.ndim)
         return y, Normalised(x_hat, rstd)
 
     def bwd(params, residuals, dy, contract):
         x_hat, rstd = residuals
         expect.fields(params, x_hat.dtype, dict.fromkeys(names, x_hat.shape[-1:]))
         dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
-        x_high, g = x_hat.astype(rstd.dtype), (dy * _row(params["scale"], dy.ndim)).astype(rstd.dtype)
+        x_high, g = x_hat.astype(rstd.dtype), (dy * in_front(params["scale"], dy.ndim)).astype(rstd.dtype)
         dx = g - x_high * _mean(g * x_high)
         if centred:
             dx = dx - _mean(g)
@@ -105,8 +106,3 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
 
 def _mean(x: Array) -> Array:
     return jnp.mean(x, axis=-1, keepdims=True)
-
-
-def _row(v: Array, rank: int) -> Array:
-    """v [D] with leading axes of size one, since ranks are never promoted silently."""
-    return v.reshape((1,) * (rank - 1) + v.shape)

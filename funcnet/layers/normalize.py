@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import in_front, placed, wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import Scale, Shift, placed, wide
+from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
 from funcnet.layers.norm import Normalised
 
@@ -94,14 +95,14 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         high = high - _mean(high)  # takes off the rounding error of the first mean
         rstd = lax.rsqrt(_mean(jnp.square(high)) + eps)
         x_hat = (high * rstd).astype(x.dtype).reshape(x.shape)
-        y = x_hat * _row(params["scale"], x.ndim) + _row(params["bias"], x.ndim)
+        y = x_hat * in_front(params["scale"], x.ndim) + in_front(params["bias"], x.ndim)
         return y, Normalised(x_hat, rstd)
 
     def bwd(params, residuals, dy, contract):
         x_hat, rstd = residuals
         expect.fields(params, x_hat.dtype, dict.fromkeys(("scale", "bias"), x_hat.shape[-1:]))
         dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
-        x_high, g = (grouped(a.astype(rstd.dtype)) for a in (x_hat, dy * _row(params["scale"], dy.ndim)))
+        x_high, g = (grouped(a.astype(rstd.dtype)) for a in (x_hat, dy * in_front(params["scale"], dy.ndim)))
         dx = (rstd * (g - _mean(g) - x_high * _mean(g * x_high))).reshape(dy.shape)
         dparams = {
             "scale": contract(Scale(x_hat, dy), params["scale"]),
@@ -154,8 +155,3 @@ def unit_pullback(y: Array, length: Array, dy: Array) -> Array:
 def _mean(x: Array) -> Array:
     """Over positions and the channels of a group: [B, N, G, K] to [B, 1, G, 1]."""
     return jnp.mean(x, axis=(1, 3), keepdims=True)
-
-
-def _row(v: Array, rank: int) -> Array:
-    """v [C] with leading axes of size one, since ranks are never promoted silently."""
-    return v.reshape((1,) * (rank - 1) + v.shape)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import in_front
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale
 from funcnet.layer import Layer, no_params, stateless
@@ -39,7 +40,7 @@ def prelu(slope: float = 0.25) -> Layer[dict[str, Array], tuple[()], Array]:
     def slopes(params: dict[str, Array], x: Array) -> Array:
         expect.float_array(x, features=expect.size(params, "slope"))
         expect.fields(params, x.dtype, {"slope": x.shape[-1:]})
-        return params["slope"].reshape((1,) * (x.ndim - 1) + (-1,))
+        return in_front(params["slope"], x.ndim)
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         return jnp.where(x <= 0, slopes(params, x) * x, x), x

@@ -32,8 +32,8 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError
-from funcnet.factors import wide
 from funcnet.layer import Layer, no_params, stateless
 from funcnet.window import Padding, Sizes, Windows, entries, sliding
 

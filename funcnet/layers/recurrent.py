@@ -47,9 +47,10 @@ from jax import Array, lax
 from jax.nn import initializers, sigmoid
 
 from funcnet import expect
+from funcnet.arithmetic import flat, product, wide
 from funcnet.combine import parallel
 from funcnet.expect import InputError, describe
-from funcnet.factors import Outer, Shift, flat, product, total, wide
+from funcnet.factors import Outer, Shift, total
 from funcnet.layer import Layer, stateless
 
 Initializer = Callable[..., Array]

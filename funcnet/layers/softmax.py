@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
-from funcnet.factors import wide
+from funcnet.arithmetic import wide
 from funcnet.layer import Layer, no_params, stateless
 
 

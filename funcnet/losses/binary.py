@@ -17,8 +17,8 @@ import numpy as np
 from jax import nn
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError
-from funcnet.factors import wide
 from funcnet.losses.loss import Loss, mean, one_an_example, same_dtype, same_shape, share_right, spread, stateless_loss
 
 

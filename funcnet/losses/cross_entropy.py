@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import in_front, whole, wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import whole, wide
 from funcnet.losses.loss import Loss, stateless_loss
 
 
@@ -65,13 +65,11 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
         if expect.is_floating(target):
             q, factor = target.astype(dtype), jnp.ones((*target.shape[:-1], 1), dtype)
         else:
-            label = (target if jnp.iinfo(target.dtype).bits >= 32 else target.astype(jnp.int32))[..., None]
+            label = whole(target)[..., None]
             factor = jnp.where((label >= 0) & (label < classes), 1.0, jnp.nan).astype(dtype)
             if ignore_index is not None:
                 factor = jnp.where(label == ignore_index, 0.0, factor)
-            q = (label == jnp.arange(classes, dtype=label.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))).astype(
-                dtype
-            )
+            q = (label == in_front(jnp.arange(classes, dtype=label.dtype), logits.ndim)).astype(dtype)
         return (1 - label_smoothing) * q + label_smoothing / classes, factor
 
     def fwd(params, x):

@@ -29,8 +29,8 @@ import numpy as np
 from jax import Array, lax, nn
 
 from funcnet import expect
+from funcnet.arithmetic import whole, wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import whole, wide
 from funcnet.losses.loss import Loss, stateless_loss
 
 TARGET = ("labels", "label_lengths", "logit_lengths")

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError
-from funcnet.factors import wide
 from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, stateless_loss
 
 

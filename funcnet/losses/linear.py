@@ -36,8 +36,10 @@ from jax import Array, lax, nn
 from jax.nn import initializers
 
 from funcnet import expect
+from funcnet.arithmetic import flat, product, whole, wide
+from funcnet.columns import add_block, block, blocks, fresh
 from funcnet.expect import InputError, describe
-from funcnet.factors import Blocks, Outer, Shift, add_block, block, blocks, flat, fresh, product, whole, wide
+from funcnet.factors import Blocks, Outer, Shift
 from funcnet.layer import stateless
 from funcnet.layers.dense import Initializer, dense
 from funcnet.losses.cross_entropy import counts, integer_labels

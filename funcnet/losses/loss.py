@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import wide
 from funcnet.layer import Layer, no_params, stateless
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import wide
 from funcnet.layers.normalize import unit
 from funcnet.losses.loss import (
     Loss,

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError
-from funcnet.factors import wide
 from funcnet.losses.loss import Loss, mean, one_an_example, same_dtype, same_shape, spread, stateless_loss
 
 

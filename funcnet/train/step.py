@@ -17,8 +17,9 @@ import optax
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe, is_array
-from funcnet.factors import total, wide
+from funcnet.factors import total
 from funcnet.train.objective import Batch, Objective, Pass, as_weights, averages, check_batch, forward, run
 
 Tree = Any

@@ -1,0 +1,49 @@
+"""Arithmetic as all rules do it: sums in float32 or wider, ranks that are equal, results that lie where they belong."""
+
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to accumulate in: float32 for half precision, else the dtype itself."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def added(*arrays: Array) -> Array:
+    """Their sum, made wide and rounded once."""
+    return reduce(jnp.add, [a.astype(wide(a.dtype)) for a in arrays]).astype(arrays[0].dtype)
+
+
+def flat(x: Array) -> Array:
+    """x [.., D] as a matrix [N, D]: XLA then needs no transposes around a contraction over the leading axes."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def product(a: Array, b: Array, axes: tuple[int, int], like: Array) -> Array:
+    """Contract axis `axes[0]` of matrix `a` with `axes[1]` of `b`, summed wide, in the sharding of `like`.
+
+    Under a mesh with explicit axes a contraction over a sharded batch must say how its result lies.
+    """
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    sharding = jax.typeof(like).sharding
+    return lax.dot_general(a, b, dimensions, preferred_element_type=wide(a.dtype), out_sharding=sharding)
+
+
+def placed(a: Array, like: Array) -> Array:
+    """`a` in the sharding of `like`; under a mesh without explicit axes, `a` itself."""
+    sharding = jax.typeof(like).sharding
+    return a if jax.typeof(a).sharding == sharding else jax.sharding.reshard(a, sharding)
+
+
+def in_front(v: Array, rank: int) -> Array:
+    """v with leading axes of size one up to `rank`, since ranks are never promoted silently."""
+    return v.reshape((1,) * (rank - v.ndim) + v.shape)
+
+
+def whole(ids: Array) -> Array:
+    """Integers of at least 32 bits, which can be compared with any size."""
+    return ids if jnp.iinfo(ids.dtype).bits >= 32 else ids.astype(jnp.int32)
