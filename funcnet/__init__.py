@@ -76,8 +76,10 @@ from funcnet.losses.loss import Loss
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
+from funcnet.pytorch import from_torch, to_torch
 from funcnet.reparametrize import spectral_norm, weight_norm
 from funcnet.reversible import reversible
+from funcnet.saved import load_params, save_params
 from funcnet.summary import Row, Summary, summary
 from funcnet.tie import tied
 from funcnet.train.finite import NotFiniteError
@@ -86,7 +88,6 @@ from funcnet.train.loop import evaluate, fit
 from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, TrainStep, init_train_state, train_step
 from funcnet.transform import Frozen, freeze, mixed, named, remat
-from funcnet.weights import from_torch, load_params, save_params, to_torch
 from funcnet.worked import WORKED, Worked
 
 __all__ = [

@@ -1,9 +1,11 @@
-"""Parameters in other people's files and names: safetensors, and the state dicts of PyTorch's modules.
+"""Parameters in the names and layouts of PyTorch's modules: their state dicts.
 
-A parameter's name in a safetensors file is its path, `encoder/dense/kernel`. In a state dict it is the layer's path
-with dots, a turn of a `repeat` its number, and PyTorch's field: `encoder.0.dense.weight`.
+A parameter's name there is the layer's path with dots, a turn of a `repeat` its number, and PyTorch's field:
+`encoder.0.dense.weight`.
 
-    dense, conv                       kernel [*window, C, F]       weight [F, C, *window]
+    dense, conv, depthwise_conv       kernel [*window, C, F]       weight [F, C, *window]
+                                      bias                         bias
+    conv_transpose                    kernel [*window, C, F]       weight [C, F, *window], each window turned round
                                       bias                         bias
     embedding, position_embedding     embedding                    weight
     layer_norm, group_norm,           scale, bias                  weight, bias
@@ -15,18 +17,18 @@ with dots, a turn of a `repeat` its number, and PyTorch's field: `encoder.0.dens
                                       recurrent_kernel [H, nH]     weight_hh_l0 [nH, H]
                                       bias, recurrent_bias         bias_ih_l0, bias_hh_l0
     bidirectional                     backward's                   .._l0_reverse
+    attention                         query, key, value: kernel    in_proj_weight [3D, D]
+                                      [D, D], bias [D]             in_proj_bias [3D]
+                                      out: kernel, bias            out_proj.weight, out_proj.bias
 
 Gates are in the same order, i f g o and r z n. PyTorch adds two biases in every gate: the first holds their sum, the
 second zeros, but for a gru's n, where only the second one is inside the reset. A batch norm's `num_batches_tracked`,
 which PyTorch reads for momentum=None alone, is 0 on the way there, and left aside on the way back.
 """
 
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,107 +37,13 @@ import numpy as np
 
 from funcnet import expect
 from funcnet.arithmetic import wide
-from funcnet.expect import InputError, describe, is_array
+from funcnet.expect import InputError, describe
 from funcnet.layer import Layer, a_layer
+from funcnet.saved import Arrays, named_leaves, require_same
 from funcnet.tie import Tied
 from funcnet.transform import Frozen
 
 Tree = Any
-Arrays = dict[str, np.ndarray]
-
-
-# safetensors
-
-
-@expect.by("save_params")
-def save_params(params: Tree, path: str | os.PathLike) -> None:
-    """Write params, or any pytree of arrays, to a safetensors file; it appears whole, or the old one stays.
-
-    Needs the extra `safetensors`.
-
-    Raises:
-        InputError: for leaves that are no arrays of numbers, and for names with a "/", which would not be told apart.
-    """
-    content = _safetensors().numpy.save(_by_path(params))
-    folder = Path(path).absolute().parent
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".saving-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-@expect.by("load_params")
-def load_params(path: str | os.PathLike, like: Tree) -> Tree:
-    """Read what `save_params` has written, as a tree like `like`: params, or `jax.eval_shape(model.init, key, x)[0]`.
-
-    Needs the extra `safetensors`.
-
-    Raises:
-        InputError: if the file is none of that kind, or names, shapes or dtypes are not those of `like`.
-    """
-    package, content = _safetensors(), Path(path).read_bytes()
-    try:
-        arrays = {name: _decoded(**view) for name, view in package.deserialize(content)}
-    except (package.SafetensorError, KeyError) as error:
-        raise InputError("a safetensors file", f"{path}: {error}", "write it with save_params") from error
-    _require_same(arrays, {name: expect.shapes(leaf) for name, leaf in _named(like)}, "load params for the same model")
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name, _ in _named(like)])
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ModuleNotFoundError as error:
-        remedy = 'install the extra: python -m pip install "funcnet[safetensors]"'
-        raise InputError("the package safetensors", "an environment without it", remedy) from error
-    return safetensors
-
-
-# By the format's codes. Its own reader for NumPy knows no bfloat16.
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"}
-_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_DTYPES |= {f"{code}{n}": f"{kind}{n}" for code, kind in (("I", "int"), ("U", "uint")) for n in (8, 16, 32, 64)}
-
-
-def _decoded(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    return np.frombuffer(data, jnp.dtype(_DTYPES[dtype])).reshape(shape)
-
-
-def _by_path(tree: Tree) -> Arrays:
-    for name, leaf in _named(tree):
-        if not is_array(leaf) or str(leaf.dtype) not in _DTYPES.values():
-            wanted = f"arrays of the dtypes {', '.join(sorted(_DTYPES.values()))}"
-            raise InputError(wanted, f"{describe(leaf)} at {name}", "leave keys and other objects out")
-    return {name: np.array(leaf, order="C") for name, leaf in _named(tree)}
-
-
-def _named(tree: Tree) -> Iterator[tuple[str, Any]]:
-    """Leaves with their paths as one text."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
-        if bad := [name for name in names if "/" in name]:
-            raise InputError('names without "/"', repr(bad[0]), "rename the layer")
-        yield "/".join(names), leaf
-
-
-def _require_same(given: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
-    """Refuse other names, shapes or dtypes than the wanted ones, all of them at once."""
-    missing, superfluous = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    other = [name for name in wanted if name in given and describe(given[name]) != describe(wanted[name])]
-    complaints = [f"{name} missing" for name in missing] + [f"{name} superfluous" for name in superfluous]
-    complaints += [f"{name}: {describe(given[name])}" for name in other]
-    if complaints:
-        expected = [f"{name}: {describe(wanted[name])}" for name in [*missing, *other]] or [f"{len(wanted)} arrays"]
-        raise InputError(", ".join(expected), ", ".join(complaints), remedy)
-
-
-# PyTorch
 
 
 class Field(NamedTuple):
@@ -155,12 +63,25 @@ def _features_last(weight: Any) -> Any:
     return jnp.moveaxis(weight, (0, 1), (-1, -2))
 
 
+def _channels_first(kernel: Any) -> Any:
+    """[*window, C, F] -> [C, F, *window], the window turned round."""
+    return jnp.moveaxis(jnp.flip(kernel, range(kernel.ndim - 2)), (-2, -1), (0, 1))
+
+
+def _channels_last(weight: Any) -> Any:
+    kernel = jnp.moveaxis(weight, (0, 1), (-2, -1))
+    return jnp.flip(kernel, range(kernel.ndim - 2))
+
+
 _WEIGHTED = {"kernel": Field("weight", _features_first, _features_last), "bias": Field("bias")}
+_SPREADING = {"kernel": Field("weight", _channels_first, _channels_last), "bias": Field("bias")}
 _TABLE = {"embedding": Field("weight")}
 _SCALED = {"scale": Field("weight"), "bias": Field("bias")}
 _FIELDS: dict[str, dict[str, Field]] = {
     "dense": _WEIGHTED,
     "conv": _WEIGHTED,
+    "depthwise_conv": _WEIGHTED,
+    "conv_transpose": _SPREADING,
     "embedding": _TABLE,
     "position_embedding": _TABLE,
     "layer_norm": _SCALED,
@@ -172,6 +93,7 @@ _FIELDS: dict[str, dict[str, Field]] = {
 }
 _STATE: dict[str, dict[str, str]] = {"batch_norm": {"mean": "running_mean", "var": "running_var"}}
 _RECURRENT = ("rnn", "lstm", "gru")
+_PROJECTED = ("query", "key", "value")  # of attention, one array there
 _REVERSE = "_reverse"
 _COUNTER = "num_batches_tracked"  # of a batch norm
 
@@ -219,7 +141,7 @@ def from_torch(
     renamed = _renamed(wanted, names or {})
     given = {name: np.asarray(value) for name, value in tensors.items() if name.split(".")[-1] != _COUNTER}
     shapes = {renamed[name]: leaf for name, leaf in wanted.items()}
-    _require_same(given, shapes, "load it into the module's twin; convert dtypes and leave other tensors out first")
+    require_same(given, shapes, "load it into the module's twin; convert dtypes and leave other tensors out first")
     arrays = {name: jnp.asarray(given[other]) for name, other in renamed.items()}
     return _back(layer, params, state, (), arrays)
 
@@ -270,6 +192,8 @@ def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> di
         return _joined(parts.values())
     if layer.name in _RECURRENT:
         return _at(path, _recurrent_there(params))
+    if layer.name == "attention":
+        return _at(path, _attention_there(params))
     fields, of_state = _known(layer, params, state)
     arrays = {fields[name].name: fields[name].there(value) for name, value in params.items()}
     return _at(path, arrays | {of_state[name]: value for name, value in dict(state).items()})
@@ -301,6 +225,8 @@ def _back(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...], arrays
     get = lambda name: arrays[".".join((*path, name))]
     if layer.name in _RECURRENT:
         return _recurrent_back(params, get), state
+    if layer.name == "attention":
+        return _attention_back(params, get), state
     fields, of_state = _known(layer, params, state)
     new = {name: fields[name].back(get(fields[name].name)) for name in params}
     return new, {name: get(of_state[name]) for name in state} if state else state
@@ -313,7 +239,7 @@ def _back_tied(
     params = made.apart(whole)
     equal = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b, equal_nan=True)), whole, made.whole(params))
     if not all(jax.tree.leaves(equal)):
-        different = [name for name, same in _named(equal) if not same]
+        different = [name for name, same in named_leaves(equal) if not same]
         remedy = "load it into a model that is not tied"
         raise InputError("equal values for what is tied", f"others for {', '.join(different)}", remedy)
     return params, state
@@ -350,7 +276,9 @@ def _known(layer: Layer, params: Tree, state: Tree) -> tuple[dict[str, Field], d
     if not set(params) <= set(fields) or not set(dict(state)) <= set(of_state):
         remedy = "convert this layer by hand: its params are a dict of arrays"
         raise InputError(
-            f"layers among {', '.join([*_FIELDS, *_RECURRENT])}", f"{layer.name} {describe(params)}", remedy
+            f"layers among {', '.join([*_FIELDS, *_RECURRENT, 'attention'])}",
+            f"{layer.name} {describe(params)}",
+            remedy,
         )
     return fields, of_state
 
@@ -377,3 +305,23 @@ def _recurrent_back(params: Mapping[str, Any], get: Callable[[str], Any]) -> dic
         second = second.at[-features:].set(0)
     high = wide(first.dtype)
     return new | {"bias": (first.astype(high) + second.astype(high)).astype(first.dtype)}
+
+
+def _attention_there(params: Mapping[str, Any]) -> dict[str, Any]:
+    kernels = [params[name]["kernel"] for name in (*_PROJECTED, "out")]
+    if len({kernel.shape for kernel in kernels}) > 1 or kernels[0].shape[0] != kernels[0].shape[1]:
+        wanted = "attention with kernels [D, D] alone, as PyTorch's MultiheadAttention has them"
+        raise InputError(wanted, describe(params), "convert other sizes, contexts and shared keys by hand")
+    arrays = {"in_proj_weight": jnp.concatenate([kernel.T for kernel in kernels[:3]])}
+    if "bias" in params["out"]:
+        arrays |= {"in_proj_bias": jnp.concatenate([params[name]["bias"] for name in _PROJECTED])}
+        arrays |= {"out_proj.bias": params["out"]["bias"]}
+    return arrays | {"out_proj.weight": kernels[3].T}
+
+
+def _attention_back(params: Mapping[str, Any], get: Callable[[str], Any]) -> dict[str, Any]:
+    use_bias = "bias" in params["out"]
+    kernels = [*jnp.split(get("in_proj_weight"), 3), get("out_proj.weight")]
+    biases = [*jnp.split(get("in_proj_bias"), 3), get("out_proj.bias")] if use_bias else [None] * 4
+    each = zip((*_PROJECTED, "out"), kernels, biases, strict=True)
+    return {name: {"kernel": kernel.T} | ({"bias": bias} if use_bias else {}) for name, kernel, bias in each}

@@ -1,0 +1,107 @@
+"""Parameters in safetensors files: a name is a path, `encoder/dense/kernel`."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet import expect
+from funcnet.expect import InputError, describe, is_array
+
+Tree = Any
+Arrays = dict[str, np.ndarray]
+
+
+@expect.by("save_params")
+def save_params(params: Tree, path: str | os.PathLike) -> None:
+    """Write params, or any pytree of arrays, to a safetensors file; it appears whole, or the old one stays.
+
+    Needs the extra `safetensors`.
+
+    Raises:
+        InputError: for leaves that are no arrays of numbers, and for names with a "/", which would not be told apart.
+    """
+    content = _safetensors().numpy.save(_by_path(params))
+    folder = Path(path).absolute().parent
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".saving-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@expect.by("load_params")
+def load_params(path: str | os.PathLike, like: Tree) -> Tree:
+    """Read what `save_params` has written, as a tree like `like`: params, or `jax.eval_shape(model.init, key, x)[0]`.
+
+    Needs the extra `safetensors`.
+
+    Raises:
+        InputError: if the file is none of that kind, or names, shapes or dtypes are not those of `like`.
+    """
+    package, content = _safetensors(), Path(path).read_bytes()
+    try:
+        arrays = {name: _decoded(**view) for name, view in package.deserialize(content)}
+    except (package.SafetensorError, KeyError) as error:
+        raise InputError("a safetensors file", f"{path}: {error}", "write it with save_params") from error
+    require_same(
+        arrays, {name: expect.shapes(leaf) for name, leaf in named_leaves(like)}, "load params for the same model"
+    )
+    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name, _ in named_leaves(like)])
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ModuleNotFoundError as error:
+        remedy = 'install the extra: python -m pip install "funcnet[safetensors]"'
+        raise InputError("the package safetensors", "an environment without it", remedy) from error
+    return safetensors
+
+
+# By the format's codes. Its own reader for NumPy knows no bfloat16.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"}
+_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_DTYPES |= {f"{code}{n}": f"{kind}{n}" for code, kind in (("I", "int"), ("U", "uint")) for n in (8, 16, 32, 64)}
+
+
+def _decoded(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    return np.frombuffer(data, jnp.dtype(_DTYPES[dtype])).reshape(shape)
+
+
+def _by_path(tree: Tree) -> Arrays:
+    for name, leaf in named_leaves(tree):
+        if not is_array(leaf) or str(leaf.dtype) not in _DTYPES.values():
+            wanted = f"arrays of the dtypes {', '.join(sorted(_DTYPES.values()))}"
+            raise InputError(wanted, f"{describe(leaf)} at {name}", "leave keys and other objects out")
+    return {name: np.array(leaf, order="C") for name, leaf in named_leaves(tree)}
+
+
+def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
+    """Leaves with their paths as one text."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+        if bad := [name for name in names if "/" in name]:
+            raise InputError('names without "/"', repr(bad[0]), "rename the layer")
+        yield "/".join(names), leaf
+
+
+def require_same(given: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
+    """Refuse other names, shapes or dtypes than the wanted ones, all of them at once."""
+    missing, superfluous = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    other = [name for name in wanted if name in given and describe(given[name]) != describe(wanted[name])]
+    complaints = [f"{name} missing" for name in missing] + [f"{name} superfluous" for name in superfluous]
+    complaints += [f"{name}: {describe(given[name])}" for name in other]
+    if complaints:
+        expected = [f"{name}: {describe(wanted[name])}" for name in [*missing, *other]] or [f"{len(wanted)} arrays"]
+        raise InputError(", ".join(expected), ", ".join(complaints), remedy)

@@ -1,0 +1,125 @@
+"""Round trips through safetensors files, and what is refused before anything is read or written."""
+
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+
+KEY = jax.random.key(0)
+S = jax.ShapeDtypeStruct
+
+
+def normal(seed, like):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
+
+
+def assert_same(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    assert [leaf.dtype for leaf in jax.tree.leaves(got)] == [leaf.dtype for leaf in jax.tree.leaves(wanted)]
+
+
+MODEL = fn.serial(fn.dense(4), fn.relu(), blocks=fn.repeat(fn.skip(fn.serial(fn.rms_norm(), fn.dense(4))), 3))
+PARAMS = normal(0, jax.eval_shape(MODEL.init, KEY, S((2, 3), jnp.float32))[0])
+
+
+@pytest.fixture
+def safetensors():
+    return pytest.importorskip("safetensors.numpy")
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint32", "bool"]
+)
+def test_params_come_back_from_a_file_bit_for_bit(dtype, tmp_path, safetensors):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    fn.save_params(params, tmp_path / "model.safetensors")
+    like = jax.eval_shape(lambda: params)
+    assert_same(fn.load_params(tmp_path / "model.safetensors", like), params)
+    assert_same(fn.load_params(str(tmp_path / "model.safetensors"), params), params)
+
+
+def test_names_in_the_file_are_paths(tmp_path, safetensors):
+    fn.save_params(PARAMS, tmp_path / "model.safetensors")
+    arrays = safetensors.load_file(tmp_path / "model.safetensors")
+    layers = {"blocks/dense/bias", "blocks/dense/kernel", "blocks/rms_norm/scale", "dense/bias", "dense/kernel"}
+    assert arrays.keys() == layers
+    np.testing.assert_array_equal(arrays["blocks/dense/kernel"], PARAMS["blocks"]["dense"]["kernel"])
+
+
+def test_any_tree_of_arrays_goes_into_a_file_a_state_and_transposed_arrays_too(tmp_path, safetensors):
+    tree = {"a": (jnp.arange(3), {"b": np.ones((2, 3))[:, ::2].T}), "frozen": fn.Frozen({"w": jnp.ones(2)}, ())}
+    fn.save_params(tree, tmp_path / "tree")
+    assert safetensors.load_file(tmp_path / "tree").keys() == {"a/0", "a/1/b", "frozen/params/w"}
+    with jax.enable_x64(True):
+        got = fn.load_params(tmp_path / "tree", tree)
+    np.testing.assert_array_equal(got["a"][1]["b"], tree["a"][1]["b"])
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, safetensors, monkeypatch):
+    path = tmp_path / "model"
+    fn.save_params({"w": jnp.zeros(3)}, path)
+
+    def fail(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fn.save_params({"w": jnp.ones(3)}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert_same(fn.load_params(path, {"w": S((3,), jnp.float32)}), {"w": jnp.zeros(3)})
+
+
+def without(params, name):
+    return {key: value for key, value in params.items() if key != name}
+
+
+UNLIKE = {
+    "a layer too many": (lambda p: without(p, "dense"), "dense/bias superfluous, dense/kernel superfluous"),
+    "a layer too few": (lambda p: p | {"last": p["dense"]}, "last/bias missing, last/kernel missing"),
+    "another shape": (lambda p: p | {"dense": p["dense"] | {"bias": jnp.ones(5)}}, r"dense/bias: float32\[4\]"),
+    "another dtype": (
+        lambda p: p | {"dense": p["dense"] | {"bias": jnp.ones(4, jnp.bfloat16)}},
+        r"dense/bias: float32\[4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_file_of_another_model_is_refused(name, tmp_path, safetensors):
+    change, received = UNLIKE[name]
+    fn.save_params(PARAMS, tmp_path / "model")
+    with pytest.raises(fn.InputError, match=received) as error:
+        fn.load_params(tmp_path / "model", change(PARAMS))
+    assert error.value.kind == "load_params"
+
+
+def test_what_is_no_such_file_or_no_array_is_refused(tmp_path, safetensors):
+    (tmp_path / "text").write_text("weights")
+    with pytest.raises(fn.InputError, match="a safetensors file"):
+        fn.load_params(tmp_path / "text", PARAMS)
+    with pytest.raises(FileNotFoundError):
+        fn.load_params(tmp_path / "nothing", PARAMS)
+    for tree, message in (
+        ({"a": "text"}, "str at a"),
+        ({"key": KEY}, "key<fry>"),
+        ({"four bits": jnp.ones(2, "int4")}, "int4"),
+        ({"a/b": jnp.ones(2)}, 'names without "/"'),
+    ):
+        with pytest.raises(fn.InputError, match=message):
+            fn.save_params(tree, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("call", [lambda path: fn.save_params(PARAMS, path), lambda path: fn.load_params(path, PARAMS)])
+def test_without_the_package_the_error_names_the_extra(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(fn.InputError, match=r"funcnet\[safetensors\]"):
+        call(tmp_path / "model")
