@@ -60,11 +60,12 @@ from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
 from funcnet.layers.embedding import embedding, position_embedding, rotary, sinusoidal_positions
 from funcnet.layers.gate import geglu, glu, swiglu
 from funcnet.layers.join import add, concat
+from funcnet.layers.lru import lru
 from funcnet.layers.norm import layer_norm, rms_norm
 from funcnet.layers.normalize import group_norm, instance_norm, l2_normalize
 from funcnet.layers.piecewise import maxout, prelu
 from funcnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
-from funcnet.layers.recurrent import bidirectional, gru, lstm, rnn
+from funcnet.layers.recurrent import gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
 from funcnet.losses.binary import binary_cross_entropy, focal
@@ -80,6 +81,7 @@ from funcnet.pytorch import from_torch, to_torch
 from funcnet.reparametrize import spectral_norm, weight_norm
 from funcnet.reversible import reversible
 from funcnet.saved import load_params, save_params
+from funcnet.sequences import bidirectional, stacked
 from funcnet.summary import Row, Summary, summary
 from funcnet.tie import tied
 from funcnet.train.finite import NotFiniteError
@@ -185,6 +187,7 @@ __all__ = [
     "load_params",
     "log_sigmoid",
     "log_softmax",
+    "lru",
     "lstm",
     "mae",
     "matrix_derivative",
@@ -226,6 +229,7 @@ __all__ = [
     "spectral_norm",
     "squared_norm",
     "squareplus",
+    "stacked",
     "stateless",
     "summary",
     "swiglu",

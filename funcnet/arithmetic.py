@@ -33,6 +33,12 @@ def product(a: Array, b: Array, axes: tuple[int, int], like: Array) -> Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=wide(a.dtype), out_sharding=sharding)
 
 
+def contract_last(x: Array, kernel: Array, axis: int) -> Array:
+    """The last axis of x [.., D] with an axis of the kernel, as one matrix product, summed wide."""
+    y = product(flat(x), kernel, (1, axis), flat(x))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 def placed(a: Array, like: Array) -> Array:
     """`a` in the sharding of `like`; under a mesh without explicit axes, `a` itself."""
     sharding = jax.typeof(like).sharding

@@ -311,6 +311,8 @@ def _per_example(factor: Factor, param: Array, name: str) -> Array:
             return jax.vmap(lambda x, dy: _of_window(one(x, dy), param, correlation_by_taps))(x, dy)
         case Sum(factors):
             return reduce(jnp.add, [_per_example(each, param, name) for each in factors])
+        case Blocks():
+            return per_example(factor, param.astype(wide(param.dtype)))
         case Pulled():
             return _one_by_one(factor, name, lambda gradient: gradient)
         case _:
@@ -359,7 +361,7 @@ def squared_norm(factor: Factor, param: Array) -> Array:
     then it is 0.
     """
     if isinstance(factor, Sum):
-        squares = [squared_norm.of(each, param) for each in factor.factors]
+        squares = [squared_norm(each, param) for each in factor.factors]
         crossed = [2 * _inner(a, b, param) for a, b in combinations(factor.factors, 2)]
         return jnp.maximum(sum(squares + crossed), 0)
     if isinstance(factor, Pulled):

@@ -15,8 +15,8 @@ import pytest
 
 import funcnet as fn
 from funcnet.arithmetic import flat, wide
-from funcnet.columns import add_block, blocks, fresh, joined
 from funcnet.columns import block as block_of
+from funcnet.columns import fresh
 from funcnet.factors import mixing
 from funcnet.layer import no_params
 
@@ -451,18 +451,13 @@ def test_blocks_are_contracted_as_what_they_are_blocks_of(how, size):
     np.testing.assert_allclose(stacked, how(fn.Outer(x, dy, layers=1), kernel), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 7])
-def test_blocks_cover_an_axis_once(size):
-    param, added = jnp.arange(14.0).reshape(2, 7), jnp.zeros((2, 7))
-    numbers = blocks(param, size)
-    answers = jnp.stack([block_of(param, i, size) for i in numbers])
-    np.testing.assert_array_equal(joined(answers, param), param)
-    entries = np.concatenate([np.asarray(e)[np.asarray(new)] for e, new in (fresh(i, size, 7) for i in numbers)])
-    np.testing.assert_array_equal(entries, np.arange(7))
-    for i in numbers:
-        new = fresh(i, size, 7)[1][None]
-        added = add_block(added, jnp.where(new, block_of(param, i, size), 0.0), i, size)
-    np.testing.assert_array_equal(added, param)
+@pytest.mark.parametrize("how", [fn.total, fn.per_example, fn.squared_norm], ids=lambda how: how.name)
+def test_blocks_are_one_of_several_uses(how):
+    x, dy, kernel = normal(0, jnp.ones((4, 3, 5))), normal(1, jnp.ones((4, 3, 7))), jnp.ones((5, 7))
+    other = fn.Outer(normal(2, x), normal(3, dy))
+    with jax.numpy_rank_promotion("allow"):
+        got = how(fn.Sum((fn.Blocks((x, dy), outer_of_columns, 3), other)), kernel)
+    np.testing.assert_allclose(got, how(fn.Sum((fn.Outer(x, dy), other)), kernel), rtol=1e-5, atol=1e-4)
 
 
 def test_a_layer_that_mixes_examples_refuses_answers_for_each_alone():

@@ -47,11 +47,12 @@ from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
 from funcnet.layers.embedding import embedding, position_embedding, sinusoidal_positions
 from funcnet.layers.gate import geglu, glu, swiglu
 from funcnet.layers.join import add, concat
+from funcnet.layers.lru import lru
 from funcnet.layers.norm import layer_norm, rms_norm
 from funcnet.layers.normalize import group_norm, instance_norm, l2_normalize
 from funcnet.layers.piecewise import maxout, prelu
 from funcnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
-from funcnet.layers.recurrent import bidirectional, gru, lstm, rnn
+from funcnet.layers.recurrent import gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
 from funcnet.losses.binary import binary_cross_entropy, focal
@@ -64,6 +65,7 @@ from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
 from funcnet.reparametrize import spectral_norm, weight_norm
 from funcnet.reversible import reversible
+from funcnet.sequences import bidirectional, stacked
 from funcnet.tie import tied
 from funcnet.transform import freeze, mixed, named, remat
 
@@ -243,6 +245,15 @@ CASES: tuple[Case, ...] = (
         bidirectional(gru(2, return_state=True), gru(2, reverse=True, return_state=True)),
         _SEQUENCES | {"state": ("f32[3,2]", "f32[3,2]")},
     ),
+    Case("stacked", stacked(gru(2), rnn(3, reverse=True)), "f32[2,3,4]"),
+    Case(
+        "stacked/lengths, states",
+        stacked(lstm(2, return_state=True), gru(3, return_state=True)),
+        _SEQUENCES | {"state": (("f32[3,2]", "f32[3,2]"), "f32[3,3]")},
+    ),
+    Case("lru", lru(3, 4), "f32[2,5,3]"),
+    Case("lru/one step", lru(2, 1), "f32[3,1,1]"),
+    Case("lru/slow decay", lru(1, 3, r_min=0.9, r_max=0.99, max_phase=0.5), "f32[1,7,2]"),
     Case("attention", attention(2), "f32[2,5,4]"),
     Case("attention/one query, one feature", attention(1, rate=0.3), {"x": "f32[1,1,1]", "context": "f32[1,2,1]"}),
     Case("attention/causal, tiles", attention(2, causal=True, block=2), "f32[2,5,4]"),

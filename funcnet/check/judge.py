@@ -12,7 +12,7 @@ zero everywhere):
 - honest is the error of the plain program itself: of its automatic derivative in the program's own dtypes, at several
   points that are a unit of rounding apart, and what the reference moves between them; the largest in the leaf. C = 4.
   So a rule need not be better than autodiff in its dtype, and where a gradient is a small difference of large terms no
-  rule can be. An element that such a step takes over a kink, and moves by far more than the others, counts for itself
+  rule can be. It takes many runs of the program, and is asked for only where an error is not within the rest already. An element that such a step takes over a kink, and moves by far more than the others, counts for itself
   alone.
 
 Never is there one number for a whole tree, and no tolerance grows with the size of an array.
@@ -51,7 +51,7 @@ class Leaf:
         scale: the largest magnitude in the reference.
         error: the largest absolute error.
         relative: that, over the scale (over 1 where the scale is 0).
-        allowed: what `relative` may be.
+        allowed: what `relative` may be; without `honest`, where it is within that already.
         ulps: the error in units in the last place of the reference value there, in the gradient's dtype.
         index: where that is; `got` and `wanted` are the two values there.
         verdicts: what each oracle said of the leaf: "ok", "WRONG", "kink", or "-" where it could not tell.

@@ -20,7 +20,7 @@ from jax import Array
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import flat, product
+from funcnet.arithmetic import contract_last, flat
 from funcnet.factors import Outer, Shift
 from funcnet.layer import Layer, stateless
 
@@ -67,10 +67,10 @@ def dense(
     def bwd(params, x, dy, contract):
         expect.fields(params, x.dtype, shapes(x.shape[-1]))
         dy = expect.cotangent(dy, (*x.shape[:-1], features), x.dtype)
-        dx = product(flat(dy), params["kernel"], (1, 1), flat(x)).astype(x.dtype)
+        dx = contract_last(dy, params["kernel"], 1).astype(x.dtype)
         dparams = {"kernel": contract(Outer(x, dy), params["kernel"])}
         if use_bias:
             dparams["bias"] = contract(Shift(dy), params["bias"])
-        return dparams, dx.reshape(x.shape)
+        return dparams, dx
 
     return stateless("dense", init, fwd, bwd)

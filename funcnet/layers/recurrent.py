@@ -47,10 +47,9 @@ from jax import Array, lax
 from jax.nn import initializers, sigmoid
 
 from funcnet import expect
-from funcnet.arithmetic import flat, product, wide
-from funcnet.combine import parallel
+from funcnet.arithmetic import contract_last, product, wide
 from funcnet.expect import InputError, describe
-from funcnet.factors import Outer, Shift, total
+from funcnet.factors import Outer, Shift
 from funcnet.layer import Layer, stateless
 
 Initializer = Callable[..., Array]
@@ -207,68 +206,6 @@ def lstm(
     return _recurrent("lstm", features, Cell(4, 2, step, back), inits, reverse, return_state)
 
 
-def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
-    """Both layers over the same sequences, y = [y_forward, y_backward] on the last axis: [B, T, D] -> [B, T, 2H].
-
-    bidirectional(lstm(64), lstm(64, reverse=True)); further layers on top with `serial`. Params, state and residuals
-    are dicts with `forward` and `backward`. The input is as for one of the layers; an initial state is the pair of both
-    layers' states, and so is the final one where both layers return theirs.
-
-        dx = dx_forward + dx_backward
-
-    Raises:
-        expect.InputError: if the state is no pair, or the outputs have not the same shape.
-    """
-    pair = parallel(forward=forward, backward=backward)
-
-    @expect.by("bidirectional")
-    def both(inputs):
-        if not isinstance(inputs, Mapping) or "state" not in inputs:
-            return inputs, inputs
-        states = inputs["state"]
-        if not isinstance(states, tuple) or len(states) != 2:
-            raise InputError("a pair of initial states", describe(states), "give one to each layer: (state, state)")
-        return tuple({**inputs, "state": state} for state in states)
-
-    @expect.by("bidirectional")
-    def join(ys):
-        if not expect.same(*ys):
-            remedy = "make both layers of one size, and let both return their state or neither"
-            raise InputError("two outputs of the same shape", describe(ys), remedy)
-        if expect.is_array(ys[0]):
-            return _join(*ys)
-        (y_forward, state_forward), (y_backward, state_backward) = ys
-        return _join(y_forward, y_backward), (state_forward, state_backward)
-
-    def split(dy):
-        if not isinstance(dy, tuple):
-            return tuple(_blocks(jnp.asarray(dy), 2))
-        dy, dstates = dy
-        return tuple(zip(_blocks(jnp.asarray(dy), 2), dstates, strict=True))
-
-    def init(key, inputs):
-        return pair.init(key, both(inputs))
-
-    def apply(params, state, inputs):
-        return join(pair.apply(params, state, both(inputs)))
-
-    def fwd(params, state, inputs, key):
-        ys, state, residuals = pair.fwd(params, state, both(inputs), key)
-        return join(ys), state, residuals
-
-    def bwd(params, residuals, dy, contract=total):
-        dparams, (dx, dx_backward) = pair.bwd(params, residuals, split(dy), contract)
-        if not isinstance(dx, Mapping):
-            return dparams, dx + dx_backward
-        dstates = {"state": (dx["state"], dx_backward["state"])} if "state" in dx else {}
-        return dparams, {**dx, "x": dx["x"] + dx_backward["x"], **dstates}
-
-    def rebuild(parts):
-        return bidirectional(**parts)
-
-    return Layer("bidirectional", init, apply, fwd, bwd, pair.parts, rebuild)
-
-
 def _recurrent(
     name: str, features: int, cell: Cell, inits: tuple[Callable, Callable, Callable], reverse: bool, return_state: bool
 ) -> Layer:
@@ -303,7 +240,7 @@ def _recurrent(
     def fwd(params: dict[str, Array], inputs: Tree) -> tuple[Tree, Unrolled]:
         x, valid, states = read(params, inputs)
         kernel, bias = params["kernel"], params["bias"]
-        a = _contract_last(_swap(x), kernel, 0) + bias.astype(wide(x.dtype))[None, None]
+        a = contract_last(_swap(x), kernel, 0) + bias.astype(wide(x.dtype))[None, None]
 
         def body(states, at):
             a, valid = at
@@ -342,7 +279,7 @@ def _recurrent(
         }
         if "recurrent_bias" in params:
             dparams["recurrent_bias"] = contract(Shift(du[..., -features:]), params["recurrent_bias"])
-        dx = _contract_last(da, params["kernel"], 1).astype(x.dtype)
+        dx = contract_last(da, params["kernel"], 1).astype(x.dtype)
         return dparams, _like(inputs, dx, _bare(_cast(dstates, x.dtype)))
 
     return stateless(name, init, fwd, bwd)
@@ -379,6 +316,7 @@ def _sequences(inputs: Tree, features: int, states: int) -> Sequences:
     valid = None
     if "lengths" in parts:
         valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < parts["lengths"].astype(jnp.int32)[:, None]
+        x = jnp.where(valid[..., None], x, 0)  # a NaN in the padding would come through products with 0
     zero = jnp.zeros((x.shape[0], features), x.dtype)
     initial = tuple(jax.tree.leaves(parts.get("state", (zero,) * states)))
     return Sequences(x, valid, _cast(initial, wide(x.dtype)))
@@ -431,12 +369,6 @@ def _where(valid: Array | None, new: Tree, old: Tree) -> Tree:
 def _columns(valid: Array | None) -> Array | None:
     """valid [B, T] as [T, B, 1]."""
     return None if valid is None else valid.T[..., None]
-
-
-def _contract_last(x: Array, kernel: Array, axis: int) -> Array:
-    """The last axis of x [.., D] with an axis of the kernel, as one matrix product, summed wide."""
-    y = product(flat(x), kernel, (1, axis), flat(x))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _transposed(kernel: Array, examples: int) -> Array:

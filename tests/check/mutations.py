@@ -45,9 +45,13 @@ PACKAGE = Path(fn.__file__).parent
 FILES = [
     "layer.py",
     "factors.py",
+    "arithmetic.py",
+    "columns.py",
+    "correlation.py",
     "bridge.py",
     "combine.py",
     "reversible.py",
+    "sequences.py",
     "tie.py",
     "transform.py",
     "reparametrize.py",

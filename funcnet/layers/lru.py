@@ -1,0 +1,155 @@
+"""A diagonal linear recurrence: complex states that turn and decay, each by itself, driven by the input.
+
+With states n, decay a_n = -e^(nu_n) < 0 and angle b_n = e^(theta_n):
+
+    lambda = e^(a + i b)        gamma = sqrt(1 - e^(2a))        u_t = gamma (x_t @ (K + i L))
+    h_t = lambda h_{t-1} + u_t,  h_0 = 0                        y_t = Re(h_t @ (P + i Q)) = Re(h_t) @ P - Im(h_t) @ Q
+
+gamma keeps the size of h whatever the decay. Being linear, all h_t come from one associative scan, log T steps deep.
+
+Backward, with cotangents of complex numbers as dL/dRe + i dL/dIm, and * for the conjugate:
+
+    p_t = dy_t @ P^T - i dy_t @ Q^T         g_t = p_t + lambda* g_{t+1}     the same scan, from the end
+    dv_t = gamma g_t                        dx_t = Re(dv_t) @ K^T + Im(dv_t) @ L^T
+    dK, dL: Outer(x, Re(dv)), Outer(x, Im(dv))      dP, dQ: Outer(Re(h), dy), Outer(Im(h), -dy)
+
+and with w_t = lambda h_{t-1}, so that u_t = h_t - w_t, for each position
+
+    da_t = Re(w_t* g_t) - Re(u_t* g_t) e^(2a) / gamma^2         db_t = Im(w_t* g_t)
+
+of which nu and theta have the factors Shift(a da) and Shift(b db).
+
+Residuals: x [B, T, D] and h [B, T, N].  Why these: autodiff would keep the tree of the scan, log T arrays like h; w and
+u follow from h.
+Numerics: states and sums in float32 (complex64) for half precision.
+Initial values: |lambda|^2 uniform between r_min^2 and r_max^2, the angle uniform up to max_phase; kernels normal, with
+the variance of their inputs shared between real and imaginary part.
+Source: Orvieto et al. 2023, arXiv:2303.06349, section 3 (the linear recurrent unit); Blelloch 1990, "Prefix sums and
+their applications" (the scan); Martin and Cundy 2018, arXiv:1709.04057 (its backward pass).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from funcnet import expect
+from funcnet.arithmetic import contract_last, in_front, wide
+from funcnet.expect import InputError, describe
+from funcnet.factors import Outer, Shift
+from funcnet.layer import Layer, stateless
+
+KERNELS = ("kernel_real", "kernel_imag", "out_real", "out_imag")
+
+
+class Driven(NamedTuple):
+    """Residuals of `lru`: x [B, T, D] and the states h [B, T, N], complex."""
+
+    x: Array
+    h: Array
+
+
+class Turning(NamedTuple):
+    """What the states do at each step, all [N]: a, b, gamma, and lambda."""
+
+    decay: Array
+    angle: Array
+    gain: Array
+    factor: Array
+
+
+def lru(
+    features: int, states: int, *, r_min: float = 0.0, r_max: float = 1.0, max_phase: float = 6.28
+) -> Layer[dict[str, Array], tuple[()], Driven]:
+    """The linear recurrent unit over [B, T, D], to [B, T, F], with N complex states; h begins at 0.
+
+    Params nu and theta [N], kernel_real and kernel_imag [D, N], out_real and out_imag [N, F]: a, b, K, L, P, Q above.
+    It has no nonlinearity: put one behind it, such as `fn.skip(fn.serial(fn.layer_norm(), fn.lru(64, 64), fn.gelu()))`.
+
+    Args:
+        features: F.
+        states: N.
+        r_min, r_max: between which |lambda| lies at first, 0 <= r_min < r_max <= 1.
+        max_phase: the greatest angle a step at first, in radians.
+
+    Raises:
+        expect.InputError: for options out of range, and for x that is not [B, T, D] or has not the parameters' D.
+    """
+    features, states = expect.count(features, "features"), expect.count(states, "states")
+    if not 0 <= r_min < r_max <= 1 or not 0 < max_phase < float("inf"):
+        received = f"r_min={r_min}, r_max={r_max}, max_phase={max_phase}"
+        raise InputError("0 <= r_min < r_max <= 1 and a positive max_phase", received, "use the defaults")
+
+    def check(x: Any, size: int | None = None) -> None:
+        expect.float_array(x, rank=3, features=size)
+        if x.ndim != 3:
+            raise InputError("sequences [B, T, D]", describe(x), "reshape x to one batch axis and one time axis")
+
+    def shapes(inputs: int) -> dict[str, tuple[int, ...]]:
+        own = {"nu": (states,), "theta": (states,)}
+        return own | dict(zip(KERNELS, [(inputs, states)] * 2 + [(states, features)] * 2, strict=True))
+
+    def fits(params: Any, x: Any) -> None:
+        check(x, expect.size(params, "kernel_real"))
+        expect.fields(params, x.dtype, shapes(x.shape[-1]))
+
+    def init(key: Array, x: Any) -> dict[str, Array]:
+        check(x)
+        keys, dtype = jax.random.split(expect.key(key), 6), expect.dtype(x)
+        square, phase = (jax.random.uniform(k, (states,), wide(dtype), 1e-6) for k in keys[:2])
+        nu = jnp.log(-0.5 * jnp.log(square * (r_max**2 - r_min**2) + r_min**2))
+        drawn = {"nu": nu, "theta": jnp.log(max_phase * phase)}
+        for name, k in zip(KERNELS, keys[2:], strict=True):
+            shape = shapes(x.shape[-1])[name]
+            variance = (2 if name.startswith("kernel") else 1) * shape[0]
+            drawn[name] = jax.random.normal(k, shape, wide(dtype)) / variance**0.5
+        return {name: value.astype(dtype) for name, value in drawn.items()}
+
+    def turning(params: dict[str, Array]) -> Turning:
+        high = wide(params["nu"].dtype)
+        a, b = -jnp.exp(params["nu"].astype(high)), jnp.exp(params["theta"].astype(high))
+        return Turning(a, b, jnp.sqrt(-jnp.expm1(2 * a)), jnp.exp(lax.complex(a, b)))
+
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Driven]:
+        fits(params, x)
+        turn = turning(params)
+        v = lax.complex(*(contract_last(x, params[name], 0) for name in KERNELS[:2]))
+        h = _recurrence(turn.factor, v * in_front(turn.gain, 3).astype(v.dtype), reverse=False)
+        real, imag = (contract_last(part.astype(x.dtype), params[name], 0) for part, name in _parts(h, KERNELS[2:]))
+        return (real - imag).astype(x.dtype), Driven(x, h)
+
+    def bwd(params, residuals, dy, contract):
+        x, h = residuals
+        fits(params, x)
+        dy = expect.cotangent(dy, (*x.shape[:2], features), x.dtype)
+        turn = turning(params)
+        p = lax.complex(contract_last(dy, params["out_real"], 1), -contract_last(dy, params["out_imag"], 1))
+        g = _recurrence(jnp.conj(turn.factor), p, reverse=True)
+        w = in_front(turn.factor, 3) * jnp.concatenate([jnp.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
+        of_w, of_u = jnp.conj(w) * g, jnp.conj(h - w) * g
+        a, b, gain, _ = (in_front(each, 3) for each in turn)
+        da = jnp.real(of_w) - jnp.real(of_u) * jnp.exp(2 * a) / jnp.square(gain)
+        factors = {"nu": Shift(a * da), "theta": Shift(b * jnp.imag(of_w))}
+        dv = [(gain * part).astype(x.dtype) for part, _ in _parts(g, KERNELS[:2])]
+        dx = contract_last(dv[0], params["kernel_real"], 1) + contract_last(dv[1], params["kernel_imag"], 1)
+        factors |= {name: Outer(x, part) for part, name in zip(dv, KERNELS[:2], strict=True)}
+        real, imag = (part.astype(x.dtype) for part, _ in _parts(h, KERNELS[2:]))
+        factors |= {"out_real": Outer(real, dy), "out_imag": Outer(imag, -dy)}
+        return {name: contract(factors[name], params[name]) for name in params}, dx.astype(x.dtype)
+
+    return stateless("lru", init, fwd, bwd)
+
+
+def _recurrence(factor: Array, u: Array, reverse: bool) -> Array:
+    """h_t = factor h_{t-1} + u_t over axis 1 of u [B, T, N], from the first step or from the last."""
+
+    def after(first: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:
+        return first[0] * then[0], then[0] * first[1] + then[1]
+
+    factors = jnp.broadcast_to(factor[None, None], (1, *u.shape[1:]))
+    return lax.associative_scan(after, (factors, u), reverse=reverse, axis=1)[1]
+
+
+def _parts(z: Array, names: tuple[str, ...]) -> zip:
+    return zip((jnp.real(z), jnp.imag(z)), names, strict=True)

@@ -1,0 +1,180 @@
+"""Combinators of recurrent layers: both directions at once, and one layer on top of the other.
+
+    bidirectional   y = [f(x), b(x)] on the last axis       dx = bwd_f(dy_f) + bwd_b(dy_b)
+    stacked         y = f_n(.. f_1(x)), lengths for all     dx = bwd_1(.. bwd_n(dy))
+
+Inputs are those of the layers: x [B, T, D], or a dict of it with lengths and initial states (`fn.lstm`).
+Residuals: those of the layers, by name.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from funcnet import expect
+from funcnet.combine import parallel, serial
+from funcnet.expect import InputError, at, describe
+from funcnet.factors import total
+from funcnet.layer import Layer, child, output
+
+Tree = Any
+
+
+def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
+    """Both layers over the same sequences, y = [y_forward, y_backward] on the last axis: [B, T, D] -> [B, T, 2H].
+
+    bidirectional(lstm(64), lstm(64, reverse=True)); further layers on top with `serial` or `stacked`. Params, state and
+    residuals are dicts with `forward` and `backward`. The input is as for one of the layers; an initial state is the
+    pair of both layers' states, and so is the final one where both layers return theirs.
+
+        dx = dx_forward + dx_backward
+
+    Raises:
+        expect.InputError: if the state is no pair, or the outputs have not the same shape.
+    """
+    pair = parallel(forward=forward, backward=backward)
+
+    @expect.by("bidirectional")
+    def both(inputs):
+        if not isinstance(inputs, Mapping) or "state" not in inputs:
+            return inputs, inputs
+        states = inputs["state"]
+        if not isinstance(states, tuple) or len(states) != 2:
+            raise InputError("a pair of initial states", describe(states), "give one to each layer: (state, state)")
+        return tuple({**inputs, "state": state} for state in states)
+
+    @expect.by("bidirectional")
+    def join(ys):
+        if not expect.same(*ys):
+            remedy = "make both layers of one size, and let both return their state or neither"
+            raise InputError("two outputs of the same shape", describe(ys), remedy)
+        if expect.is_array(ys[0]):
+            return jnp.concatenate(ys, axis=-1)
+        (y_forward, state_forward), (y_backward, state_backward) = ys
+        return jnp.concatenate([y_forward, y_backward], axis=-1), (state_forward, state_backward)
+
+    def split(dy):
+        if not isinstance(dy, tuple):
+            return tuple(jnp.split(jnp.asarray(dy), 2, axis=-1))
+        dy, dstates = dy
+        return tuple(zip(jnp.split(jnp.asarray(dy), 2, axis=-1), dstates, strict=True))
+
+    def init(key, inputs):
+        return pair.init(key, both(inputs))
+
+    def apply(params, state, inputs):
+        return join(pair.apply(params, state, both(inputs)))
+
+    def fwd(params, state, inputs, key):
+        ys, state, residuals = pair.fwd(params, state, both(inputs), key)
+        return join(ys), state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        dparams, (dx, dx_backward) = pair.bwd(params, residuals, split(dy), contract)
+        if not isinstance(dx, Mapping):
+            return dparams, dx + dx_backward
+        dstates = {"state": (dx["state"], dx_backward["state"])} if "state" in dx else {}
+        return dparams, {**dx, "x": dx["x"] + dx_backward["x"], **dstates}
+
+    def rebuild(parts):
+        return bidirectional(**parts)
+
+    return Layer("bidirectional", init, apply, fwd, bwd, pair.parts, rebuild)
+
+
+def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
+    """Recurrent layers one on top of the other, [B, T, D] -> [B, T, H], all with the same lengths.
+
+    stacked(lstm(64), lstm(64)). Params, state and residuals are dicts by layer, names as in `serial`. An initial state
+    is a tuple of the layers' states, and so is the final one where all layers return theirs.
+
+    Raises:
+        expect.InputError: if there are not as many initial states as layers, or some layers return their final state
+            and others do not.
+    """
+    parts = serial(*layers, **named).parts
+
+    @expect.by("stacked")
+    def check(inputs: Tree, **trees: Tree) -> None:
+        states = inputs["state"] if isinstance(inputs, Mapping) and "state" in inputs else None
+        if states is not None and (not isinstance(states, tuple) or len(states) != len(parts)):
+            wanted = f"a tuple of {len(parts)} initial states, one for each of {list(parts)}"
+            raise InputError(wanted, describe(states), "give one to each layer")
+        for what, tree in trees.items():
+            expect.named(tree, parts, what)
+
+    def entering(inputs: Tree, x: Any, i: int) -> Tree:
+        """The input of layer i."""
+        if not isinstance(inputs, Mapping):
+            return x
+        own = {"state": inputs["state"][i]} if "state" in inputs else {}
+        return {**inputs, "x": x, **own}
+
+    @expect.by("stacked")
+    def leaving(outputs: list[Tree]) -> Tree:
+        """y, or y and the final states."""
+        finals = [out[1] for out in outputs if isinstance(out, tuple)]
+        if not finals:
+            return outputs[-1]
+        if len(finals) < len(outputs):
+            received = f"{len(finals)} of {len(outputs)}"
+            raise InputError("final states of all layers, or of none", received, "set return_state alike in all")
+        return outputs[-1][0], tuple(finals)
+
+    def bare(out: Tree) -> Any:
+        return out[0] if isinstance(out, tuple) else out
+
+    def first(inputs: Tree) -> Any:
+        return inputs["x"] if isinstance(inputs, Mapping) else inputs
+
+    def init(key, inputs):
+        check(inputs)
+        params, state, outputs, x = {}, {}, [], first(inputs)
+        for i, (name, layer) in enumerate(parts.items()):
+            with at(name):
+                given = entering(inputs, x, i)
+                params[name], state[name] = layer.init(child(key, i), given)
+                outputs.append(output(layer, params[name], state[name], given))
+                x = bare(outputs[-1])
+        leaving(outputs)
+        return params, state
+
+    def apply(params, state, inputs):
+        check(inputs, params=params, state=state)
+        outputs, x = [], first(inputs)
+        for i, (name, layer) in enumerate(parts.items()):
+            with at(name):
+                outputs.append(layer.apply(params[name], state[name], entering(inputs, x, i)))
+                x = bare(outputs[-1])
+        return leaving(outputs)
+
+    def fwd(params, state, inputs, key):
+        check(inputs, params=params, state=state)
+        outputs, x, new_state, residuals = [], first(inputs), {}, {}
+        for i, (name, layer) in enumerate(parts.items()):
+            with at(name):
+                given = entering(inputs, x, i)
+                out, new_state[name], residuals[name] = layer.fwd(params[name], state[name], given, child(key, i))
+                outputs.append(out)
+                x = bare(out)
+        return leaving(outputs), new_state, residuals
+
+    def bwd(params, residuals, dy, contract=total):
+        check(None, params=params, residuals=residuals)
+        dx, dfinals = dy if isinstance(dy, tuple) else (dy, None)
+        dparams, dstates, dinputs = {}, [], None
+        for i, (name, layer) in reversed(list(enumerate(parts.items()))):
+            with at(name):
+                own = dx if dfinals is None else (dx, dfinals[i])
+                dparams[name], dinputs = layer.bwd(params[name], residuals[name], own, contract)
+            if isinstance(dinputs, Mapping):
+                dx = dinputs["x"]
+                dstates.append(dinputs.get("state"))
+            else:
+                dx = dinputs
+        if not isinstance(dinputs, Mapping):
+            return dparams, dx
+        return dparams, {**dinputs, **({"state": tuple(dstates[::-1])} if "state" in dinputs else {})}
+
+    return Layer("stacked", init, apply, fwd, bwd, parts, lambda parts: stacked(**parts))

@@ -1,0 +1,110 @@
+"""lru: against a loop in NumPy and `jax.grad` of one; every contraction, what it keeps, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+
+KEY = jax.random.key(0)
+B, T, D, F, N = 3, 6, 4, 2, 5
+LAYER = fn.lru(F, N)
+
+
+def setting(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(dtype))
+    params = {"nu": draw(N), "theta": draw(N), "kernel_real": draw(D, N), "kernel_imag": draw(D, N)}
+    return params | {"out_real": draw(N, F), "out_imag": draw(N, F)}, draw(B, T, D), draw(B, T, F)
+
+
+def in_turn(p, x):
+    """y [T, F] of one example, a step at a time, as the paper writes it; NumPy's or JAX's."""
+    lam = np.exp(-np.exp(p["nu"]) + 1j * np.exp(p["theta"])) if isinstance(x, np.ndarray) else None
+    lam = jnp.exp(-jnp.exp(p["nu"]) + 1j * jnp.exp(p["theta"])) if lam is None else lam
+    gain = (1 - abs(lam) ** 2) ** 0.5
+    h, y = 0 * lam, []
+    for step in x:
+        h = lam * h + gain * (step @ (p["kernel_real"] + 1j * p["kernel_imag"]))
+        y.append((h @ (p["out_real"] + 1j * p["out_imag"])).real)
+    return y
+
+
+def test_the_output_is_numpys(x64):
+    params, x, _ = setting()
+    p = {name: np.asarray(value) for name, value in params.items()}
+    wanted = np.array([in_turn(p, example) for example in np.asarray(x)])
+    np.testing.assert_allclose(LAYER.apply(params, (), x), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("contract", [fn.total, fn.per_example, fn.squared_norm])
+def test_gradients_are_autodiffs_of_a_loop_by_every_contraction(contract, x64, standard_promotion):
+    params, x, dy = setting()
+    own = lambda x, dy: jax.vjp(lambda p, x: jnp.stack(in_turn(p, x)), params, x)[1](dy)
+    each, dx = jax.jit(jax.vmap(own))(x, dy)
+    _, _, residuals = LAYER.fwd(params, (), x, None)
+    got, got_dx = LAYER.bwd(params, residuals, dy, contract)
+    wanted = {
+        fn.total: lambda g: g.sum(0),
+        fn.per_example: lambda g: g,
+        fn.squared_norm: lambda g: jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))),
+    }[contract]
+    np.testing.assert_allclose(got_dx, dx, rtol=1e-9, atol=1e-12)
+    for name, gradient in each.items():
+        np.testing.assert_allclose(got[name], wanted(gradient), rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_it_keeps_its_input_and_its_states_alone():
+    residuals = jax.eval_shape(
+        LAYER.fwd, *jax.eval_shape(LAYER.init, KEY, jnp.ones((B, T, D))), jnp.ones((B, T, D)), None
+    )[2]
+    assert [(leaf.shape, leaf.dtype) for leaf in residuals] == [((B, T, D), jnp.float32), ((B, T, N), jnp.complex64)]
+
+
+def test_states_have_the_size_of_their_input_and_lie_in_the_ring_at_first():
+    layer = fn.lru(1, 400, r_min=0.5, r_max=0.9, max_phase=1.0)
+    params, _ = layer.init(KEY, jnp.ones((1, 1, 3)))
+    radius, angle = np.exp(-np.exp(params["nu"])), np.exp(params["theta"])
+    assert 0.5 <= radius.min() < 0.55
+    assert 0.87 < radius.max() <= 0.9
+    assert 0.9 < angle.max() <= 1.0
+    x = jax.random.normal(jax.random.key(1), (64, 100, 3))
+    h = layer.fwd(params, (), x, None)[2].h[:, -1]
+    assert 0.8 < float(jnp.mean(jnp.abs(h) ** 2)) < 1.2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_float32_rounded(dtype):
+    params, x, dy = jax.tree.map(lambda a: a.astype(dtype), setting(np.float32))
+    run = lambda params, x, dy: LAYER.bwd(params, LAYER.fwd(params, (), x, None)[2], dy)
+    got = run(params, x, dy)
+    wanted = run(*jax.tree.map(lambda a: a.astype(jnp.float32), (params, x, dy)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == dtype
+        error = np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
+        assert error < 4 * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": 0}, "features"),
+        ({"states": 0}, "states"),
+        ({"r_min": 1.0}, "r_min"),
+        ({"max_phase": 0.0}, "phase"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(fn.InputError, match=message):
+        fn.lru(**{"features": F, "states": N} | options)
+
+
+def test_what_does_not_fit_is_refused():
+    params, x, _ = setting(np.float32)
+    for bad in (x[0], x[..., :2], x.astype(jnp.bfloat16), jnp.ones((B, T, D), jnp.int32)):
+        with pytest.raises(fn.InputError):
+            LAYER.apply(params, (), bad)
+    residuals = LAYER.fwd(params, (), x, None)[2]
+    with pytest.raises(fn.InputError, match="cotangent"):
+        LAYER.bwd(params, residuals, x)

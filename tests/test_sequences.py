@@ -1,0 +1,122 @@
+"""bidirectional and stacked: against PyTorch's own; lengths, states, contractions, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+from tests.layers.test_recurrent import (
+    ALL,
+    KEY,
+    LAYERS,
+    LENGTHS,
+    STATE,
+    B,
+    D,
+    H,
+    T,
+    X,
+    close,
+    inputs_of,
+    params_of,
+    torch_grads,
+    torch_layer,
+    torch_pull,
+)
+
+
+@ALL
+def test_bidirectional_is_pytorchs(name, x64):
+    torch = pytest.importorskip("torch")
+    params = {"forward": params_of(name), "backward": params_of(name, seed=5)}
+    (x, one, dy), (_, other, dy_other) = inputs_of(name), inputs_of(name, seed=2)
+    make = lambda **options: LAYERS[name](H, return_state=True, **options)
+    layer = fn.bidirectional(make(), make(reverse=True))
+    both = lambda a, b: jax.tree.map(lambda *leaves: jnp.stack(leaves), a, b)
+    dys, dstates = jnp.concatenate([dy[0], dy_other[0]], -1), (dy[1], dy_other[1])
+
+    def run(params, inputs, dy):
+        y, _, residuals = layer.fwd(params, {"forward": (), "backward": ()}, inputs, None)
+        return y, *layer.bwd(params, residuals, dy)
+
+    inputs = {"x": x, "lengths": LENGTHS, "state": (one, other)}
+    y, dparams, dx = jax.jit(run)(params, inputs, (dys, dstates))
+    theirs = torch_layer(torch, name, tuple(params.values()), torch.float64, bidirectional=True)
+    wanted_y, wanted_dx, wanted_dstate = torch_pull(torch, theirs, x, both(one, other), (dys, both(*dstates)), LENGTHS)
+    close((y[0], both(*y[1])), wanted_y)
+    close(dparams, {"forward": torch_grads(name, theirs), "backward": torch_grads(name, theirs, "_reverse")})
+    close((dx["x"], both(*dx["state"])), (wanted_dx, wanted_dstate))
+    assert dx["lengths"] is None
+
+
+def test_bidirectional_refuses_what_does_not_fit():
+    uneven = fn.bidirectional(fn.rnn(2), fn.rnn(3, reverse=True))
+    params, state = jax.eval_shape(uneven.init, KEY, X)
+    with pytest.raises(fn.InputError, match="same shape"):
+        jax.eval_shape(uneven.apply, params, state, X)
+    with pytest.raises(fn.InputError, match="pair of initial states"):
+        fn.bidirectional(fn.rnn(2), fn.rnn(2)).init(KEY, {"x": X, "state": STATE})
+
+
+@ALL
+def test_stacked_is_pytorchs(name, x64):
+    """Two layers, the upper one of the lower one's size, with lengths and states; every gradient."""
+    torch = pytest.importorskip("torch")
+    layer = fn.stacked(LAYERS[name](H, return_state=True), LAYERS[name](H, return_state=True))
+    params = dict(zip(layer.parts, (params_of(name), params_of(name, inputs=H, seed=5)), strict=True))
+    (x, one, dy), (_, other, dy_other) = inputs_of(name), inputs_of(name, seed=2)
+    both = lambda a, b: jax.tree.map(lambda *leaves: jnp.stack(leaves), a, b)
+    dstates = dy[1], dy_other[1]
+
+    def run(params, inputs, dy):
+        y, _, residuals = layer.fwd(params, dict.fromkeys(layer.parts, ()), inputs, None)
+        return y, *layer.bwd(params, residuals, dy)
+
+    y, dparams, dx = jax.jit(run)(params, {"x": x, "lengths": LENGTHS, "state": (one, other)}, (dy[0], dstates))
+    theirs = getattr(torch.nn, name.upper())(D, H, num_layers=2, batch_first=True, dtype=torch.float64)
+    arrays = [fn.to_torch(part, params[key]) for key, part in layer.parts.items()]
+    arrays = arrays[0] | {field.replace("l0", "l1"): array for field, array in arrays[1].items()}
+    theirs.load_state_dict({field: torch.from_numpy(array.copy()) for field, array in arrays.items()})
+    wanted_y, wanted_dx, wanted_dstate = torch_pull(
+        torch, theirs, x, both(one, other), (dy[0], both(*dstates)), LENGTHS
+    )
+    close((y[0], both(*y[1])), wanted_y)
+    close((dx["x"], both(*dx["state"])), (wanted_dx, wanted_dstate))
+    assert dx["lengths"] is None
+    grads = lambda suffix: getattr(theirs, suffix).grad.numpy()
+    for i, key in enumerate(layer.parts):
+        own = {"kernel": grads(f"weight_ih_l{i}").T, "recurrent_kernel": grads(f"weight_hh_l{i}").T}
+        own["bias"] = grads(f"bias_ih_l{i}")
+        if name == "gru":
+            own["recurrent_bias"] = grads(f"bias_hh_l{i}")[2 * H :]
+        close(dparams[key], own)
+
+
+def test_stacked_of_an_array_is_serial(x64):
+    layers = fn.gru(3), fn.rnn(2, reverse=True)
+    stacked, serial = fn.stacked(*layers), fn.serial(*layers)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)))
+    params, state = stacked.init(KEY, x)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, 2)))
+
+    def run(layer, contract=fn.total):
+        y, _, residuals = layer.fwd(params, state, x, None)
+        return layer.apply(params, state, x), y, layer.bwd(params, residuals, dy, contract)
+
+    for contract in (fn.total, fn.per_example, fn.squared_norm):
+        jax.tree.map(np.testing.assert_array_equal, run(stacked, contract), run(serial, contract))
+    rebuilt = stacked.rebuild(stacked.parts)
+    jax.tree.map(np.testing.assert_array_equal, run(rebuilt), run(stacked))
+
+
+def test_stacked_refuses_what_does_not_fit():
+    with pytest.raises(fn.InputError, match="a tuple of 2 initial states"):
+        fn.stacked(fn.rnn(2), fn.rnn(2)).init(KEY, {"x": X, "state": STATE})
+    with pytest.raises(fn.InputError, match="final states of all layers, or of none"):
+        fn.stacked(fn.rnn(2), fn.rnn(2, return_state=True)).init(KEY, X)
+    with pytest.raises(fn.InputError, match="at least one layer"):
+        fn.stacked()
+    model = fn.stacked(fn.rnn(2), fn.rnn(2))
+    with pytest.raises(fn.InputError, match="params for the layers"):
+        model.apply({}, model.init(KEY, X)[1], X)
