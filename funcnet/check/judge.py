@@ -12,8 +12,8 @@ zero everywhere):
 - honest is the error of the plain program itself: of its automatic derivative in the program's own dtypes, at several
   points that are a unit of rounding apart, and what the reference moves between them; the largest in the leaf. C = 4.
   So a rule need not be better than autodiff in its dtype, and where a gradient is a small difference of large terms no
-  rule can be. It takes many runs of the program, and is asked for only where an error is not within the rest already. An element that such a step takes over a kink, and moves by far more than the others, counts for itself
-  alone.
+  rule can be. An element that such a step takes over a kink, and moves by far more than the others, counts for itself
+  alone. All of it takes many runs of the program, and is asked for only where an error is not within the rest already.
 
 Never is there one number for a whole tree, and no tolerance grows with the size of an array.
 """
