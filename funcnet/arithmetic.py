@@ -33,9 +33,12 @@ def product(a: Array, b: Array, axes: tuple[int, int], like: Array) -> Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=wide(a.dtype), out_sharding=sharding)
 
 
-def contract_last(x: Array, kernel: Array, axis: int) -> Array:
-    """The last axis of x [.., D] with an axis of the kernel, as one matrix product, summed wide."""
-    y = product(flat(x), kernel, (1, axis), flat(x))
+def contract_last(x: Array, kernel: Array, axis: int, like: Array | None = None) -> Array:
+    """The last axis of x [.., D] with an axis of the kernel, as one matrix product, summed wide.
+
+    The result lies as `like` does, which has its shape; or as x, whose last axis is then not cut.
+    """
+    y = product(flat(x), kernel, (1, axis), flat(x if like is None else like))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

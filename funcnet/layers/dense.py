@@ -67,7 +67,7 @@ def dense(
     def bwd(params, x, dy, contract):
         expect.fields(params, x.dtype, shapes(x.shape[-1]))
         dy = expect.cotangent(dy, (*x.shape[:-1], features), x.dtype)
-        dx = contract_last(dy, params["kernel"], 1).astype(x.dtype)
+        dx = contract_last(dy, params["kernel"], 1, like=x).astype(x.dtype)
         dparams = {"kernel": contract(Outer(x, dy), params["kernel"])}
         if use_bias:
             dparams["bias"] = contract(Shift(dy), params["bias"])

@@ -279,7 +279,7 @@ def _recurrent(
         }
         if "recurrent_bias" in params:
             dparams["recurrent_bias"] = contract(Shift(du[..., -features:]), params["recurrent_bias"])
-        dx = contract_last(da, params["kernel"], 1).astype(x.dtype)
+        dx = contract_last(da, params["kernel"], 1, like=x).astype(x.dtype)
         return dparams, _like(inputs, dx, _bare(_cast(dstates, x.dtype)))
 
     return stateless(name, init, fwd, bwd)

@@ -100,7 +100,7 @@ _BY_REASON = {
         'batch_norm: factors = {"scale": Scale(x_hat, dy, mixes=True), "bias": Shift(dy, mixes=False)}',
     ],
     "without a mesh there is one sharding; test_factors.py has meshes": [
-        "batch_norm: return dparams, ((dx * _row(slope, x.ndim)).astype(x.dtype))",
+        "batch_norm: return dparams, ((dx * in_front(slope, x.ndim)).astype(x.dtype))",
         "total: answer = (jnp.sum(dy.reshape(-1, *param.shape), axis=0, dtype=wide(dy.dtype)))",
         "total: answer = (jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0))",
         "_norm: return dparams, ((rstd * dx).astype(dy.dtype))",
