@@ -282,18 +282,20 @@ def _jax_side(
     return Side(lambda: check(carried[0]), step, lambda: lower(carried[0]))
 
 
+# what Equinox and PyTorch call funcnet's fields
 _WEIGHT = {
     "kernel": "weight",
+    "recurrent_kernel": "recurrent_weight",
     "scale": "weight",
     "embedding": "weight",
     "bias": "bias",
-}  # what Equinox and PyTorch call funcnet's fields
+}
 
 
 def _native(field: str, value: Any) -> np.ndarray:
     """A parameter as Equinox and PyTorch store it: kernels with features and channels in front, or transposed."""
     value = np.array(value)
-    if field != "kernel":
+    if not field.endswith("kernel"):
         return value
     return np.moveaxis(value, (-1, -2), (0, 1)) if value.ndim > 3 else value.swapaxes(-1, -2)
 
@@ -301,7 +303,7 @@ def _native(field: str, value: Any) -> np.ndarray:
 def _ours(field: str, value: Any) -> np.ndarray:
     """The way back from `_native`."""
     value = np.array(value)
-    if field != "kernel":
+    if not field.endswith("kernel"):
         return value
     return np.moveaxis(value, (0, 1), (-1, -2)) if value.ndim > 3 else value.swapaxes(-1, -2)
 
