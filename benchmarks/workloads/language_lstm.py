@@ -10,7 +10,7 @@ from jax import lax
 import funcnet as fn
 from benchmarks import peers
 from benchmarks.harness import Workload
-from benchmarks.recurrent import in_scan
+from benchmarks.recurrent import CELLS, in_scan
 
 WIDTH, VOCAB, SHAPE = 512, 256, (16, 128)
 
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
 def _plain(params, ids):
     x = params["embedding"]["embedding"][ids]
-    return peers.dense(params["head"], in_scan(params["lstm"], x, hoisted=False))
+    return peers.dense(params["head"], in_scan(CELLS["lstm"], params["lstm"], x, hoisted=False))
 
 
 def _equinox():
