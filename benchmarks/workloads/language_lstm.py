@@ -87,12 +87,12 @@ def _flax():
         def __init__(self, rngs):
             dtype = jnp.zeros(()).dtype  # its own is float32, to which it would cast float64 parameters
             self.embedding = nnx.Embed(VOCAB, WIDTH, param_dtype=dtype, rngs=rngs)
-            self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(WIDTH, WIDTH, rngs=rngs))
+            self.cell = nnx.OptimizedLSTMCell(WIDTH, WIDTH, rngs=rngs)
+            self.rnn: Any = nnx.RNN(self.cell)
             self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
 
         def weights(self):
-            cell = self.rnn.cell
-            return Fields(cell.dense_i.kernel, cell.dense_h.kernel, cell.dense_h.bias)
+            return Fields(self.cell.dense_i.kernel, self.cell.dense_h.kernel, self.cell.dense_h.bias)
 
         def __call__(self, ids):
             x = self.embedding(ids)
@@ -109,8 +109,8 @@ def _torch():
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding, self.lstm = nn.Embedding(VOCAB, WIDTH), nn.LSTM(WIDTH, WIDTH, batch_first=True)
-            self.head = nn.Linear(WIDTH, VOCAB)
+            self.embedding, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+            self.lstm: Any = nn.LSTM(WIDTH, WIDTH, batch_first=True)
             nn.init.zeros_(self.lstm.bias_hh_l0).requires_grad_(False)
 
         def weights(self):
