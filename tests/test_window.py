@@ -90,6 +90,18 @@ def test_a_transposed_convolution_s_windows_lie_on_its_output():
         assert shape == (2, wanted, 5)
 
 
+def test_same_begins_a_transposed_convolution_where_lax_does():
+    """Seen in the output of a single one: it begins at the first entry that is not cut off."""
+    size = 2
+    for window, stride in itertools.product((1, 2, 3, 4), (1, 2, 3)):
+        laid = spreading(window, stride, "SAME")(like(size))
+        x, kernel = jnp.zeros((1, size, 1)).at[0, 0].set(1), jnp.arange(1.0, window + 1).reshape(-1, 1, 1)
+        y = jax.lax.conv_transpose(x, kernel, (stride,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+        low = laid.padding[0][0]  # entries of the first window in front of the output
+        spread = np.append(np.arange(window, 0.0, -1), np.zeros(size * stride))[low:]
+        np.testing.assert_array_equal(y.ravel(), spread[: size * stride])
+
+
 @pytest.mark.parametrize(
     ("window", "strides", "padding", "dilation"),
     [(2, 1, "VALID", 1), ((3, 2), (2, 3), ((1, 0), (2, 3)), (1, 2)), (3, 2, "SAME", 2), ((1, 4), 1, "SAME", 1)],
