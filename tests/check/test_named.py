@@ -20,6 +20,7 @@ class Callables:
     layer = LAYER
     make = staticmethod(lambda: LAYER)
     make_with_defaults = staticmethod(lambda features=2: LAYER)
+    takes_any = staticmethod(lambda *features: LAYER)
     needs = staticmethod(lambda features: LAYER)
     function = staticmethod(lambda x=3.0: 2 * x)
     args = staticmethod(lambda: (np.ones(2), 3))
@@ -80,7 +81,7 @@ def test_a_layer_is_itself_or_what_is_made_without_arguments(name):
     assert function_or_layer(f"of_names:{name}") is LAYER
 
 
-@pytest.mark.parametrize("name", ["needs", "function", "builtin", "breaks_with_defaults"])
+@pytest.mark.parametrize("name", ["needs", "takes_any", "function", "builtin", "breaks_with_defaults"])
 def test_what_makes_no_layer_is_a_function(name):
     assert function_or_layer(f"of_names:{name}") is getattr(Callables, name)
 
