@@ -47,26 +47,29 @@ def figures(monkeypatch):
 
 
 def test_every_box_has_its_layer_with_values_above_and_cotangents_below(figures):
-    steps = (a_step("dense", 3.5), a_step("cost$", None, ("dead", "vanishing")))
+    steps = (a_step("dense", 3.5), a_step("cost$", None, ("dead", "")), a_step("head", 0.0, ("", "vanishing")))
     plot_explanation(Explanation(steps, 0.75, "mse", "float32[2, 3]"), "unused")
     (axis,) = figures[0].axes
     texts = [text.get_text() for text in axis.texts if text.get_text()]
     assert texts == [
-        "$f_{2}$\ndense",
+        "$f_{3}$\ndense",
         "float32[2, 4]\nRMS 1.25 ",
         "RMS 0.5 \n|dL/dw| 3.5",
-        "$f_{1}$\ncost\\$",
+        "$f_{2}$\ncost\\$",
         "float32[2, 4]\nRMS 1.25 dead",
-        "RMS 0.5 vanishing",
+        "RMS 0.5 ",
+        "$f_{1}$\nhead",
+        "float32[2, 4]\nRMS 1.25 ",
+        "RMS 0.5 vanishing\n|dL/dw| 0",
         "mse",
         "loss 0.75",
         "dLoss/dLoss 1",
     ]
-    assert axis.get_title().startswith("$f_{1}(f_{2}(x, w_{2}), w_{1})$ into the loss\nx: float32[2, 3];")
+    assert axis.get_title().startswith("$f_{1}(f_{2}(f_{3}(x, w_{3}), w_{2}), w_{1})$ into the loss\nx: float32[2, 3];")
     from matplotlib.colors import to_rgba
 
     boxes = [patch.get_facecolor() for patch in axis.patches if hasattr(patch, "get_boxstyle")]
-    assert boxes[:3] == [to_rgba(colour) for colour in ("aliceblue", "mistyrose", "honeydew")]
+    assert boxes == [to_rgba(colour) for colour in ("aliceblue", "mistyrose", "mistyrose", "honeydew")]
 
 
 @pytest.mark.parametrize("layers", [1, COLUMNS - 1, COLUMNS, 2 * COLUMNS])

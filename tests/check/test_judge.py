@@ -45,6 +45,7 @@ def test_one_wrong_element_is_found_and_told_in_every_unit():
     )
     assert not leaf.within
     assert measure("w", got, wanted, 2.0**-12).within  # the bound itself is allowed
+    assert measure("w", np.float32(4), np.float64(1), 1.0).ulps == 3 * 2**23  # units of the reference
 
 
 def test_the_scale_is_one_where_the_reference_is_zero_everywhere():

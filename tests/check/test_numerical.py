@@ -106,7 +106,13 @@ def test_where_small_steps_see_another_function_nothing_is_sure():
     """A staircase: its slope is 1 from afar, and 0 from near."""
     point = point_of(lambda x: jnp.floor(x * 2**16) / 2**16, np.float32([1.5 + 2**-17]))
     assert Numerical(point).slope("[0]", np.ones(1)).error == np.inf
+
+
+def test_what_is_lost_in_rounding_has_no_verdict():
+    """A slope of 1e-9 beside values of 1e8."""
+    point = point_of(lambda x: 1e-9 * x + 1e8, np.float32([1, 2]))
     assert numerical(point, Numerical(point)) == ({"[0]": "-"}, [])
+    assert "[0]: numerical differences are too noisy here to tell" in point.notes
 
 
 def test_outputs_that_are_not_finite_have_no_slope_and_no_cotangent():
@@ -180,7 +186,7 @@ def test_a_slope_at_a_kink_may_be_any_between_both_sides():
         bwd = lambda x, dy: (dy * jnp.where(x == 0, slope, jnp.sign(x)),)
         return ruled(jnp.abs, lambda x: (jnp.abs(x), x), bwd)
 
-    for slope, ok in ((-1.0, True), (0.3, True), (1.0, True), (1.1, False), (-1.1, False)):
+    for slope, ok in ((0.3, True), (1.1, False), (-1.1, False)):
         words, failures = verdict(sloped(slope), x)
         assert words == {"[0]": "kink" if ok else "WRONG"}, slope
         assert [failure.kind for failure in failures] == ([] if ok else ["beyond both sides"])
@@ -188,12 +194,11 @@ def test_a_slope_at_a_kink_may_be_any_between_both_sides():
 
 def test_what_is_not_finite_is_wrong_where_there_is_a_slope_alone():
     lost = ruled(jnp.sin, lambda x: (jnp.sin(x), x), lambda x, dy: (dy * jnp.where(x == 0, jnp.nan, jnp.cos(x)),))
-    words, (failure,) = verdict(lost, np.float32([[1, 2], [0, 3]]))
+    point = point_of(lost, np.float32([[1, 2], [0, 3]]))
+    words, (failure,) = numerical(point, Numerical(point))
     assert (words, failure.kind, failure.index) == ({"[0]": "WRONG"}, "not finite", (1, 0))
-    np.testing.assert_allclose(
-        failure.wanted, point_of(lost, np.float32([[1, 2], [0, 3]])).dys[0]["y"][1, 0], rtol=1e-6
-    )
-    assert verdict(jnp.sqrt, np.float32([0, 1]))[1] == []
+    np.testing.assert_allclose(failure.wanted, point.dys[0]["y"][1, 0], rtol=1e-6)
+    assert verdict(jnp.sqrt, np.float32([0, 1])) == ({"[0]": "-"}, [])
 
 
 def test_slopes_pair_real_parts_and_pass_over_what_is_not_moved():
