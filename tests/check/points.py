@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 
-import funcnet as fn
 from funcnet.check.algebra import structure
 from funcnet.check.checker import _layer
 from funcnet.check.function import function
@@ -24,12 +23,11 @@ def point_of(f, *args, x64=False, seed=0, directions=2):
     return point
 
 
-def layer_point(layer, x, dtype="float64", seed=0):
-    """The same of a layer, its parameters drawn by NumPy."""
+def layer_point(layer, x, seed=0):
+    """The same of a layer in float64, its parameters and state drawn by NumPy."""
     params, state = jax.eval_shape(layer.init, jax.random.key(0), x)
     rng = np.random.default_rng(1)
     params, state = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), (params, state))
-    x = fn.check.spec.drawn(x, seed) if isinstance(x, str) else x
-    point = Point(_layer(layer, x, params, state, np.dtype(dtype), seed), seed, 2)
+    point = Point(_layer(layer, x, params, state, np.dtype("float64"), seed), seed, 2)
     structure(point)
     return point
