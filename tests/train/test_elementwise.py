@@ -93,6 +93,15 @@ def test_an_operation_that_mixes_numbers_is_named(operation):
         formulas(MIXING[operation])
 
 
+def test_a_number_may_be_spread_over_an_array_only_if_it_is_shared():
+    (spread,) = formulas(lambda p, s: p * jnp.broadcast_to(s, (2, 3)))
+    assert spread.own
+    table = Formulas()
+    name = table.names(jnp.float32(1), "param", own=True)
+    with pytest.raises(InputError, match="one that applies broadcast_in_dim"):
+        table.of(lambda p: jnp.broadcast_to(p, (2, 3)), (jnp.float32(1),), (name,))
+
+
 # Optimizers
 
 
