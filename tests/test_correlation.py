@@ -57,12 +57,14 @@ def by_loop(x, dy, windows, kernel):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("formula", [correlation, correlation_by_taps])
-def test_every_formula_gives_what_a_loop_gives(case, formula, x64):
+def test_every_formula_gives_what_a_loop_gives(case, x64):
     x, dy, windows, kernel = setting(case)
-    got = jax.jit(formula, static_argnums=2)(x, dy, windows, kernel)
-    assert got.shape == kernel.shape
-    np.testing.assert_allclose(got, by_loop(x, dy, windows, kernel), rtol=1e-11, atol=1e-12)
+    wanted = by_loop(x, dy, windows, kernel)
+    two = CASES[case][3] == 1 and max(windows.window) > 1  # else the one calls the other
+    for formula in (correlation, correlation_by_taps)[: 1 + two]:
+        got = jax.jit(formula, static_argnums=2)(x, dy, windows, kernel)
+        assert got.shape == kernel.shape
+        np.testing.assert_allclose(got, wanted, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

@@ -13,8 +13,7 @@ from funcnet.train.finite import is_finite, not_finite
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-MODEL = fn.serial(fn.dense(4), fn.relu(), deep=fn.repeat(fn.dense(4), 2), out=fn.dense(3))
-OBJECTIVE = fn.objective(MODEL, fn.cross_entropy())
+OBJECTIVE = fn.objective(fn.serial(fn.dense(4), out=fn.dense(3)), fn.cross_entropy())
 BATCH = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32), np.array([0, 1, 2, 0, 1], np.int32)
 ROW = {"loss": 1.0, "grad_norm": 1.0, "update_norm": 1.0}
 STATE = fn.init_train_state(OBJECTIVE, optax.sgd(0.1), jax.random.key(0), BATCH)
@@ -60,7 +59,9 @@ def test_parameters_that_were_not_finite_before_are_named_first():
 
 
 def test_a_repeat_counts_as_one_layer():
-    lines = facts(state=spoiled("['deep']['kernel']", np.inf), loss=np.nan)
+    objective = fn.objective(fn.serial(deep=fn.repeat(fn.dense(4), 2)), fn.cross_entropy())
+    state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), BATCH)
+    lines = facts(objective=objective, state=spoiled("['deep']['kernel']", np.inf, state), loss=np.nan)
     assert lines[1] == "the first layer with an output that is not finite: deep"
 
 
