@@ -14,6 +14,8 @@ Tree = Any
 def after(done: Tree, x: Tree) -> Tree:
     """x, bit for bit, but made to depend on `done`, so that what is computed from x is computed after it.
 
+    Only subnormal numbers, which compilers may flush to 0, can change.
+
     An optimization barrier is meant for this, but XLA's CPU compiler drops it before it merges equal computations
     (jaxlib 0.10.2). No compiler may drop 0 * d for an unknown d, which could be infinite; the guard keeps an infinite d
     from becoming NaN. Where `done` has no floating array, or x holds booleans or keys, nothing is ordered.

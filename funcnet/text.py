@@ -28,6 +28,6 @@ def bytes_of(tree: Any) -> int:
 def readable(size: float) -> str:
     """A number of bytes with three digits and a unit."""
     units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
+    while float(f"{size:.3g}") >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{size:.3g} {units[0]}"

@@ -163,19 +163,6 @@ def test_the_table_reads_forward_then_back(explained):
     assert any(line.startswith("cross_entropy: ") for line in lines)
 
 
-@pytest.mark.parametrize("layers", [1, 3, 30])
-def test_the_picture_is_written(layers, tmp_path):
-    pytest.importorskip("matplotlib")
-    model = fn.serial(*[fn.dense(3)] * layers)
-    objective = fn.objective(model, fn.mse())
-    x = np.ones((2, 3), np.float32)
-    params, state = model.init(jax.random.key(0), x)
-    fn.explain(objective, params, state, (x, x)).plot(tmp_path / "chain.png")
-    header = (tmp_path / "chain.png").read_bytes()[:24]
-    assert header.startswith(b"\x89PNG")
-    assert int.from_bytes(header[16:20], "big") < 2000
-
-
 @pytest.mark.parametrize("wrap", [fn.skip, fn.remat, lambda layer: fn.mixed(layer, compute="float32")])
 def test_a_repeat_inside_a_transparent_combinator_is_shown_turn_by_turn(wrap):
     model = fn.serial(wrap(fn.repeat(fn.serial(fn.dense(7), fn.tanh()), 2)), fn.dense(5))
@@ -192,13 +179,6 @@ def test_a_repeat_inside_a_transparent_combinator_is_shown_turn_by_turn(wrap):
         fn.explain(objective, params, state, BATCH)
     with pytest.raises(fn.InputError, match=r"fn.objective\(model, loss\)"):
         fn.explain(model, params, state, BATCH)
-
-
-def test_names_may_hold_dollars(tmp_path):
-    model = fn.serial(**{"cost$_per_$": fn.dense(3)})
-    objective = fn.objective(model, fn.mse())
-    x = np.ones((2, 3), np.float32)
-    fn.explain(objective, *model.init(jax.random.key(0), x), (x, x)).plot(tmp_path / "chain.png")
 
 
 def test_a_layer_of_several_inputs_has_a_jacobian_for_each():

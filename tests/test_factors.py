@@ -14,7 +14,6 @@ import optax
 import pytest
 
 import funcnet as fn
-from funcnet.arithmetic import flat, wide
 from funcnet.columns import block as block_of
 from funcnet.columns import fresh
 from funcnet.factors import mixing
@@ -219,20 +218,6 @@ def test_squared_norm_of_half_precision_is_float32(shape, dtype):
     answer = fn.squared_norm(fn.Outer(many, many), jnp.ones((16, 16), dtype))
     assert answer.dtype == jnp.float32
     np.testing.assert_array_equal(answer, np.full(2, 16.0**2 * (shape[1] * 256.0) ** 2))
-
-
-@pytest.mark.parametrize("dtype", [*HALF, jnp.float32])
-def test_wide_is_at_least_float32(dtype):
-    assert wide(dtype) == jnp.float32
-
-
-def test_wide_keeps_double_precision(x64):
-    assert wide(jnp.float64) == jnp.float64
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3), (2, 1, 4, 3)])
-def test_flat_keeps_the_last_axis(shape):
-    assert flat(jnp.ones(shape)).shape == (int(np.prod(shape[:-1])), 3)
 
 
 # Meshes with explicit axes: this file runs itself once in a process of its own, with four devices.

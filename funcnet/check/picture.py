@@ -19,17 +19,17 @@ def draw(leaf: Leaf, got: np.ndarray, wanted: np.ndarray, path: str | Path) -> N
     got, wanted = (np.real(wide(v)) for v in (got, wanted))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     figure.suptitle(f"{leaf.leaf}  {leaf.dtype}[{','.join(map(str, leaf.shape))}]  {leaf.diagnosis}", fontsize=10)
-    beyond = _beyond(leaf, got, wanted)
-    reach = max(1.0, float(beyond.max(initial=0.0)))
-    shown = left.imshow(beyond, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
     left.set(xlabel="last axis", ylabel="other axes, flattened" if got.ndim > 2 else "first axis")
     left.set_title("error over what is allowed, log10 (above 0: wrong)")
-    figure.colorbar(shown, ax=left)
     limits = [np.nanmin(wanted, initial=0.0), np.nanmax(wanted, initial=0.0)]
     right.plot(limits, limits, color="gray", linewidth=1, label="equal")
     right.scatter(wanted.ravel(), got.ravel(), s=12, alpha=0.6, label="an element")
     right.set(title="every element", xlabel="reference", ylabel="by the rule")
     if got.size:
+        beyond = _beyond(leaf, got, wanted)
+        reach = max(1.0, float(beyond.max()))
+        shown = left.imshow(beyond, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+        figure.colorbar(shown, ax=left)
         ring = {"s": 120, "facecolors": "none", "edgecolors": "black", "label": f"the worst, {list(leaf.index)}"}
         row, column = np.unravel_index(np.ravel_multi_index(leaf.index, got.shape) if got.ndim else 0, beyond.shape)
         left.scatter([column], [row], **ring)

@@ -1,16 +1,12 @@
 """The report: as text, JSON, Markdown and a picture."""
 
 import json
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 import funcnet as fn
 from funcnet.check.judge import Leaf
-from funcnet.check.shrink import as_code
-from funcnet.check.spec import parse
 
 KERNEL = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
 WANTED = {"kernel": KERNEL, "bias": KERNEL[0]}
@@ -88,22 +84,3 @@ def test_leaves_sort_wrong_before_right_and_by_error_over_what_is_allowed():
         Leaf("c", relative=1e-9, allowed=1e-5, verdicts=wrong),
     ]
     assert [leaf.leaf for leaf in sorted(leaves, key=Leaf.badness)] == ["c", "b", "a"]
-
-
-class Pair(NamedTuple):
-    first: object
-    rest: object
-
-
-@dataclass
-class Record:
-    x: object
-
-
-def test_the_line_that_shows_a_failure_again_makes_the_tree_that_was_given():
-    tree = {"a": Pair(parse("f32[2]"), [Record(parse("i32[3]<4"))]), "b": (np.zeros((2, 3)),)}
-    text = as_code(tree, "x")
-    assert text == """{'a': Pair(first="f32[2]", rest=[Record(x="i32[3]<4")]), 'b': (x['b'][0][:2, :3],)}"""
-    again = eval(text, {"Pair": Pair, "Record": Record, "x": tree})
-    assert again["a"] == Pair("f32[2]", [Record("i32[3]<4")])
-    assert again["b"][0].shape == (2, 3)

@@ -1,0 +1,197 @@
+"""What a layer owes beside its gradient: one thing broken at a time, and named."""
+
+from dataclasses import replace
+from itertools import count
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+from funcnet.check import laws
+from tests.check.points import layer_point
+
+X = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
+DENSE = fn.dense(2)
+
+
+def found(failures):
+    return [(failure.leaf, failure.oracle, failure.kind) for failure in failures]
+
+
+def test_a_right_layer_breaks_none_and_its_residuals_are_counted():
+    point = layer_point(DENSE, X)
+    assert laws.residuals(point) == laws.laws(point) == []
+    assert point.notes == [f"residuals: {3 * 2 * 4 * 8} bytes in 1 arrays"]
+
+
+# Contractions
+
+
+def answering(contract, change, name="kernel"):
+    """A dense layer that changes what one contraction gives for one parameter."""
+
+    def bwd(params, residuals, dy, by=fn.total):
+        dparams, dx = DENSE.bwd(params, residuals, dy, by)
+        return (dparams | {name: change(dparams[name])} if by is contract else dparams), dx
+
+    return replace(DENSE, bwd=bwd)
+
+
+def raising(params, residuals, dy, contract=fn.total):
+    if contract is not fn.total:
+        raise ZeroDivisionError("for this one")
+    return DENSE.bwd(params, residuals, dy)
+
+
+def refusing(params, residuals, dy, contract=fn.total):
+    if contract is fn.squared_norm:
+        raise fn.InputError("another contraction", contract.name, "leave it")
+    return DENSE.bwd(params, residuals, dy, contract)
+
+
+WRONG = {
+    "keep": (answering(fn.keep, lambda factor: replace(factor, x=2 * factor.x)), "keep, then total at"),
+    "keep, an array": (answering(fn.keep, lambda factor: jnp.zeros((4, 2)), "kernel"), "keep, then total at"),
+    "per_example": (answering(fn.per_example, lambda g: 1.1 * g), "the sum of per_example at"),
+    "per_example, in another order": (answering(fn.per_example, lambda g: g[::-1]), "the last of per_example at"),
+    "per_example, summed": (
+        answering(fn.per_example, lambda g: g.sum(0)),
+        "per_example gives float64[4, 2] for a leaf",
+    ),
+    "per_example, rounded": (
+        answering(fn.per_example, lambda g: g.astype(jnp.float32)),
+        "per_example gives float32[3, 4, 2] for a leaf",
+    ),
+    "squared_norm": (answering(fn.squared_norm, lambda n: 1.1 * n), "squared_norm at"),
+    "squared_norm, not squared": (answering(fn.squared_norm, jnp.sqrt), "squared_norm at"),
+    "an error": (replace(DENSE, bwd=raising), "bwd raises ZeroDivisionError for other contractions than total"),
+    "a refusal": (
+        replace(DENSE, bwd=refusing),
+        "bwd refuses squared_norm for examples that have no part in each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_contraction_that_is_wrong_is_named(name):
+    layer, message = WRONG[name]
+    (failure, *more) = laws.laws(layer_point(layer, X))
+    assert failure.message.startswith(message)
+    leaf = "params['kernel']" if message.endswith(("at", "leaf")) else ""
+    assert found([failure]) == [(leaf, "laws", "contractions")]
+    assert all(each.leaf == leaf for each in more)  # the bias is right
+
+
+def test_a_layer_that_mixes_examples_may_refuse_and_a_note_says_so():
+    point = layer_point(fn.batch_norm(), X)
+    assert laws.laws(point) == []
+    assert [note.split(":")[0] for note in point.notes] == ["per_example is refused", "squared_norm is refused"]
+    one = layer_point(replace(DENSE, bwd=refusing), X[:1])  # one example alone cannot be seen not to mix
+    assert laws.laws(one) == []
+
+
+# State and apply
+
+
+def test_a_state_of_another_shape_or_structure_is_refused():
+    for state in (np.zeros(3), {"a": np.zeros(2)}, np.zeros(2, np.float32)):
+        grown = replace(
+            DENSE,
+            init=lambda key, x: (DENSE.init(key, x)[0], np.zeros(2)),
+            fwd=lambda params, _, x, key, new=state: (DENSE.fwd(params, (), x, key)[0], new, x),
+        )
+        point = layer_point(grown, X)
+        with point.subject.mode():
+            (failure,) = laws._state(point)
+        assert found([failure]) == [("", "laws", "state")]
+        assert failure.message.endswith("for ['float64[2]']")
+
+
+def drawing(params, state, x, key):
+    y, state, saved = DENSE.fwd(params, state, x, key)
+    return y + 1e-6 * jax.random.normal(key, y.shape, y.dtype), state, saved
+
+
+APPLIES = {
+    "right": (DENSE, []),
+    "another value": (
+        replace(DENSE, apply=lambda *args: 1.1 * DENSE.apply(*args)),
+        [("y", "laws", "apply")],
+    ),
+    "another shape": (replace(DENSE, apply=lambda *args: DENSE.apply(*args)[0]), [("", "laws", "apply")]),
+    "another where something is drawn": (
+        replace(DENSE, fwd=drawing, apply=lambda *args: 1.1 * DENSE.apply(*args)),
+        [],
+    ),
+    "another where there is a state": (
+        replace(
+            DENSE,
+            init=lambda key, x: (DENSE.init(key, x)[0], np.zeros(2)),
+            apply=lambda params, state, x: 1.1 * DENSE.apply(params, (), x),
+            fwd=lambda params, state, x, key: (DENSE.fwd(params, (), x, key)[0], state, x),
+        ),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", APPLIES)
+def test_apply_is_fwd_s_output_where_there_is_no_state_and_nothing_is_drawn(name):
+    layer, wanted = APPLIES[name]
+    point = layer_point(layer, X)
+    with point.subject.mode():
+        assert found(laws._apply(point)) == wanted
+
+
+# Residuals
+
+
+def saving(save, use=lambda saved: saved["x"]):
+    """A dense layer that saves what `save(params, x)` gives."""
+
+    def fwd(params, state, x, key):
+        return DENSE.fwd(params, state, x, key)[0], state, save(params, x)
+
+    return replace(DENSE, fwd=fwd, bwd=lambda params, saved, dy, by=fn.total: DENSE.bwd(params, use(saved), dy, by))
+
+
+calls = count(1)
+RESIDUALS = {
+    "of the input": (lambda params, x: {"x": x, "mixed": x * params["kernel"][None, None, :, 0]}, []),
+    "of the parameters": (
+        lambda params, x: {"x": x, "w": params["kernel"] * 2},
+        [("residuals['w']", "residuals", "parameters")],
+    ),
+    "a number": (lambda params, x: {"x": x, "n": 3}, [("residuals['n']", "residuals", "not an array")]),
+    "a text": (lambda params, x: {"x": x, "name": "relu"}, [("residuals['name']", "residuals", "not an array")]),
+    "another each time": (
+        lambda params, x: {"x": x, "i": 0 * x + next(calls)},
+        [("residuals['i']", "residuals", "repeatable")],
+    ),
+    "not a number, twice": (lambda params, x: {"x": x, "i": x * np.nan}, []),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_residuals_are_arrays_of_the_input_and_the_same_each_time(name):
+    save, wanted = RESIDUALS[name]
+    assert found(laws.residuals(layer_point(saving(save), X))) == wanted
+
+
+def test_an_output_that_differs_each_time_is_refused():
+    def fwd(params, state, x, key):
+        y, state, saved = DENSE.fwd(params, state, x, key)
+        return y + next(calls), state, saved
+
+    (failure,) = laws.residuals(layer_point(replace(DENSE, fwd=fwd), X))
+    assert failure.message == "two calls of fwd with the same key give different outputs or states"
+
+
+def test_keys_are_compared_by_their_bits():
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert laws._changed({"k": keys}, {"k": keys}) is None
+    assert laws._changed({"a": jnp.ones(2), "k": keys}, {"a": jnp.ones(2), "k": keys[::-1]}) == "['k']"
+    assert laws._changed(jnp.float32(0), jnp.float32(-0.0)) is None
+    assert laws._changed([jnp.ones(1), jnp.asarray(True)], [jnp.ones(1), jnp.asarray(False)]) == "[1]"

@@ -1,0 +1,107 @@
+"""What is said of a step that is not finite: the first layer, the leaves, and what is not to blame."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import funcnet as fn
+from funcnet.train.finite import is_finite, not_finite
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+OBJECTIVE = fn.objective(fn.serial(fn.dense(4), out=fn.dense(3)), fn.cross_entropy())
+BATCH = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32), np.array([0, 1, 2, 0, 1], np.int32)
+ROW = {"loss": 1.0, "grad_norm": 1.0, "update_norm": 1.0}
+STATE = fn.init_train_state(OBJECTIVE, optax.sgd(0.1), jax.random.key(0), BATCH)
+
+
+def facts(batch=BATCH, objective=OBJECTIVE, state=STATE, **row):
+    """What is said of a step with these numbers, a line a fact, less the first and the remedy."""
+    error = not_finite(objective, state, batch, 7, ROW | row)
+    assert isinstance(error, FloatingPointError)
+    first, *lines, remedy = str(error).split("\n  ")
+    assert first == "step 7: " + ", ".join(f"{name} {value}" for name, value in (ROW | row).items())
+    assert remedy.startswith("a smaller learning rate")
+    return lines
+
+
+@pytest.mark.parametrize("name", ROW)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_loss_gradient_and_update_must_be_finite(name, value):
+    assert is_finite(ROW | {"accuracy": np.nan})
+    assert not is_finite(ROW | {name: value})
+
+
+def test_the_first_layer_that_is_not_finite_is_named_and_every_leaf():
+    x = BATCH[0].copy()
+    x[0] = 3e38
+    first, leaves = facts((x, BATCH[1]), loss=np.inf)
+    assert first == "the first layer with an output that is not finite: dense"
+    assert leaves.startswith("gradient leaves not finite: ")
+    assert "['out']['kernel']" in leaves
+
+
+def spoiled(path, value, state=STATE):
+    """The state with one entry of a parameter set."""
+    change = lambda p, leaf: leaf.at[(0,) * leaf.ndim].set(value) if jax.tree_util.keystr(p) == path else leaf
+    return replace(state, params=jax.tree_util.tree_map_with_path(change, state.params))
+
+
+def test_parameters_that_were_not_finite_before_are_named_first():
+    before, layer, leaves = facts(state=spoiled("['out']['bias']", np.nan), loss=np.nan)
+    assert before == "parameters not finite before this step: ['out']['bias']"
+    assert layer == "the first layer with an output that is not finite: out"
+    assert "gradient leaves not finite" in leaves
+
+
+def test_a_repeat_counts_as_one_layer():
+    objective = fn.objective(fn.serial(deep=fn.repeat(fn.dense(4), 2)), fn.cross_entropy())
+    state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), BATCH)
+    lines = facts(objective=objective, state=spoiled("['deep']['kernel']", np.inf, state), loss=np.nan)
+    assert lines[1] == "the first layer with an output that is not finite: deep"
+
+
+def test_a_norm_that_overflows_is_blamed_on_the_largest_leaf():
+    """Squares beyond float32 of gradients that are within: the kernel's are as large as the input."""
+    x = np.full((5, 4), 1e15, np.float32)
+    objective = fn.objective(fn.serial(fn.dense(3)), fn.cross_entropy())
+    state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), BATCH)
+    (line,) = facts((x, BATCH[1]), objective, state, grad_norm=np.inf)
+    (_, _), grads = fn.value_and_grad(objective)(state.params, state.state, (x, BATCH[1]))
+    largest = np.abs(grads["dense"]["kernel"]).max()
+    wanted = f"the largest is {largest:.3g} at ['dense']['kernel'], whose square overflows"
+    assert line == f"the gradients are finite; {wanted}"
+
+
+def test_a_loss_alone_and_an_update_alone_are_told_apart():
+    assert facts(loss=np.inf) == ["the gradients are finite, the loss is not"]
+    wanted = "loss and gradients are finite, but the update that the optimizer makes of them is not"
+    assert facts(update_norm=np.nan) == [wanted]
+
+
+def test_a_layer_is_named_before_a_loss_with_parameters():
+    head = fn.objective(fn.serial(fn.dense(4), fn.tanh()), fn.linear_cross_entropy(3))
+    state = fn.init_train_state(head, optax.sgd(0.1), jax.random.key(0), BATCH)
+    bad = spoiled("['model']['dense']['bias']", np.inf, state)
+    lines = facts(objective=head, state=bad, loss=np.nan)
+    assert "the first layer with an output that is not finite: dense" in lines
+
+
+def test_the_step_s_own_key_is_used_again():
+    """A layer that fails for one draw only is found again: the state's key, folded with its step."""
+    drawn = []
+
+    def fwd(params, state, x, key):
+        drawn.append(jax.random.key_data(key))
+        return x, state, ()
+
+    layer = fn.Layer("draws", lambda key, x: ({}, ()), lambda p, s, x: x, fwd, lambda p, r, dy, c=fn.total: ({}, dy))
+    objective = fn.objective(layer, fn.cross_entropy())
+    state = replace(STATE, params={}, state=(), step=jnp.asarray(3, STATE.step.dtype))
+    facts((BATCH[0][:, :3], BATCH[1]), objective, state, loss=np.inf)
+    wanted = jax.random.key_data(jax.random.fold_in(STATE.key, 3))
+    np.testing.assert_array_equal(drawn[-1], wanted)
