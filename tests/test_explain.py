@@ -29,7 +29,7 @@ def test_the_jacobians_multiplied_by_the_cotangent_are_what_bwd_returns(name):
     with jax.enable_x64(True):
         key = jax.random.key(1)
         x = cast(drawn(settled(specs(x), 0), 0), "float64")
-        params, state = layer.init(key, x)
+        params, state = cast(layer.init(key, x), "float64")
         y, _, residuals = layer.fwd(params, state, x, key)
         dy = jax.tree.map(lambda leaf: jnp.asarray(RNG.standard_normal(leaf.shape), leaf.dtype), y)
         dparams, dx = layer.bwd(params, residuals, dy)
