@@ -24,7 +24,7 @@ import numpy as np
 
 from funcnet.check.judge import wide
 from funcnet.check.report import Failure
-from funcnet.check.subject import Point, quickly
+from funcnet.check.subject import Point, Values, quickly
 
 STEPS = 2.0 ** -np.arange(4, 28, 2)
 ENOUGH = 1e-3  # an estimate that is less sure than this says nothing
@@ -54,20 +54,30 @@ class Numerical:
 
     def __init__(self, point: Point):
         self.point = point
-        finite = self._finite()
-        with jax.enable_x64(True):
-            self.center = point.wide(point.values)
-            self.dy = point.wide({k: np.where(finite[k], point.dys[0][k], 0) for k in finite})
         narrow = point.subject.plain.narrow  # a part, such as a Pallas kernel, runs in float32 at best
         self.steps, self.unit = (4 * STEPS, 2.0**-23) if narrow else (STEPS, 2.0**-50)
 
+    @cached_property
+    def center(self) -> Values:
+        """The point in float64."""
+        with jax.enable_x64(True):
+            return self.point.wide(self.point.values)
+
+    @cached_property
+    def dy(self) -> Values:
+        """The first cotangent in float64, 0 for outputs that are not finite."""
+        given = self.point.dys[0]
+        with jax.enable_x64(True):
+            return self.point.wide({path: np.where(finite, given[path], 0) for path, finite in self._finite.items()})
+
+    @cached_property
     def _finite(self) -> dict[str, np.ndarray]:
         return {path: np.isfinite(wide(y)) for path, y in self.point.plain_output.items()}
 
     @cached_property
     def whole(self) -> bool:
         """Whether every output is finite; one that is not has no slope, and its cotangent is taken as 0."""
-        return all(finite.all() for finite in self._finite().values())
+        return all(finite.all() for finite in self._finite.values())
 
     @cached_property
     def gradients(self) -> dict[str, np.ndarray]:
@@ -75,7 +85,7 @@ class Numerical:
         if self.whole:
             return self.point.rule[0]
         given = self.point.dys[0]
-        dy = {k: np.where(finite, given[k], 0).astype(given[k].dtype) for k, finite in self._finite().items()}
+        dy = {k: np.where(finite, given[k], 0).astype(given[k].dtype) for k, finite in self._finite.items()}
         return self.point.gradients(dy)
 
     def backs(self, path: str, direction: np.ndarray, other: float) -> bool:

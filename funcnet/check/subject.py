@@ -1,9 +1,9 @@
 """What is checked: a rule at a point, and everything that is computed there more than once."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -17,7 +17,23 @@ from funcnet.check.report import said
 Tree = Any
 NEARBY = 16  # points, a unit of rounding apart, that say how well a gradient is known
 Values = dict[str, np.ndarray]
-quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled fast, run a few times
+
+
+@cache
+def fast() -> dict[str, Any]:
+    """Options by which XLA compiles fast and runs slowly, of those that this version of it knows."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    known = {}
+    for name, value in options.items():
+        with suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+            known[name] = value
+    return known
+
+
+def quickly(f: Callable) -> Any:
+    """`jax.jit` of what runs a few times only."""
+    return jax.jit(f, compiler_options=fast())
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +191,8 @@ class Point:
 
     @cached_property
     def compiled(self) -> Any:
-        """`pull`, compiled as a user's would be."""
-        return jax.jit(self.pull)
+        """`pull`, compiled."""
+        return quickly(self.pull)
 
     @cached_property
     def _reference(self) -> Any:

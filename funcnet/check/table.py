@@ -20,6 +20,7 @@ from funcnet.check.cases import CASES, Case
 from funcnet.check.judge import Leaf
 from funcnet.check.named import again, nearest
 from funcnet.check.report import Failure, Report
+from funcnet.check.subject import fast
 from funcnet.expect import InputError
 from funcnet.progress import progress
 from funcnet.text import aligned
@@ -156,7 +157,7 @@ def _started(tasks: Sequence[tuple[int, str]], jobs: int, options: Mapping[str, 
     if jobs == 1:
         yield (_check(*task, options) for task in tasks)
         return
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _hurry, (fast(),))
     before = set(multiprocessing.active_children())
     try:
         with _deaf():
@@ -168,6 +169,12 @@ def _started(tasks: Sequence[tuple[int, str]], jobs: int, options: Mapping[str, 
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _hurry(options: Mapping[str, Any]) -> None:
+    """Compile all of this process so, what runs eagerly too. XLA reads its flags when it starts."""
+    flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 
 @contextmanager

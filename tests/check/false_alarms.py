@@ -91,8 +91,7 @@ def _points(case: Case, dtype: str) -> Iterator[tuple[Point, Numerical]]:
             named = {**leaves_of(cast(params, dtype), "params"), **leaves_of(values, "x")}
         point.values = {path: np.asarray(named[path]) for path in first.values}
         point.dys = [point.draw(point.outputs) for _ in range(2)]
-        near = copy.copy(finder)
-        near.__dict__ |= {k: v for k, v in Numerical(point).__dict__.items() if k != "_along"}
+        near = Numerical(point)
         near.__dict__["_along"] = finder._along
         yield point, near
 
