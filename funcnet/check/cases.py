@@ -362,6 +362,8 @@ CASES: tuple[Case, ...] = (
     Case("kl_divergence/rank 4", kl_divergence(), ("f32[2,1,3,4]<0", "f32[2,1,3,4]>0<1")),
     Case("hinge", hinge(), ("f32[6,5]", "f32[6,5]>-1<1")),
     Case("hinge/rank 1", hinge(), ("f32[3]", "f32[3]>-1<1")),
+    Case("hinge/both sides", hinge(), ("f32[6,5]>-4<4", "f32[6,5]>-1<1")),
+    Case("hinge/integers", hinge(), ("f32[6,5]", "i32[6,5]>-1<0")),
     Case("cosine", cosine(), ("f32[6,5]", "f32[6,5]")),
     Case("cosine/rank 1", cosine(), ("f32[3]", "f32[3]")),
     Case("cosine/rank 4", cosine(), ("f32[2,1,3,4]", "f32[2,1,3,4]")),

@@ -191,10 +191,10 @@ def _contractions(point: Point) -> list[Failure]:
 
 
 def _refusals(point: Point, refused: dict[str, InputError], alone: Values, count: int) -> list[Failure]:
-    """What is said of refused contractions: per-example ones are for layers that mix examples, or have no such axis."""
+    """What is said of refused contractions: only layers that mix examples, or have no axis of them, may refuse any."""
     for name, error in refused.items():
         point.notes.append(f"{name} is refused: {error.expected}")
-        if name == "keep" or error.expected.startswith("an example axis") or _mixes(point, alone, count):
+        if error.expected.startswith("an example axis") or _mixes(point, alone, count):
             continue
         message = f"bwd refuses {name} for examples that have no part in each other: {error.expected}"
         return [Failure("", "laws", "contractions", message)]

@@ -39,7 +39,8 @@ _BY_REASON = {
         "mish: t = jnp.where((x > 0), (1 + 2 * u) / above, (2 * u + u * u) / below)",
         "mish: return t + x * (4 * (1 + u) * jnp.where((x > 0), jnp.square(u / above), u / jnp.square(below)))",
     ],
-    "they differ at a kink alone, where either side's slope is right; test_activation.py says which it is": [
+    "they differ at a kink alone, where either side's slope is right; test_activation.py and test_margin.py say which it is": [
+        "hinge: g = jnp.where((1 - t * z < 0), 0.0, -spread(dy, z))",
         "elu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), y + alpha)",
         "celu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), 1 + y / alpha)",
         "selu: lambda y: jnp.where((y >= 0), s * jnp.ones_like(y), y + s * a)",
@@ -58,6 +59,7 @@ _BY_REASON = {
     ],
     "q of an integer label sums to one": ["cross_entropy: mass = (jnp.sum(q, axis=-1, keepdims=True))"],
     "the gradient is the same however long its blocks are; test_linear.py counts what is formed at a time": [
+        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), (even(chunk // label.size, vocab))",
         "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (chunk))",
         "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (label.size))",
     ],
@@ -100,6 +102,7 @@ _BY_REASON = {
         'batch_norm: factors = {"scale": Scale(x_hat, dy, mixes=True), "bias": Shift(dy, mixes=False)}',
     ],
     "without a mesh there is one sharding; test_factors.py has meshes": [
+        "_recurrent: dx = (contract_last(da, params['kernel'], 1)).astype(x.dtype)",
         "batch_norm: return dparams, ((dx * in_front(slope, x.ndim)).astype(x.dtype))",
         "total: answer = (jnp.sum(dy.reshape(-1, *param.shape), axis=0, dtype=wide(dy.dtype)))",
         "total: answer = (jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0))",
@@ -115,6 +118,68 @@ _BY_REASON = {
     "a check of what a rule returned; test_tie.py has such a rule": ["_use: factor = (answer)"],
     "what fwd returned has these lengths": [
         "repeat: dx, dparams = (lax.scan(body, dy, (params, residuals), reverse=True))",
+    ],
+    "a sum is the same in any order": [
+        "attention: of_context = ((pull('value', context, _side_by_side(dv)), pull('key', context, _side_by_side(turned(dk, -1)))))",
+        "attention: return dparams, (added(*of_context, dx))",
+        'attention: dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else (added(*of_context, dx))}',
+        "_pull: heads = tuple(axis for axis in ((2, 1)) if db.shape[axis] == 1)",
+        "contrastive: (by_column, by_row) = g[:, None] * nn.softmax(s, axis=1), g[None] * nn.softmax(s, axis=0)",
+        "contrastive: by_row, by_column = ((g[None] * nn.softmax(s, axis=0), g[:, None] * nn.softmax(s, axis=1)))",
+    ],
+    "zeros have no sign, and a query, key and value of one size the same shape": [
+        "_pull: lambda a: (jnp.zeros_like(-a, high))",
+        "_pull: start = jax.tree.map(lambda a: jnp.zeros_like(a, high), ((q, v.mT, k.mT, scores.bias)))",
+        "lru: w = in_front(turn.factor, 3) * jnp.concatenate([(jnp.zeros_like(-h[:, :1])), h[:, :-1]], axis=1)",
+        "_recurrent: return _where(valid, (direct[0] + through, *direct[1:]), dstates), _where(valid, dz, (jnp.zeros_like(-dz)))",
+    ],
+    "what is not rounded in between is the exacter for it; it is rounded to save memory": [
+        "lru: dv = [(gain * part) for part, _ in _parts(g, KERNELS[:2])]",
+        "lru: real, imag = ((part) for part, _ in _parts(h, KERNELS[2:]))",
+        "_recurrent: dz = (dz)",
+    ],
+    "the barrier is for the compiler, which turns a kernel round in every step otherwise": [
+        '_recurrent: high, recurrent_t = wide(x.dtype), _transposed(params["recurrent_kernel"], (x.shape))',
+        '_recurrent: high, recurrent_t = wide(x.dtype), _transposed(params["recurrent_kernel"], x.shape[1])',
+        '_recurrent: high, recurrent_t = wide(x.dtype), _transposed(params["recurrent_kernel"], x.shape[-1])',
+        "_transposed: return (kernel.T)",
+        "_transposed: return (lax.optimization_barrier(kernel.T))",
+        "_transposed: return kernel.T if (examples != 1) else lax.optimization_barrier(kernel.T)",
+        "_transposed: return kernel.T if examples == 0 else lax.optimization_barrier(kernel.T)",
+        "_transposed: return kernel.T if examples == 2 else lax.optimization_barrier(kernel.T)",
+        "_transposed: return kernel.T if examples == 1 else (kernel.T)",
+    ],
+    "a sequence of length 0 has no step at which it matters": [
+        "_previous: begins = jnp.concatenate([~valid[:, 1:], (valid[:, :1])], axis=1)",
+    ],
+    "both of a pair have one dtype": [
+        "focal: return {}, (dz, dt.astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
+        "kl_divergence: return {}, ((-g * t).astype(x[1].dtype), dt.astype(x[1].dtype))",
+        "kl_divergence: return {}, ((-g * t).astype(x[-1].dtype), dt.astype(x[1].dtype))",
+        "kl_divergence: return {}, ((-g * t).astype(x[0].dtype), dt.astype(x[0].dtype))",
+        "hinge: return {}, ((g * t).astype(x[0].dtype), (g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
+        "cosine: return {}, (dp.astype(x[1].dtype), dt.astype(x[1].dtype))",
+        "cosine: return {}, (dp.astype(x[-1].dtype), dt.astype(x[1].dtype))",
+        "cosine: return {}, (dp.astype(x[0].dtype), dt.astype(x[0].dtype))",
+        "contrastive: return {}, (da.astype(x[1].dtype), db.astype(x[1].dtype))",
+        "contrastive: return {}, (da.astype(x[-1].dtype), db.astype(x[1].dtype))",
+        "contrastive: return {}, (da.astype(x[0].dtype), db.astype(x[0].dtype))",
+    ],
+    "no case has a class that cannot be; test_cross_entropy.py has": [
+        "cross_entropy: dtarget = (1 - label_smoothing) * dy * (jnp.log(total) - shifted)",
+    ],
+    "no case has a target of exactly 0; test_divergence.py has": [
+        "kl_divergence: dt = g * (log_t - p + jnp.where(t == 1, 0.0, 1.0))",
+        "kl_divergence: dt = g * (log_t - p + jnp.where(t == -1, 0.0, 1.0))",
+        "kl_divergence: dt = g * (log_t - p + jnp.where(t == 0, 1, 1.0))",
+        "kl_divergence: dt = g * (log_t - p + jnp.where(t == 0, -1, 1.0))",
+    ],
+    "a weak type becomes that of its neighbour, and any integers will do for places": [
+        "ctc: end = (jnp.where(of.last, 0.0, -jnp.inf))",
+        "ctc: examples = (jnp.arange(logits.shape[0]))",
+    ],
+    "the default axis is the last, of two the second": [
+        "contrastive: by_row, by_column = g[:, None] * (nn.softmax(s)), g[None] * nn.softmax(s, axis=0)",
     ],
 }
 EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys}

@@ -45,10 +45,13 @@ def raising(params, residuals, dy, contract=fn.total):
     return DENSE.bwd(params, residuals, dy)
 
 
-def refusing(params, residuals, dy, contract=fn.total):
-    if contract is fn.squared_norm:
-        raise fn.InputError("another contraction", contract.name, "leave it")
-    return DENSE.bwd(params, residuals, dy, contract)
+def refusing(refused):
+    def bwd(params, residuals, dy, contract=fn.total):
+        if contract is refused:
+            raise fn.InputError("another contraction", contract.name, "leave it")
+        return DENSE.bwd(params, residuals, dy, contract)
+
+    return replace(DENSE, bwd=bwd)
 
 
 WRONG = {
@@ -67,10 +70,13 @@ WRONG = {
     "squared_norm": (answering(fn.squared_norm, lambda n: 1.1 * n), "squared_norm at"),
     "squared_norm, not squared": (answering(fn.squared_norm, jnp.sqrt), "squared_norm at"),
     "an error": (replace(DENSE, bwd=raising), "bwd raises ZeroDivisionError for other contractions than total"),
-    "a refusal": (
-        replace(DENSE, bwd=refusing),
-        "bwd refuses squared_norm for examples that have no part in each other",
-    ),
+    **{
+        f"{refused.name} is refused": (
+            refusing(refused),
+            f"bwd refuses {refused.name} for examples that have no part in each other",
+        )
+        for refused in (fn.keep, fn.per_example, fn.squared_norm)
+    },
 }
 
 
@@ -88,7 +94,7 @@ def test_a_layer_that_mixes_examples_may_refuse_and_a_note_says_so():
     point = layer_point(fn.batch_norm(), X)
     assert laws.laws(point) == []
     assert [note.split(":")[0] for note in point.notes] == ["per_example is refused", "squared_norm is refused"]
-    one = layer_point(replace(DENSE, bwd=refusing), X[:1])  # one example alone cannot be seen not to mix
+    one = layer_point(refusing(fn.squared_norm), X[:1])  # one example alone cannot be seen not to mix
     assert laws.laws(one) == []
 
 
