@@ -212,6 +212,7 @@ CASES: tuple[Case, ...] = (
     Case("conv_transpose/one axis, one entry", conv_transpose(2, 1, 2), "f32[2,3,3]"),
     Case("conv_transpose/three axes, no bias", conv_transpose(2, 2, use_bias=False), "f32[1,2,3,1,2]"),
     Case("depthwise_conv", depthwise_conv(3, multiplier=2), "f32[2,4,3,3]"),
+    Case("depthwise_conv/uneven", depthwise_conv((2, 3), (2, 1)), "f32[2,19,5,3]"),
     Case("depthwise_conv/one axis, strides", depthwise_conv(3, 2, "VALID", use_bias=False), "f32[2,6,2]"),
     Case("separable_conv", separable_conv(4, 3, 2), "f32[2,5,4,3]"),
     Case("max_pool", max_pool(2), "f32[2,4,5,3]"),

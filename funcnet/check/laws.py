@@ -1,5 +1,6 @@
 """What makes a layer one, beside the truth of its `bwd`: its residuals, its `apply`, its state, its contractions."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from funcnet.check.plain import jaxpr_of
 from funcnet.check.report import Failure, values_failure
 from funcnet.check.subject import Point, Values, host, quickly
 from funcnet.expect import InputError, describe
-from funcnet.factors import is_factor, keep, per_example, squared_norm, total
+from funcnet.factors import Contraction, Rows, is_factor, keep, per_example, rows, squared_norm, total
 
 Tree = Any
 
@@ -135,7 +136,7 @@ def _draws(point: Point) -> bool:
 
 
 def _contractions(point: Point) -> list[Failure]:
-    """keep, per_example and squared_norm say the same as total, and an example's gradient is that of its own dy."""
+    """The others say the same as total, and an example's gradient is that of its own dy."""
     layer, (params, x) = point.subject.layer, point.subject.args
     if not jax.tree.leaves(params) or any(path.startswith("params") for path in point.broken):
         return []
@@ -150,13 +151,18 @@ def _contractions(point: Point) -> list[Failure]:
         residuals = layer.fwd(params, point.subject.state, x, point.subject.key)[2]
         by = lambda contract, dy: layer.bwd(params, residuals, point.cotangent(dy), contract)[0]
         answers = {"total": by(total, alone)}
-        for contract in (keep, per_example, squared_norm):
+        for contract in (keep, per_example, squared_norm, rows):
             try:
                 answers[contract.name] = by(contract, dy)
             except InputError as error:
                 refused[contract.name] = error
+        if "rows" in answers:
+            answers["rows"] = jax.tree.map(_table, answers["rows"], params, is_leaf=lambda leaf: isinstance(leaf, Rows))
         if "keep" in answers:
-            answers["keep"] = jax.tree.map(_totalled, answers["keep"], params, is_leaf=is_factor)
+            kept = lambda how: jax.tree.map(partial(_contracted, how), answers["keep"], params, is_leaf=is_factor)
+            if "per_example" in answers:
+                answers["keep, per_example"] = kept(per_example)
+            answers["keep"] = kept(total)
         return answers
 
     try:
@@ -169,6 +175,11 @@ def _contractions(point: Point) -> list[Failure]:
     for path, wanted in {k: v for k, v in point.rule[0].items() if k.startswith("params")}.items():
         if "keep" in answers:
             failures += _contraction(point, path, "keep, then total", answers["keep"][path], wanted)
+        if "rows" in answers:
+            failures += _contraction(point, path, "rows", answers["rows"][path], wanted)
+            if answers["rows"][path].dtype != wanted.dtype:
+                message = f"rows gives {describe(answers['rows'][path])} for a leaf {describe(wanted)}"
+                failures.append(Failure(path, "laws", "contractions", message))
         if not count or "per_example" not in answers:
             continue
         each, last = answers["per_example"][path], answers["total"][path]
@@ -178,6 +189,8 @@ def _contractions(point: Point) -> list[Failure]:
             continue
         failures += _contraction(point, path, "the sum of per_example", wide(each).sum(0), wanted)
         failures += _contraction(point, path, "the last of per_example", each[-1], last)
+        if "keep" in answers:
+            failures += _contraction(point, path, "keep, then per_example", answers["keep, per_example"][path], each)
         if "squared_norm" not in answers:
             continue
         squares = np.sum(np.abs(wide(each)) ** 2, axis=tuple(range(1, each.ndim)))
@@ -201,9 +214,17 @@ def _refusals(point: Point, refused: dict[str, InputError], alone: Values, count
     return []
 
 
-def _totalled(kept: Any, param: Any) -> Any:
-    """The total of what `keep` gave: a factor, or an array from a bwd that does not heed `contract`."""
-    return total(kept, param) if is_factor(kept) else kept
+def _contracted(contract: Contraction, kept: Any, param: Any) -> Any:
+    """What `keep` gave, contracted: a factor, or an array from a bwd that does not heed `contract`."""
+    return contract(kept, param) if is_factor(kept) else kept
+
+
+def _table(answer: Any, param: Any) -> Any:
+    """Touched rows as the table that they stand for; any other answer of `rows` is the gradient itself."""
+    if not isinstance(answer, Rows):
+        return answer
+    one = lambda ids, rows: jnp.zeros((param.shape[-2], rows.shape[-1]), rows.dtype).at[ids].add(rows)
+    return (jax.vmap(one) if answer.ids.ndim > 1 else one)(answer.ids, answer.rows)
 
 
 def _mixes(point: Point, alone: Values, count: int) -> bool:

@@ -46,7 +46,7 @@ class Mutant:
         file: relative to the package.
         line: where.
         where: the outermost function or class that it is in.
-        lines: those of the statement or lambda around it.
+        lines: those of the statement or lambda around it, or of the first statement of a case.
         before, after: the statement or lambda around it, without and with the mistake.
         source: the whole file with it.
     """
@@ -93,8 +93,14 @@ def _mutant(file: str, source: str, ancestors: list[ast.AST], node: ast.AST, new
         ast.parse(_text(source, outermost, mutated))
     except SyntaxError:
         return None
-    lines = range(shown.lineno, shown.end_lineno + 1)
+    run = shown if not isinstance(shown, ast.pattern) else _body_of(shown, ancestors)
+    lines = range(run.lineno, run.end_lineno + 1)
     return Mutant(file, node.lineno, outermost.name, lines, _one_line(before), _one_line(after), mutated)
+
+
+def _body_of(pattern: ast.pattern, ancestors: list[ast.AST]) -> ast.stmt:
+    """What runs where a pattern matches: the line of the pattern runs for whatever comes by."""
+    return next(a for a in ancestors if isinstance(a, ast.match_case)).body[0]
 
 
 def _text(source: str, node: ast.AST, mutated: str) -> str:

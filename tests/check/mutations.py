@@ -233,8 +233,9 @@ def _passes(layer: fn.Layer, params: Any, state: Any, x: Any, key: Any) -> Any:
     dy = jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, y)
     pull = lambda contract: layer.bwd(params, residuals, dy, contract)
     with suppress(fn.InputError):  # an input without an axis of examples
-        jax.tree.map(fn.total, pull(fn.keep)[0], params, is_leaf=fn.is_factor)
-        return pull(fn.total), pull(fn.per_example), pull(fn.squared_norm)
+        for contract in (fn.total, fn.per_example):
+            jax.tree.map(contract, pull(fn.keep)[0], params, is_leaf=fn.is_factor)
+        return pull(fn.total), pull(fn.rows), pull(fn.per_example), pull(fn.squared_norm)
 
 
 def _nearest(mutant: Mutant, run: dict[str, set[tuple[str, int]]]) -> list[str]:
