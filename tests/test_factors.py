@@ -436,6 +436,24 @@ def test_blocks_are_contracted_as_what_they_are_blocks_of(how, size):
     np.testing.assert_allclose(stacked, how(fn.Outer(x, dy, layers=1), kernel), rtol=1e-5, atol=1e-5)
 
 
+def test_uses_of_a_table_leave_out_ids_that_are_none_of_its_rows(x64):
+    rng, size = np.random.default_rng(5), 5
+    dys = rng.standard_normal((3, 2, 4, 3))
+    ids = np.int32([[[-1, 0, 5, 2], [4, 4, 9, 1]], [[0, 0, 1, -7], [3, 2, 5, 5]], [[5, -1, 2, 2], [1, 4, 0, 3]]])
+    hot = np.eye(size)[np.clip(ids, 0, size - 1)] * ((ids >= 0) & (ids < size))[..., None]  # as a product would look up
+    lookups = [fn.Gather(jnp.asarray(i), jnp.asarray(dy), size) for i, dy in zip(ids, dys, strict=True)]
+    head = fn.Outer(jnp.asarray(rng.standard_normal((2, 4, size))), jnp.asarray(dys[2]))
+    tables = {factor: np.einsum("bti,btj->bij", a, dy) for factor, a, dy in zip([*range(3)], hot, dys, strict=True)}
+    tables["head"] = np.einsum("bti,btj->bij", head.x, head.dy)
+    table = jnp.zeros((size, 3))
+    for names in ((0, 1), (0, "head"), ("head", 1), (2, "head", 0)):
+        both = fn.Sum(tuple(head if name == "head" else lookups[name] for name in names))
+        each = sum(tables[name] for name in names)
+        np.testing.assert_allclose(fn.per_example(both, table), each, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(fn.squared_norm(both, table), np.sum(each**2, axis=(1, 2)), rtol=1e-12)
+        np.testing.assert_allclose(fn.total(both, table), each.sum(0), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("how", [fn.total, fn.per_example, fn.squared_norm], ids=lambda how: how.name)
 def test_blocks_are_one_of_several_uses(how):
     x, dy, kernel = normal(0, jnp.ones((4, 3, 5))), normal(1, jnp.ones((4, 3, 7))), jnp.ones((5, 7))
