@@ -189,8 +189,8 @@ def _contractions(point: Point) -> list[Failure]:
             continue
         failures += _contraction(point, path, "the sum of per_example", wide(each).sum(0), wanted)
         failures += _contraction(point, path, "the last of per_example", each[-1], last)
-        if "keep" in answers:
-            failures += _contraction(point, path, "keep, then per_example", answers["keep, per_example"][path], each)
+        if "keep" in answers and (kept := answers["keep, per_example"][path]).shape == each.shape:  # it was a factor
+            failures += _contraction(point, path, "keep, then per_example", kept, each)
         if "squared_norm" not in answers:
             continue
         squares = np.sum(np.abs(wide(each)) ** 2, axis=tuple(range(1, each.ndim)))
