@@ -27,7 +27,7 @@ from funcnet.text import aligned
 
 MOST_JOBS = 8  # by default: each has JAX of its own in memory
 WORST = 5  # leaves listed
-CLEARED = 20  # checks after which JAX's caches are cleared
+CLEARED = 60  # checks after which JAX's caches are cleared
 _DONE = count(1)  # checks of this process
 
 
