@@ -17,8 +17,10 @@ For both dscale is the factor Scale(x_hat, dy), and layer norm's dbias the facto
 Residuals: x_hat [.., D] in x's dtype, rstd [.., 1] in the dtype of the statistics.  Why these: they are all that dx
 and dscale need; x, mean and variance are not kept.
 Numerics: statistics and sums over D in float32 for half precision. Layer norm centres twice, so that rows far from zero
-lose nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients. In half precision x_hat is kept
-rounded, so dx is off by as much of g * rstd as that rounding.
+lose nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients. Where x_hat explains nearly all of
+g, little is left of g - x_hat * mean(g * x_hat) but rounding; so g there is g * eps * rstd^2 + g * mean(x_hat^2), whose
+factors add up to 1 but for the rounding of rstd. In half precision x_hat is kept rounded, so dx is off by as much of
+g * rstd as that rounding.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
@@ -93,7 +95,8 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         expect.fields(params, x_hat.dtype, dict.fromkeys(names, x_hat.shape[-1:]))
         dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
         x_high, g = x_hat.astype(rstd.dtype), (dy * in_front(params["scale"], dy.ndim)).astype(rstd.dtype)
-        dx = g - x_high * _mean(g * x_high)
+        size, rest = _mean(jnp.square(x_high)), eps * jnp.square(rstd)  # whose sum is 1 but for their rounding
+        dx = g * rest + (g * size - x_high * _mean(g * x_high))
         if centred:
             dx = dx - _mean(g)
         dparams = {"scale": contract(Scale(x_hat, dy), params["scale"])}

@@ -388,6 +388,10 @@ _BY_REASON = {
         "_keeping: keeping = (replace(contract, of=keep.of, joined=None))",
         "_keeping: keeping = (replace(contract, of=keep.of, stacked=keep.stacked))",
     ],
+    "mean(x_hat^2) and eps rstd^2 add up to 1 whichever is which": [
+        "_norm: (rest, size) = _mean(jnp.square(x_high)), eps * jnp.square(rstd)",
+        "_norm: size, rest = ((eps * jnp.square(rstd), _mean(jnp.square(x_high))))",
+    ],
 }
 EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys}
 
