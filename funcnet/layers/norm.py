@@ -18,12 +18,12 @@ Residuals: x_hat [.., D] in x's dtype, rstd [.., 1] in the dtype of the statisti
 and dscale need; x, mean and variance are not kept.
 Numerics: statistics and sums over D in float32 for half precision. Layer norm centres twice, so that rows far from zero
 lose nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients. Where x_hat explains nearly all of
-g, little is left of g - x_hat * mean(g * x_hat) but rounding; so g there is g * eps * rstd^2 + g * mean(x_hat^2), whose
-factors add up to 1 but for the rounding of rstd. In half precision x_hat is kept rounded, so dx is off by as much of
-g * rstd as that rounding.
+g, dx is a small difference of large terms: `pulled` forms it so that an error of rstd does not enter. In half precision
+x_hat is kept rounded, so dx is off by as much of g * rstd as that rounding.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -95,16 +95,22 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         expect.fields(params, x_hat.dtype, dict.fromkeys(names, x_hat.shape[-1:]))
         dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
         x_high, g = x_hat.astype(rstd.dtype), (dy * in_front(params["scale"], dy.ndim)).astype(rstd.dtype)
-        size, rest = _mean(jnp.square(x_high)), eps * jnp.square(rstd)  # whose sum is 1 but for their rounding
-        dx = g * rest + (g * size - x_high * _mean(g * x_high))
-        if centred:
-            dx = dx - _mean(g)
+        dx = pulled(g - _mean(g) if centred else g, x_high, rstd, eps, _mean)
         dparams = {"scale": contract(Scale(x_hat, dy), params["scale"])}
         if centred:
             dparams["bias"] = contract(Shift(dy), params["bias"])
-        return dparams, placed((rstd * dx).astype(dy.dtype), x_hat)
+        return dparams, placed(dx.astype(dy.dtype), x_hat)
 
     return stateless(name, init, fwd, bwd)
+
+
+def pulled(g: Array, x_hat: Array, rstd: Array, eps: float, mean: Callable[[Array], Array]) -> Array:
+    """rstd * (g - x_hat * mean(g * x_hat)), where mean(x_hat^2) + eps rstd^2 is 1 but for the rounding of rstd.
+
+    With g written as g times that sum, what rstd is off by is in both terms of the difference alike.
+    """
+    rest = g * mean(jnp.square(x_hat)) - x_hat * mean(g * x_hat)
+    return rstd * (g * (eps * jnp.square(rstd)) + rest)
 
 
 def _mean(x: Array) -> Array:

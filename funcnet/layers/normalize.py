@@ -29,7 +29,7 @@ from funcnet.arithmetic import in_front, placed, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.norm import Normalised
+from funcnet.layers.norm import Normalised, pulled
 
 
 class Direction(NamedTuple):
@@ -103,7 +103,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         expect.fields(params, x_hat.dtype, dict.fromkeys(("scale", "bias"), x_hat.shape[-1:]))
         dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
         x_high, g = (grouped(a.astype(rstd.dtype)) for a in (x_hat, dy * in_front(params["scale"], dy.ndim)))
-        dx = (rstd * (g - _mean(g) - x_high * _mean(g * x_high))).reshape(dy.shape)
+        dx = pulled(g - _mean(g), x_high, rstd, eps, _mean).reshape(dy.shape)
         dparams = {
             "scale": contract(Scale(x_hat, dy), params["scale"]),
             "bias": contract(Shift(dy), params["bias"]),

@@ -112,7 +112,7 @@ _BY_REASON = {
         "batch_norm: return dparams, ((dx * in_front(slope, x.ndim)).astype(x.dtype))",
         "total: answer = (jnp.sum(dy.reshape(-1, *param.shape), axis=0, dtype=wide(dy.dtype)))",
         "total: answer = (jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0))",
-        "_norm: return dparams, ((rstd * dx).astype(dy.dtype))",
+        "_norm: return dparams, (dx.astype(dy.dtype))",
     ],
     "few terms in half precision are summed as well as half precision can tell; test_factors.py has long sums": [
         "total: answer = reduce(jnp.add, [total(each, (param)) for each in factors])",
@@ -387,10 +387,6 @@ _BY_REASON = {
     "what is tied is one layer's, so that nothing is stacked yet, and no case ties a head in blocks": [
         "_keeping: keeping = (replace(contract, of=keep.of, joined=None))",
         "_keeping: keeping = (replace(contract, of=keep.of, stacked=keep.stacked))",
-    ],
-    "mean(x_hat^2) and eps rstd^2 add up to 1 whichever is which": [
-        "_norm: (rest, size) = _mean(jnp.square(x_high)), eps * jnp.square(rstd)",
-        "_norm: size, rest = ((eps * jnp.square(rstd), _mean(jnp.square(x_high))))",
     ],
 }
 EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys}

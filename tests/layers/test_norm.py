@@ -172,3 +172,27 @@ def test_a_cotangent_that_does_not_fit_is_refused(name, dy):
 def test_the_params_of_another_layer_are_refused(params):
     with pytest.raises(fn.InputError, match=r"scale: float32\[5\], bias: float32\[5\]"):
         fn.layer_norm().apply(params, (), jnp.ones((2, 5)))
+
+
+def rounding(layer, x, dy, exact, scale):
+    """The error of dx in float32, as a root mean square, in units of rounding of what cancels in it."""
+    x, dy = np.float32(x), np.float32(dy)
+    params = layer.init(None, S(x.shape, jnp.float32))[0]
+    dx = pull(layer, params, jnp.asarray(x), jnp.asarray(dy))[-1]
+    return np.sqrt(np.mean(np.square((np.asarray(dx, np.float64) - exact) / scale))) / np.finfo(np.float32).eps
+
+
+def test_of_a_gradient_that_cancels_rounding_alone_is_lost_not_the_error_of_rstd():
+    """One feature of rms norm, and two of layer norm, come out as signs but for eps: next to nothing of dy is left."""
+    rng, eps = np.random.default_rng(3), 1e-6
+    x, dy = (np.float32(a).astype(np.float64) for a in (rng.uniform(0.5, 2, (4000, 1)), rng.normal(size=(4000, 1))))
+    exact, scale = dy * eps * (x**2 + eps) ** -1.5, np.abs(dy) * (x**2 + eps) ** -0.5
+    assert rounding(fn.rms_norm(eps), x, dy, exact, scale) < 0.55
+    half, shift, pair = x, rng.normal(size=(4000, 1)), np.float32(rng.normal(size=(4000, 2))).astype(np.float64)
+    x = np.float32(np.concatenate([shift + half, shift - half], axis=1)).astype(np.float64)
+    var, apart = np.square(x[:, :1] - x[:, 1:]) / 4, (pair[:, :1] - pair[:, 1:]) / 2
+    exact = np.concatenate([apart, -apart], axis=1) * eps * (var + eps) ** -1.5
+    scale = np.abs(pair).max(axis=1, keepdims=True) * (var + eps) ** -0.5
+    assert rounding(fn.layer_norm(eps), x, pair, exact, scale) < 0.4
+    grouped = (a[:, None] for a in (x, pair, exact, scale))
+    assert rounding(fn.group_norm(1, eps), *grouped) < 0.42
