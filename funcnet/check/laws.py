@@ -136,7 +136,7 @@ def _draws(point: Point) -> bool:
 
 
 def _contractions(point: Point) -> list[Failure]:
-    """The others say the same as total, and an example's gradient is that of its own dy."""
+    """keep, rows, per_example and squared_norm agree with total, and an example's gradient is that of its own dy."""
     layer, (params, x) = point.subject.layer, point.subject.args
     if not jax.tree.leaves(params) or any(path.startswith("params") for path in point.broken):
         return []
@@ -173,34 +173,37 @@ def _contractions(point: Point) -> list[Failure]:
         return [Failure("", "laws", "contractions", message)]
     failures = _refusals(point, refused, alone, count)
     for path, wanted in {k: v for k, v in point.rule[0].items() if k.startswith("params")}.items():
-        if "keep" in answers:
-            failures += _contraction(point, path, "keep, then total", answers["keep"][path], wanted)
-        if "rows" in answers:
-            failures += _contraction(point, path, "rows", answers["rows"][path], wanted)
-            if answers["rows"][path].dtype != wanted.dtype:
-                message = f"rows gives {describe(answers['rows'][path])} for a leaf {describe(wanted)}"
-                failures.append(Failure(path, "laws", "contractions", message))
-        if not count or "per_example" not in answers:
-            continue
-        each, last = answers["per_example"][path], answers["total"][path]
-        if each.shape != (count, *wanted.shape) or each.dtype != wanted.dtype:
-            message = f"per_example gives {describe(each)} for a leaf {describe(wanted)} and {count} examples"
-            failures.append(Failure(path, "laws", "contractions", message))
-            continue
-        failures += _contraction(point, path, "the sum of per_example", wide(each).sum(0), wanted)
-        failures += _contraction(point, path, "the last of per_example", each[-1], last)
-        if "keep" in answers and (kept := answers["keep, per_example"][path]).shape == each.shape:  # it was a factor
-            failures += _contraction(point, path, "keep, then per_example", kept, each)
-        if "squared_norm" not in answers:
-            continue
-        squares = np.sum(np.abs(wide(each)) ** 2, axis=tuple(range(1, each.ndim)))
-        allowed, size = 8 * tolerance(wanted.dtype, point.terms), (squares.max(initial=0.0) * wanted.size) ** 0.5
-        norms = answers["squared_norm"][path]
-        leaf = measure(path, norms, squares, allowed)
-        if not leaf.within:
-            leaf = measure(path, norms, squares, allowed, 4 * point.honest[path].max() * size)
-        failures += [] if leaf.within else [values_failure(leaf, "laws", "contractions", "squared_norm")]
+        of = {name: tree[path] for name, tree in answers.items()}
+        for name, what in {"keep": "keep, then total", "rows": "rows"}.items():
+            failures += _contraction(point, path, what, of[name], wanted) if name in of else []
+        if count and "per_example" in of:
+            failures += _by_example(point, path, of, wanted, count)
     return failures
+
+
+def _by_example(point: Point, path: str, of: dict[str, np.ndarray], wanted: np.ndarray, count: int) -> list[Failure]:
+    """The answers for each example of a leaf whose gradient is `wanted`."""
+    each, last = of["per_example"], of["total"]
+    if each.shape != (count, *wanted.shape) or each.dtype != wanted.dtype:
+        message = f"per_example gives {describe(each)} for a leaf {describe(wanted)} and {count} examples"
+        return [Failure(path, "laws", "contractions", message)]
+    failures = _contraction(point, path, "the sum of per_example", wide(each).sum(0).astype(wanted.dtype), wanted)
+    failures += _contraction(point, path, "the last of per_example", each[-1], last)
+    if "keep" in of and of["keep, per_example"].shape == each.shape:  # it was a factor
+        failures += _contraction(point, path, "keep, then per_example", of["keep, per_example"], each)
+    if "squared_norm" in of:
+        failures += _squares(point, path, of["squared_norm"], each)
+    return failures
+
+
+def _squares(point: Point, path: str, norms: np.ndarray, each: np.ndarray) -> list[Failure]:
+    """The squared norms of the examples' gradients [B, *param]."""
+    squares = np.sum(np.abs(wide(each)) ** 2, axis=tuple(range(1, each.ndim)))
+    allowed, size = 8 * tolerance(each.dtype, point.terms), (squares.max(initial=0.0) * each[0].size) ** 0.5
+    leaf = measure(path, norms, squares, allowed)
+    if not leaf.within:
+        leaf = measure(path, norms, squares, allowed, 4 * point.honest[path].max() * size)
+    return [] if leaf.within else [values_failure(leaf, "laws", "contractions", "squared_norm")]
 
 
 def _refusals(point: Point, refused: dict[str, InputError], alone: Values, count: int) -> list[Failure]:
@@ -237,5 +240,8 @@ def _mixes(point: Point, alone: Values, count: int) -> bool:
 
 
 def _contraction(point: Point, path: str, what: str, got: np.ndarray, wanted: np.ndarray) -> list[Failure]:
-    leaf = point.measured(path, np.asarray(got).astype(wanted.dtype), wanted, 2.0)
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        message = f"{what} gives {describe(got)} for a leaf {describe(wanted)}"
+        return [Failure(path, "laws", "contractions", message)]
+    leaf = point.measured(path, got, wanted, 2.0)
     return [] if leaf.within else [values_failure(leaf, "laws", "contractions", what)]

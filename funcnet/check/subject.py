@@ -191,8 +191,8 @@ class Point:
 
     @cached_property
     def compiled(self) -> Any:
-        """`pull`, compiled."""
-        return quickly(self.pull)
+        """`pull`, compiled as a user's would be."""
+        return jax.jit(self.pull)
 
     @cached_property
     def _reference(self) -> Any:

@@ -172,7 +172,7 @@ def _started(tasks: Sequence[tuple[int, str]], jobs: int, options: Mapping[str, 
 
 
 def _hurry(options: Mapping[str, Any]) -> None:
-    """Compile all of this process so, what runs eagerly too. XLA reads its flags when it starts."""
+    """Have everything in this process compiled so, the rules and what runs eagerly too; XLA has not started yet."""
     flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 

@@ -57,6 +57,12 @@ def refusing(refused):
 WRONG = {
     "keep": (answering(fn.keep, lambda factor: replace(factor, x=2 * factor.x)), "keep, then total at"),
     "keep, an array": (answering(fn.keep, lambda factor: jnp.zeros((4, 2)), "kernel"), "keep, then total at"),
+    "keep, of another shape": (
+        answering(fn.keep, lambda factor: jnp.zeros(2)),
+        "keep, then total gives float64[2] for a leaf",
+    ),
+    "rows": (answering(fn.rows, lambda g: 1.1 * g), "rows at"),
+    "rows, rounded": (answering(fn.rows, lambda g: g.astype(jnp.float32)), "rows gives float32[4, 2] for a leaf"),
     "per_example": (answering(fn.per_example, lambda g: 1.1 * g), "the sum of per_example at"),
     "per_example, in another order": (answering(fn.per_example, lambda g: g[::-1]), "the last of per_example at"),
     "per_example, summed": (
