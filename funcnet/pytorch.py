@@ -17,6 +17,7 @@ A parameter's name there is the layer's path with dots, a turn of a `repeat` its
                                       recurrent_kernel [H, nH]     weight_hh_l0 [nH, H]
                                       bias, recurrent_bias         bias_ih_l0, bias_hh_l0
     bidirectional                     backward's                   .._l0_reverse
+    stacked                           layer i's                    .._li
     attention                         query, key, value: kernel    in_proj_weight [3D, D]
                                       [D, D], bias [D]             in_proj_bias [3D]
                                       out: kernel, bias            out_proj.weight, out_proj.bias
@@ -189,11 +190,11 @@ def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> di
         parts = {name: _there(*each) for name, each in _inside(layer, params, state, path).items()}
         if layer.name == "bidirectional":
             parts["backward"] = {name + _REVERSE: array for name, array in parts["backward"].items()}
+        if _levelled(layer):
+            parts = {i: _relevelled(arrays, 0, i) for i, arrays in enumerate(parts.values())}
         return _joined(parts.values())
-    if layer.name in _RECURRENT:
-        return _at(path, _recurrent_there(params))
-    if layer.name == "attention":
-        return _at(path, _attention_there(params))
+    if layer.name in _WHOLE:
+        return _at(path, _WHOLE[layer.name][0](params))
     fields, of_state = _known(layer, params, state)
     arrays = {fields[name].name: fields[name].there(value) for name, value in params.items()}
     return _at(path, arrays | {of_state[name]: value for name, value in dict(state).items()})
@@ -216,17 +217,18 @@ def _back(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...], arrays
         return _back(made.inner, params, state, path, arrays)
     if layer.parts:
         both = {}
-        for name, (part, own, own_state, inside) in _inside(layer, params, state, path).items():
-            backward = layer.name == "bidirectional" and name == "backward"
-            cut = {n.removesuffix(_REVERSE): a for n, a in arrays.items() if n.endswith(_REVERSE)}
-            both[name] = _back(part, own, own_state, inside, cut if backward else arrays)
+        for i, (name, (part, own, own_state, inside)) in enumerate(_inside(layer, params, state, path).items()):
+            given = arrays
+            if layer.name == "bidirectional" and name == "backward":
+                given = {n.removesuffix(_REVERSE): a for n, a in arrays.items() if n.endswith(_REVERSE)}
+            if _levelled(layer):
+                given = _relevelled(arrays, i, 0)
+            both[name] = _back(part, own, own_state, inside, given)
         new_state = {name: new for name, (_, new) in both.items()}
         return {name: new for name, (new, _) in both.items()}, new_state if isinstance(state, Mapping) else state
     get = lambda name: arrays[".".join((*path, name))]
-    if layer.name in _RECURRENT:
-        return _recurrent_back(params, get), state
-    if layer.name == "attention":
-        return _attention_back(params, get), state
+    if layer.name in _WHOLE:
+        return _WHOLE[layer.name][1](params, get), state
     fields, of_state = _known(layer, params, state)
     new = {name: fields[name].back(get(fields[name].name)) for name in params}
     return new, {name: get(of_state[name]) for name in state} if state else state
@@ -266,7 +268,7 @@ def _inside(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> d
     """The arguments of the walk for each part."""
     expect.named(params, layer.parts, "params")
     states = state if isinstance(state, Mapping) else {}
-    shared = layer.name == "bidirectional"
+    shared = layer.name == "bidirectional" or _levelled(layer)  # one module there, which tells its parts by suffixes
     paths = {name: path if shared else (*path, name) for name in layer.parts}
     return {name: (part, params[name], states.get(name, ()), paths[name]) for name, part in layer.parts.items()}
 
@@ -275,12 +277,19 @@ def _known(layer: Layer, params: Tree, state: Tree) -> tuple[dict[str, Field], d
     fields, of_state = _FIELDS.get(layer.name, {}), _STATE.get(layer.name, {})
     if not set(params) <= set(fields) or not set(dict(state)) <= set(of_state):
         remedy = "convert this layer by hand: its params are a dict of arrays"
-        raise InputError(
-            f"layers among {', '.join([*_FIELDS, *_RECURRENT, 'attention'])}",
-            f"{layer.name} {describe(params)}",
-            remedy,
-        )
+        raise InputError(f"layers among {', '.join([*_FIELDS, *_WHOLE])}", f"{layer.name} {describe(params)}", remedy)
     return fields, of_state
+
+
+def _levelled(layer: Layer) -> bool:
+    """Whether it is a stack as PyTorch has it, of recurrent layers in one direction or both."""
+    return layer.name == "stacked" and all(part.name in (*_RECURRENT, "bidirectional") for part in layer.parts.values())
+
+
+def _relevelled(arrays: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+    """The arrays of the layer that is number `old` of a stack, under the names that they have as number `new`."""
+    level = re.compile(rf"_l{old}(?=$|{_REVERSE}$)")
+    return {level.sub(f"_l{new}", name): array for name, array in arrays.items() if level.search(name)}
 
 
 def _recurrent_there(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,3 +334,8 @@ def _attention_back(params: Mapping[str, Any], get: Callable[[str], Any]) -> dic
     biases = [*jnp.split(get("in_proj_bias"), 3), get("out_proj.bias")] if use_bias else [None] * 4
     each = zip((*_PROJECTED, "out"), kernels, biases, strict=True)
     return {name: {"kernel": kernel.T} | ({"bias": bias} if use_bias else {}) for name, kernel, bias in each}
+
+
+# What is no array for an array: (params -> arrays, (params, name -> array) -> params).
+_WHOLE = dict.fromkeys(_RECURRENT, (_recurrent_there, _recurrent_back))
+_WHOLE |= {"attention": (_attention_there, _attention_back)}

@@ -6,20 +6,10 @@ import numpy as np
 import pytest
 
 import funcnet as fn
+from tests.trees import assert_same, normal
 
 KEY = jax.random.key(0)
 S = jax.ShapeDtypeStruct
-
-
-def normal(seed, like):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
-
-
-def assert_same(got, wanted):
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
-    assert [leaf.dtype for leaf in jax.tree.leaves(got)] == [leaf.dtype for leaf in jax.tree.leaves(wanted)]
 
 
 def modules(torch):
@@ -94,6 +84,20 @@ def modules(torch):
         "bidirectional": (
             fn.bidirectional(fn.gru(4), fn.gru(4, reverse=True)),
             nn.GRU(3, 4, batch_first=True, bidirectional=True),
+            sequence,
+            same,
+            of_pair,
+        ),
+        "stacked": (
+            fn.stacked(fn.lstm(4), fn.lstm(4), fn.lstm(4)),
+            nn.LSTM(3, 4, num_layers=3, batch_first=True),
+            sequence,
+            same,
+            of_pair,
+        ),
+        "stacked, both directions": (
+            fn.stacked(*[fn.bidirectional(fn.gru(4), fn.gru(4, reverse=True))] * 2),
+            nn.GRU(3, 4, num_layers=2, batch_first=True, bidirectional=True),
             sequence,
             same,
             of_pair,

@@ -9,20 +9,10 @@ import numpy as np
 import pytest
 
 import funcnet as fn
+from tests.trees import assert_same, normal
 
 KEY = jax.random.key(0)
 S = jax.ShapeDtypeStruct
-
-
-def normal(seed, like):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
-
-
-def assert_same(got, wanted):
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
-    assert [leaf.dtype for leaf in jax.tree.leaves(got)] == [leaf.dtype for leaf in jax.tree.leaves(wanted)]
 
 
 MODEL = fn.serial(fn.dense(4), fn.relu(), blocks=fn.repeat(fn.skip(fn.serial(fn.rms_norm(), fn.dense(4))), 3))

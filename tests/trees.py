@@ -1,0 +1,17 @@
+"""Trees that tests draw, and compare."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def normal(seed, like):
+    """Standard normal values in the shapes and dtypes of `like`, drawn by NumPy: nothing to compile."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
+
+
+def assert_same(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    assert [leaf.dtype for leaf in jax.tree.leaves(got)] == [leaf.dtype for leaf in jax.tree.leaves(wanted)]
