@@ -8,18 +8,10 @@ import numpy as np
 import pytest
 
 import funcnet as fn
+from tests.trees import normal
 
 S = jax.ShapeDtypeStruct
 KEY = jax.random.key(0)
-
-
-def normal(seed, like):
-    """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, by NumPy: nothing to compile."""
-    rng = np.random.default_rng(seed)
-    draw = lambda leaf: (
-        rng.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape)
-    )
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf).astype(leaf.dtype)), like)
 
 
 def draw(model, x):

@@ -18,6 +18,7 @@ from funcnet.columns import block as block_of
 from funcnet.columns import fresh
 from funcnet.factors import mixing
 from funcnet.layer import no_params
+from tests.trees import normal
 
 HALF = [jnp.float16, jnp.bfloat16]
 # Integers out of floats, so that an embedding can stand in the tables below.
@@ -56,12 +57,6 @@ CONTRACTIONS = [fn.total, fn.per_example, fn.squared_norm]
 def largest(factor, param):
     """The largest magnitude in a gradient: a contraction of the user's own, stacked by default."""
     return jnp.max(jnp.abs(fn.total(factor, param)))
-
-
-def normal(seed, like):
-    """Standard normal values in the shapes and dtypes of `like`, drawn by NumPy: nothing to compile."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
 
 
 def draw(model, shape, dtype=jnp.float64):

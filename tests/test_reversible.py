@@ -7,15 +7,11 @@ import optax
 import pytest
 
 import funcnet as fn
+from tests.trees import normal
 
 KEY = jax.random.key(0)
 F = fn.serial(fn.layer_norm(), fn.dense(5), fn.tanh(), fn.dense(3))
 BLOCK = fn.reversible(F, fn.dense(3))
-
-
-def normal(seed, like):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
 
 
 def drawn(model, x):

@@ -9,17 +9,13 @@ import optax
 import pytest
 
 import funcnet as fn
+from tests.trees import normal
 
 KEY = jax.random.key(0)
 V, D = 7, 4
 IDS = jnp.array([[1, 4, 1], [0, 6, 6], [3, 3, 3]])
 PLAIN = fn.serial(fn.embedding(V, D, dtype=float), fn.skip(fn.serial(fn.dense(D), fn.tanh())), head=fn.dense(V))
 LANGUAGE = fn.tied(PLAIN, {"head/kernel": "embedding/embedding.T"})
-
-
-def normal(seed, like):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
 
 
 def drawn(model, x):

@@ -6,9 +6,12 @@ import numpy as np
 
 
 def normal(seed, like):
-    """Standard normal values in the shapes and dtypes of `like`, drawn by NumPy: nothing to compile."""
+    """Standard normal floats in the shapes and dtypes of `like`, zeros for the rest, by NumPy: nothing to compile."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), like)
+    draw = lambda leaf: (
+        rng.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape)
+    )
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf).astype(leaf.dtype)), like)
 
 
 def assert_same(got, wanted):
