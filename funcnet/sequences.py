@@ -7,7 +7,7 @@ Inputs are those of the layers: x [B, T, D], or a dict of it with lengths and in
 Residuals: those of the layers, by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -97,68 +97,58 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
 
     @expect.by("stacked")
     def check(inputs: Tree, **trees: Tree) -> None:
-        states = inputs["state"] if isinstance(inputs, Mapping) and "state" in inputs else None
-        if states is not None and (not isinstance(states, tuple) or len(states) != len(parts)):
+        given = inputs if isinstance(inputs, Mapping) else {"x": inputs}
+        if "x" not in given:
+            wanted = "an array [B, T, D], or a dict of it as x with, where wanted, lengths and state"
+            raise InputError(wanted, describe(inputs), 'write {"x": x, "lengths": lengths, "state": states}')
+        states = given.get("state")
+        if "state" in given and (not isinstance(states, tuple) or len(states) != len(parts)):
             wanted = f"a tuple of {len(parts)} initial states, one for each of {list(parts)}"
             raise InputError(wanted, describe(states), "give one to each layer")
         for what, tree in trees.items():
             expect.named(tree, parts, what)
 
-    def entering(inputs: Tree, x: Any, i: int) -> Tree:
-        """The input of layer i."""
-        if not isinstance(inputs, Mapping):
-            return x
-        own = {"state": inputs["state"][i]} if "state" in inputs else {}
-        return {**inputs, "x": x, **own}
-
-    @expect.by("stacked")
-    def leaving(outputs: list[Tree]) -> Tree:
-        """y, or y and the final states."""
-        finals = [out[1] for out in outputs if isinstance(out, tuple)]
-        if not finals:
-            return outputs[-1]
-        if len(finals) < len(outputs):
-            received = f"{len(finals)} of {len(outputs)}"
-            raise InputError("final states of all layers, or of none", received, "set return_state alike in all")
-        return outputs[-1][0], tuple(finals)
-
-    def bare(out: Tree) -> Any:
-        return out[0] if isinstance(out, tuple) else out
-
-    def first(inputs: Tree) -> Any:
-        return inputs["x"] if isinstance(inputs, Mapping) else inputs
+    def walk(inputs: Tree, visit: Callable[[int, str, Layer, Tree], Tree]) -> Tree:
+        """y, or y and the final states; visit(i, name, layer, its input) gives the output of layer i."""
+        ys = inputs["x"] if isinstance(inputs, Mapping) else inputs
+        finals = []
+        for i, (name, layer) in enumerate(parts.items()):
+            own = {"state": inputs["state"][i]} if isinstance(inputs, Mapping) and "state" in inputs else {}
+            with at(name):
+                ys = visit(i, name, layer, {**inputs, "x": ys, **own} if isinstance(inputs, Mapping) else ys)
+            if isinstance(ys, tuple):
+                ys, final = ys
+                finals.append(final)
+        if len(finals) not in (0, len(parts)):
+            received = f"{len(finals)} of {len(parts)}"
+            with expect.by("stacked"):
+                raise InputError("final states of all layers, or of none", received, "set return_state alike in all")
+        return (ys, tuple(finals)) if finals else ys
 
     def init(key, inputs):
         check(inputs)
-        params, state, outputs, x = {}, {}, [], first(inputs)
-        for i, (name, layer) in enumerate(parts.items()):
-            with at(name):
-                given = entering(inputs, x, i)
-                params[name], state[name] = layer.init(child(key, i), given)
-                outputs.append(output(layer, params[name], state[name], given))
-                x = bare(outputs[-1])
-        leaving(outputs)
+        params, state = {}, {}
+
+        def visit(i, name, layer, given):
+            params[name], state[name] = layer.init(child(key, i), given)
+            return output(layer, params[name], state[name], given)
+
+        walk(inputs, visit)
         return params, state
 
     def apply(params, state, inputs):
         check(inputs, params=params, state=state)
-        outputs, x = [], first(inputs)
-        for i, (name, layer) in enumerate(parts.items()):
-            with at(name):
-                outputs.append(layer.apply(params[name], state[name], entering(inputs, x, i)))
-                x = bare(outputs[-1])
-        return leaving(outputs)
+        return walk(inputs, lambda i, name, layer, given: layer.apply(params[name], state[name], given))
 
     def fwd(params, state, inputs, key):
         check(inputs, params=params, state=state)
-        outputs, x, new_state, residuals = [], first(inputs), {}, {}
-        for i, (name, layer) in enumerate(parts.items()):
-            with at(name):
-                given = entering(inputs, x, i)
-                out, new_state[name], residuals[name] = layer.fwd(params[name], state[name], given, child(key, i))
-                outputs.append(out)
-                x = bare(out)
-        return leaving(outputs), new_state, residuals
+        new_state, residuals = {}, {}
+
+        def visit(i, name, layer, given):
+            y, new_state[name], residuals[name] = layer.fwd(params[name], state[name], given, child(key, i))
+            return y
+
+        return walk(inputs, visit), new_state, residuals
 
     def bwd(params, residuals, dy, contract=total):
         check(None, params=params, residuals=residuals)

@@ -113,6 +113,10 @@ def test_stacked_of_an_array_is_serial(x64):
 def test_stacked_refuses_what_does_not_fit():
     with pytest.raises(fn.InputError, match="a tuple of 2 initial states"):
         fn.stacked(fn.rnn(2), fn.rnn(2)).init(KEY, {"x": X, "state": STATE})
+    with pytest.raises(fn.InputError, match="a tuple of 2 initial states"):
+        fn.stacked(fn.rnn(2), fn.rnn(2)).init(KEY, {"x": X, "state": None})
+    with pytest.raises(fn.InputError, match="a dict of it as x"):
+        fn.stacked(fn.rnn(2)).init(KEY, {"sequences": X})
     with pytest.raises(fn.InputError, match="final states of all layers, or of none"):
         fn.stacked(fn.rnn(2), fn.rnn(2, return_state=True)).init(KEY, X)
     with pytest.raises(fn.InputError, match="at least one layer"):
