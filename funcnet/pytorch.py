@@ -337,5 +337,7 @@ def _attention_back(params: Mapping[str, Any], get: Callable[[str], Any]) -> dic
 
 
 # What is no array for an array: (params -> arrays, (params, name -> array) -> params).
-_WHOLE = dict.fromkeys(_RECURRENT, (_recurrent_there, _recurrent_back))
+_WHOLE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = dict.fromkeys(
+    _RECURRENT, (_recurrent_there, _recurrent_back)
+)
 _WHOLE |= {"attention": (_attention_there, _attention_back)}
