@@ -54,11 +54,15 @@ def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
         (y_forward, state_forward), (y_backward, state_backward) = ys
         return jnp.concatenate([y_forward, y_backward], axis=-1), (state_forward, state_backward)
 
+    def halves(dy):
+        dy = jnp.asarray(dy)
+        return tuple(jnp.split(dy, [dy.shape[-1] // 2], axis=-1))  # the layers refuse halves of an odd size
+
     def split(dy):
         if not isinstance(dy, tuple):
-            return tuple(jnp.split(jnp.asarray(dy), 2, axis=-1))
+            return halves(dy)
         dy, dstates = dy
-        return tuple(zip(jnp.split(jnp.asarray(dy), 2, axis=-1), dstates, strict=True))
+        return tuple(zip(halves(dy), dstates, strict=True))
 
     def init(key, inputs):
         return pair.init(key, both(inputs))

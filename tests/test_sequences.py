@@ -45,7 +45,7 @@ def test_bidirectional_is_pytorchs(name, x64):
     theirs = torch_layer(torch, name, tuple(params.values()), torch.float64, bidirectional=True)
     wanted_y, wanted_dx, wanted_dstate = torch_pull(torch, theirs, x, both(one, other), (dys, both(*dstates)), LENGTHS)
     close((y[0], both(*y[1])), wanted_y)
-    close(dparams, {"forward": torch_grads(name, theirs), "backward": torch_grads(name, theirs, "_reverse")})
+    close(dparams, {"forward": torch_grads(name, theirs), "backward": torch_grads(name, theirs, "l0_reverse")})
     close((dx["x"], both(*dx["state"])), (wanted_dx, wanted_dstate))
     assert dx["lengths"] is None
 
@@ -57,6 +57,10 @@ def test_bidirectional_refuses_what_does_not_fit():
         jax.eval_shape(uneven.apply, params, state, X)
     with pytest.raises(fn.InputError, match="pair of initial states"):
         fn.bidirectional(fn.rnn(2), fn.rnn(2)).init(KEY, {"x": X, "state": STATE})
+    layer = fn.bidirectional(fn.rnn(2), fn.rnn(2))
+    params, state = layer.init(KEY, X)
+    with pytest.raises(fn.InputError, match="cotangent"):
+        layer.bwd(params, layer.fwd(params, state, X, None)[2], jnp.ones((*X.shape[:-1], 5)))
 
 
 @ALL
@@ -75,8 +79,7 @@ def test_stacked_is_pytorchs(name, x64):
 
     y, dparams, dx = jax.jit(run)(params, {"x": x, "lengths": LENGTHS, "state": (one, other)}, (dy[0], dstates))
     theirs = getattr(torch.nn, name.upper())(D, H, num_layers=2, batch_first=True, dtype=torch.float64)
-    arrays = [fn.to_torch(part, params[key]) for key, part in layer.parts.items()]
-    arrays = arrays[0] | {field.replace("l0", "l1"): array for field, array in arrays[1].items()}
+    arrays = fn.to_torch(layer, params)
     theirs.load_state_dict({field: torch.from_numpy(array.copy()) for field, array in arrays.items()})
     wanted_y, wanted_dx, wanted_dstate = torch_pull(
         torch, theirs, x, both(one, other), (dy[0], both(*dstates)), LENGTHS
@@ -84,13 +87,7 @@ def test_stacked_is_pytorchs(name, x64):
     close((y[0], both(*y[1])), wanted_y)
     close((dx["x"], both(*dx["state"])), (wanted_dx, wanted_dstate))
     assert dx["lengths"] is None
-    grads = lambda suffix: getattr(theirs, suffix).grad.numpy()
-    for i, key in enumerate(layer.parts):
-        own = {"kernel": grads(f"weight_ih_l{i}").T, "recurrent_kernel": grads(f"weight_hh_l{i}").T}
-        own["bias"] = grads(f"bias_ih_l{i}")
-        if name == "gru":
-            own["recurrent_bias"] = grads(f"bias_hh_l{i}")[2 * H :]
-        close(dparams[key], own)
+    close(dparams, {key: torch_grads(name, theirs, f"l{i}") for i, key in enumerate(layer.parts)})
 
 
 def test_stacked_of_an_array_is_serial(x64):

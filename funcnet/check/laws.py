@@ -199,6 +199,9 @@ def _by_example(point: Point, path: str, of: dict[str, np.ndarray], wanted: np.n
 def _squares(point: Point, path: str, norms: np.ndarray, each: np.ndarray) -> list[Failure]:
     """The squared norms of the examples' gradients [B, *param]."""
     squares = np.sum(np.abs(wide(each)) ** 2, axis=tuple(range(1, each.ndim)))
+    if norms.shape != squares.shape or norms.dtype not in (np.float32, np.float64):
+        message = f"squared_norm gives {describe(norms)} for {len(each)} examples, not a float32 or float64 for each"
+        return [Failure(path, "laws", "contractions", message)]
     allowed, size = 8 * tolerance(each.dtype, point.terms), (squares.max(initial=0.0) * each[0].size) ** 0.5
     leaf = measure(path, norms, squares, allowed)
     if not leaf.within:

@@ -28,6 +28,7 @@ Source: Orvieto et al. 2023, arXiv:2303.06349, section 3 (the linear recurrent u
 their applications" (the scan); Martin and Cundy 2018, arXiv:1709.04057 (its backward pass).
 """
 
+from math import log
 from typing import Any, NamedTuple
 
 import jax
@@ -98,7 +99,8 @@ def lru(
         check(x)
         keys, dtype = jax.random.split(expect.key(key), 6), expect.dtype(x)
         square, phase = (jax.random.uniform(k, (states,), wide(dtype), 1e-6) for k in keys[:2])
-        nu = jnp.log(-0.5 * jnp.log(square * (r_max**2 - r_min**2) + r_min**2))
+        within = (1 - square) * (1 - (r_min / r_max) ** 2)  # of |lambda|^2 = r_max^2 (1 - within), which may round to 1
+        nu = jnp.log(-log(r_max) - 0.5 * jnp.log1p(-within))
         drawn = {"nu": nu, "theta": jnp.log(max_phase * phase)}
         for name, k in zip(KERNELS, keys[2:], strict=True):
             shape = shapes(x.shape[-1])[name]

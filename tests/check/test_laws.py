@@ -56,7 +56,11 @@ def refusing(refused):
 
 WRONG = {
     "keep": (answering(fn.keep, lambda factor: replace(factor, x=2 * factor.x)), "keep, then total at"),
-    "keep, an array": (answering(fn.keep, lambda factor: jnp.zeros((4, 2)), "kernel"), "keep, then total at"),
+    "keep, an array": (answering(fn.keep, lambda factor: jnp.zeros((4, 2))), "keep, then total at"),
+    "keep, in another order": (
+        answering(fn.keep, lambda factor: replace(factor, x=factor.x[::-1], dy=factor.dy[::-1])),
+        "keep, then per_example at",
+    ),
     "keep, of another shape": (
         answering(fn.keep, lambda factor: jnp.zeros(2)),
         "keep, then total gives float64[2] for a leaf",
@@ -75,6 +79,12 @@ WRONG = {
     ),
     "squared_norm": (answering(fn.squared_norm, lambda n: 1.1 * n), "squared_norm at"),
     "squared_norm, not squared": (answering(fn.squared_norm, jnp.sqrt), "squared_norm at"),
+    "squared_norm, summed": (answering(fn.squared_norm, jnp.sum), "squared_norm gives float64[] for 3 examples"),
+    "squared_norm, a column": (answering(fn.squared_norm, lambda n: n[:, None]), "squared_norm gives float64[3, 1]"),
+    "squared_norm, rounded": (
+        answering(fn.squared_norm, lambda n: n.astype(jnp.bfloat16)),
+        "squared_norm gives bfloat16[3]",
+    ),
     "an error": (replace(DENSE, bwd=raising), "bwd raises ZeroDivisionError for other contractions than total"),
     **{
         f"{refused.name} is refused": (
@@ -91,9 +101,23 @@ def test_the_contraction_that_is_wrong_is_named(name):
     layer, message = WRONG[name]
     (failure, *more) = laws.laws(layer_point(layer, X))
     assert failure.message.startswith(message)
-    leaf = "params['kernel']" if message.endswith(("at", "leaf")) else ""
+    leaf = "" if message.startswith("bwd") else "params['kernel']"
     assert found([failure]) == [(leaf, "laws", "contractions")]
     assert all(each.leaf == leaf for each in more)  # the bias is right
+
+
+def test_touched_rows_are_held_to_the_table_that_they_stand_for():
+    embedding, ids = fn.embedding(7, 2), np.array([[5, 0], [5, 2]])
+    assert laws.laws(layer_point(embedding, ids)) == []
+
+    def bwd(params, residuals, dy, by=fn.total):
+        dparams, dx = embedding.bwd(params, residuals, dy, by)
+        return jax.tree.map(lambda rows: 2 * rows if by is fn.rows and rows.ndim > 1 else rows, dparams), dx
+
+    (failure,) = laws.laws(layer_point(replace(embedding, bwd=bwd), ids))
+    assert failure.message.startswith("rows at")
+    stacked = fn.Rows(np.array([[2, 3], [0, 1]]), jnp.arange(4.0).reshape(2, 2, 1))
+    np.testing.assert_array_equal(laws._table(stacked, jnp.zeros((2, 3, 1)))[..., 0], [[0, 0, 0], [2, 3, 0]])
 
 
 def test_a_layer_that_mixes_examples_may_refuse_and_a_note_says_so():
@@ -172,6 +196,7 @@ def saving(save, use=lambda saved: saved["x"]):
 calls = count(1)
 RESIDUALS = {
     "of the input": (lambda params, x: {"x": x, "mixed": x * params["kernel"][None, None, :, 0]}, []),
+    "of neither": (lambda params, x: {"x": x, "places": jnp.arange(3)}, []),
     "of the parameters": (
         lambda params, x: {"x": x, "w": params["kernel"] * 2},
         [("residuals['w']", "residuals", "parameters")],

@@ -21,8 +21,8 @@ def setting(dtype=np.float64):
 
 def in_turn(p, x):
     """y [T, F] of one example, a step at a time, as the paper writes it; NumPy's or JAX's."""
-    lam = np.exp(-np.exp(p["nu"]) + 1j * np.exp(p["theta"])) if isinstance(x, np.ndarray) else None
-    lam = jnp.exp(-jnp.exp(p["nu"]) + 1j * jnp.exp(p["theta"])) if lam is None else lam
+    exp = np.exp if isinstance(x, np.ndarray) else jnp.exp
+    lam = exp(-exp(p["nu"]) + 1j * exp(p["theta"]))
     gain = (1 - abs(lam) ** 2) ** 0.5
     h, y = 0 * lam, []
     for step in x:
@@ -72,6 +72,14 @@ def test_states_have_the_size_of_their_input_and_lie_in_the_ring_at_first():
     x = jax.random.normal(jax.random.key(1), (64, 100, 3))
     h = layer.fwd(params, (), x, None)[2].h[:, -1]
     assert 0.8 < float(jnp.mean(jnp.abs(h) ** 2)) < 1.2
+
+
+def test_a_state_that_hardly_decays_has_a_gradient():
+    """|lambda| is 1 in float32, 1 - |lambda| is not 0."""
+    layer, x = fn.lru(F, 100, r_min=1 - 1e-8), jnp.ones((1, T, D))
+    params, _ = layer.init(KEY, x)
+    gradients = layer.bwd(params, layer.fwd(params, (), x, None)[2], jnp.ones((1, T, F)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, gradients)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

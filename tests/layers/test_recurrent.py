@@ -109,8 +109,8 @@ def torch_layer(torch, name, params, dtype, bidirectional=False):
     return layer
 
 
-def torch_grads(name, layer, suffix=""):
-    weight = lambda kind: getattr(layer, f"{kind}_l0{suffix}").grad.numpy()
+def torch_grads(name, layer, suffix="l0"):
+    weight = lambda kind: getattr(layer, f"{kind}_{suffix}").grad.numpy()
     grads = {"kernel": weight("weight_ih").T, "recurrent_kernel": weight("weight_hh").T, "bias": weight("bias_ih")}
     return grads | ({"recurrent_bias": weight("bias_hh")[2 * H :]} if name == "gru" else {})
 
