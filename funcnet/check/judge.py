@@ -11,6 +11,8 @@ zero everywhere):
   for half precision), B = 16: rounding errors of a sum grow like the square root of its length.
 - honest is the error of the plain program itself: of its automatic derivative in the program's own dtypes, at several
   points that are a unit of rounding apart, and what the reference moves between them; the largest in the leaf. C = 4.
+  dy is taken there times a number between 1/2 and 1, and the error divided by it: a gradient is linear in dy, but its
+  rounding errors are not, and at one dy all of them may happen to be small.
   So a rule need not be better than autodiff in its dtype, and where a gradient is a small difference of large terms no
   rule can be. An element that such a step takes over a kink, and moves by far more than the others, counts for itself
   alone. All of it takes many runs of the program, and is asked for only where an error is not within the rest already.

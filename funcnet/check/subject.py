@@ -269,16 +269,18 @@ class Point:
         drawn = [signs() for _ in range(NEARBY // 4)]
         for k in range(NEARBY):
             up, way = drawn[k // 4], 0 if k < 2 and self.coarse else 1 - k % 4 // 2 * 2
-            values, dy = self._beside({path: way * sign for path, sign in up.items()}), self.dys[k % 2]
+            share = 1.0 if k < 2 else self.rng.uniform(0.5, 1.0)
+            values = self._beside({path: way * sign for path, sign in up.items()})
+            dy = {path: laid((wide(d) * share).astype(d.dtype), d) for path, d in self.dys[k % 2].items()}
             moved = self.reference(dy, values)
-            pairs = [(moved, self.references[k % 2])]
+            pairs = [(moved, {path: share * wanted for path, wanted in self.references[k % 2].items()})]
             if self.coarse:
                 with self.subject.mode():
                     pairs.append((host(self._honest(values, dy)[1]), moved))
             for got, wanted in pairs:
                 for path in worst:
                     with np.errstate(all="ignore"):
-                        error = np.abs(wide(got[path]) - wanted[path])
+                        error = np.abs(wide(got[path]) - wanted[path]) / share
                     worst[path] = np.maximum(worst[path], np.where(np.isfinite(error), error, 0.0))
         return {path: HONEST * self._pooled(path, error) for path, error in worst.items()}
 
