@@ -263,26 +263,34 @@ class Point:
     def honest(self) -> Values:
         """By leaf, for every element: C times the error of the plain program itself (`funcnet.check.judge`)."""
         worst = {path: np.zeros(np.shape(value)) for path, value in self.values.items()}
-        if not self.reverses:
-            return worst
+        for errors in self._errors() if self.reverses else ():
+            for path, error in errors.items():
+                worst[path] = np.maximum(worst[path], np.where(np.isfinite(error), error, 0.0))
+        return {path: HONEST * self._pooled(path, error) for path, error in worst.items()}
+
+    def _errors(self) -> Iterator[Values]:
+        """What gradients are off by at points a unit of rounding apart, and differ by between them."""
+
+        def apart(one, other):
+            with np.errstate(all="ignore"):
+                return {path: np.abs(wide(one[path]) - other[path]) for path in self.values}
+
+        times = lambda share, values: {path: share * wide(value) for path, value in values.items()}
         signs = lambda: {path: self.rng.choice([-1, 1], np.shape(value)) for path, value in self.values.items()}
         drawn = [signs() for _ in range(NEARBY // 4)]
         for k in range(NEARBY):
             up, way = drawn[k // 4], 0 if k < 2 and self.coarse else 1 - k % 4 // 2 * 2
-            share = 1.0 if k < 2 else self.rng.uniform(0.5, 1.0)
             values = self._beside({path: way * sign for path, sign in up.items()})
-            dy = {path: laid((wide(d) * share).astype(d.dtype), d) for path, d in self.dys[k % 2].items()}
-            moved = self.reference(dy, values)
-            pairs = [(moved, {path: share * wanted for path, wanted in self.references[k % 2].items()})]
-            if self.coarse:
-                with self.subject.mode():
-                    pairs.append((host(self._honest(values, dy)[1]), moved))
-            for got, wanted in pairs:
-                for path in worst:
-                    with np.errstate(all="ignore"):
-                        error = np.abs(wide(got[path]) - wanted[path]) / share
-                    worst[path] = np.maximum(worst[path], np.where(np.isfinite(error), error, 0.0))
-        return {path: HONEST * self._pooled(path, error) for path, error in worst.items()}
+            dy, wanted, share = self.dys[k % 2], self.references[k % 2], self.rng.uniform(0.5, 1.0)
+            part = {path: laid(value.astype(dy[path].dtype), dy[path]) for path, value in times(share, dy).items()}
+            near = self.reference(part, values)
+            if not self.coarse:
+                yield times(1 / share, apart(near, times(share, wanted)))
+                continue
+            with self.subject.mode():
+                own = host(self._honest(values, part)[1])
+            yield apart(self.reference(dy, values), wanted)
+            yield times(1 / share, apart(own, near))
 
     def _pooled(self, path: str, error: np.ndarray) -> np.ndarray:
         """The largest error of the leaf for all its elements, but for those that a step over a kink has moved."""

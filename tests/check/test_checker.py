@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
+from tests.check.rules import masking
 
 S = jax.ShapeDtypeStruct
 X = S((3, 2, 4), jnp.float32)
@@ -72,22 +73,6 @@ def without_a_mean(term):
         return saved.rstd * (g - means)
 
     return dinput(dx, fn.layer_norm())
-
-
-def masking():
-    """dropout with a mask that is cheaper to compile: four units of seven, the key deciding which of seven ways."""
-
-    def mask(key, x):
-        start = jax.random.key_data(key).sum() % 7
-        return ((jnp.arange(x.size, dtype=start.dtype) + start) % 7 < 4).reshape(x.shape)
-
-    return fn.Layer(
-        "masking",
-        lambda key, x: ({}, ()),
-        lambda params, state, x: x / 2,
-        lambda params, state, x, key: (jnp.where(mask(key, x), x, 0.0), state, key),
-        lambda params, key, dy, contract=fn.total: ({}, jnp.where(mask(key, dy), dy, 0.0)),
-    )
 
 
 def kinked(name, slope):

@@ -8,7 +8,7 @@ import numpy as np
 from jax.nn import sigmoid
 
 import funcnet as fn
-from tests.check.rules import Right, Whole, mean
+from tests.check.rules import Right, Whole, masking, mean
 
 KERNEL, BIAS_, SCALE = "params['kernel']", "params['bias']", "params['scale']"
 DENSE = Right("dense", fn.dense(3), None, ({"kernel": "f32[4,3]", "bias": "f32[3]"}, "f32[5,4]"))
@@ -77,22 +77,6 @@ def keeping(dtype):
     fwd = lambda params, state, x, key: (2 * x, (0.9 * state + 0.1 * x.mean(0)).astype(dtype or x.dtype), x[:1])
     bwd = lambda params, saved, dy, contract=fn.total: ({}, 2 * dy)
     return fn.Layer("keeping", lambda key, x: ({}, x[0]), lambda params, state, x: 2 * x, fwd, bwd)
-
-
-def masking():
-    """A dropout that is cheap to compile: four units of seven, the key deciding which of seven ways."""
-
-    def mask(key, x):
-        start = jax.random.key_data(key).sum() % 7
-        return ((jnp.arange(x.size, dtype=start.dtype) + start) % 7 < 4).reshape(x.shape)
-
-    return fn.Layer(
-        "masking",
-        lambda key, x: ({}, ()),
-        lambda params, state, x: x / 2,
-        lambda params, state, x, key: (jnp.where(mask(key, x), x, 0.0), state, key),
-        lambda params, key, dy, contract=fn.total: ({}, jnp.where(mask(key, dy), dy, 0.0)),
-    )
 
 
 def of_another_key(dp, dx, params, saved, dy):
