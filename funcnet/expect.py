@@ -6,6 +6,7 @@ Shapes and dtypes are known while JAX traces, so these checks cost nothing in a 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import jax
@@ -108,6 +109,24 @@ def count(value: Any, what: str) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
         raise InputError(f"{what} as a positive whole number", repr(value), "give one from 1, such as 4, not 4.0")
     return int(value)
+
+
+def fraction(value: Any, what: str, remedy: str) -> float:
+    """`value` if it is a number of at least 0 and less than 1."""
+    if not isinstance(value, Real) or not 0 <= value < 1:
+        raise InputError(f"a {what} of at least 0 and less than 1", f"{what}={value!r}", remedy)
+    return float(value)
+
+
+def floating_dtype(given: Any) -> Any:
+    """`given`, a dtype or the name of one, as a floating dtype."""
+    try:
+        found = jnp.dtype(given)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise InputError("a floating dtype", repr(given), "name one, such as float64, float32, bfloat16 or float16")
+    return found
 
 
 def key(key: Any) -> jax.Array:

@@ -73,10 +73,10 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
         output: dtype of y, and of x and dx where they are floating.
 
     Raises:
-        InputError: if a floating input is not of dtype `output`.
+        InputError: if a floating input is not of dtype `output`, or one of the three is no floating dtype.
     """
     a_layer(layer)
-    param, compute, output = map(jnp.dtype, (param, compute, output))
+    param, compute, output = map(expect.floating_dtype, (param, compute, output))
 
     @expect.by("mixed")
     def check(x, what="an input"):

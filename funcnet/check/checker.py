@@ -19,7 +19,7 @@ from funcnet.check.report import Report
 from funcnet.check.shrink import as_code, smallest
 from funcnet.check.spec import drawn, settled, specs
 from funcnet.check.subject import Point, Subject, quickly
-from funcnet.expect import InputError, is_floating
+from funcnet.expect import InputError, count, floating_dtype, is_floating
 from funcnet.layer import Layer, a_layer
 from funcnet.transform import cast
 
@@ -70,15 +70,16 @@ def check_layer(
         InputError: for a point that the layer cannot be checked at.
     """
     a_layer(layer)
-    dtype = _floating(dtype)
+    dtype = floating_dtype(dtype)
 
     def build(tree):
         return _layer(layer, tree["x"], tree.get("params"), state, dtype, seed)
 
     def line(tree):
         given = ", params=" + as_code(tree["params"], "params") if "params" in tree else ""
+        given += "" if state is None else ", state=state"
         given += "" if dtype == jnp.float64 else f', dtype="{dtype}"'
-        return f"fn.check_layer(layer, {as_code(tree['x'], 'x')}{given}, seed={seed})"
+        return f"fn.check_layer(layer, {as_code(tree['x'], 'x')}{given}, {_draws(seed, directions)})"
 
     tree = settled(specs({"x": x} if params is None else {"x": x, "params": params}), seed)
     title = f"{layer.name}: its bwd against its fwd, {dtype}, seed {seed}"
@@ -127,11 +128,15 @@ def check_vjp(
     def line(tree):
         options = ", x64=True" * x64 + ", reference=reference" * (reference is not None)
         shown = "".join(f", {as_code(arg, f'args[{i}]')}" for i, arg in enumerate(tree))
-        return f"fn.check_vjp({called}{shown}, seed={seed}{options})"
+        return f"fn.check_vjp({called}{shown}, {_draws(seed, directions)}{options})"
 
     return checked(
         build, settled(specs(args), seed), line, f"{name}: its VJP, seed {seed}", oracles, seed, directions, shrink
     )
+
+
+def _draws(seed: int, directions: int) -> str:
+    return f"seed={seed}" + ("" if directions == 3 else f", directions={directions}")
 
 
 def checked(
@@ -145,8 +150,7 @@ def checked(
     shrink: bool,
 ) -> Report:
     """The report on what `build` makes of a tree of specs and arrays; a failure is shrunk and given its `line`."""
-    if directions < 1:
-        raise InputError("at least one direction", f"directions={directions}", "leave it out for three")
+    directions = count(directions, "directions")
     report = replace(examine(build(tree), oracles, seed, directions), title=title)
     if report.ok:
         return report
@@ -160,7 +164,7 @@ def checked(
 def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int, explain: bool = True) -> Report:
     """Ask the oracles about a subject at its point."""
     known = ORACLES if subject.layer else ORACLES[:3]
-    if isinstance(oracles, str) or not oracles or not set(oracles) <= set(known):
+    if not isinstance(oracles, (tuple, list)) or not oracles or not set(oracles) <= set(known):
         raise InputError(f"oracles among {', '.join(known)}", repr(oracles), "name them in a tuple")
     point = Point(subject, seed, directions)
     point.notes += subject.notes
@@ -246,16 +250,6 @@ def pulling(layer: Layer, state: Tree, key: Any) -> Callable[[tuple], tuple[Tree
         return y, lambda dy: layer.bwd(params, residuals, dy)
 
     return pull
-
-
-def _floating(dtype: Any) -> Any:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise InputError("a floating dtype", repr(dtype), "name one, such as float64, float32, bfloat16 or float16")
-    return found
 
 
 def _array(leaf: Any) -> Any:

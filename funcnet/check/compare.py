@@ -8,7 +8,7 @@ import numpy as np
 from funcnet.check.diagnose import Context, diagnose
 from funcnet.check.judge import Leaf, blank, leaves_of, measure, mismatch, tolerance
 from funcnet.check.report import Failure, Report, values_failure
-from funcnet.expect import is_floating
+from funcnet.expect import floating_dtype, is_floating
 
 Tree = Any
 
@@ -26,6 +26,7 @@ def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None)
         dtype: the dtype whose rounding is allowed, whatever floating dtypes the two have; by default that of each leaf,
             and two dtypes of one leaf are a failure.
     """
+    dtype = dtype and floating_dtype(dtype)
     ours, theirs = ({k: _array(v) for k, v in leaves_of(tree, name).items()} for tree in (got, wanted))
     leaves, failures, arrays = [], [], {}
     for path in [*ours, *(path for path in theirs if path not in ours)]:

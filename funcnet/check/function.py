@@ -26,9 +26,9 @@ def function(f: Callable, args: tuple, reference: Callable | None, x64: bool, se
     """
     if not callable(f):
         raise InputError("a function", describe(f), "pass the function itself, not its result")
-    x64 = x64 or jax.config.read("jax_enable_x64")
-    args = jax.tree.map(lambda leaf: _placed(leaf, x64), drawn(args, seed))
-    with jax.enable_x64(x64):
+    mode = x64 or jax.config.read("jax_enable_x64")
+    args = jax.tree.map(lambda leaf: _placed(leaf, x64, mode), drawn(args, seed))
+    with jax.enable_x64(mode):
         program = _program(f, args)
         plain = program if reference is None else _reference(reference, args, program)
         _differentiable(f, args, program)
@@ -38,16 +38,17 @@ def function(f: Callable, args: tuple, reference: Callable | None, x64: bool, se
 
     name = getattr(f, "__name__", type(f).__name__)
     roots = tuple(f"[{i}]" for i in range(len(args)))
-    return Subject(name, args, roots, pull, plain, x64, raw=_raw(f), notes=_notes(program, plain, reference))
+    return Subject(name, args, roots, pull, plain, mode, raw=_raw(f), notes=_notes(program, plain, reference))
 
 
-def _placed(leaf: Any, x64: bool) -> Any:
-    if not is_inexact(leaf) or (jnp.finfo(leaf.dtype).bits < 64 and not x64):
-        return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    if not x64:
+def _placed(leaf: Any, x64: bool, mode: bool) -> Any:
+    """A leaf as f is given it, in JAX's 64-bit `mode` or not; cast to 64 bits for the option x64."""
+    if x64 and is_inexact(leaf):
+        return wide(leaf)
+    if not mode and is_inexact(leaf) and jnp.finfo(leaf.dtype).bits == 64:
         remedy = "pass x64=True, or cast them to float32: JAX would do so silently"
         raise InputError("arguments of at most 32 bits outside JAX's 64-bit mode", describe(leaf), remedy)
-    return wide(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _program(f: Callable, args: tuple) -> Plain:

@@ -80,6 +80,11 @@ class Numerical:
         return all(finite.all() for finite in self._finite.values())
 
     @cached_property
+    def blind(self) -> bool:
+        """Whether no output is finite, so that there is nothing to differentiate."""
+        return not self.whole and not any(finite.any() for finite in self._finite.values())
+
+    @cached_property
     def gradients(self) -> dict[str, np.ndarray]:
         """The rule's gradients for the cotangent that is used here."""
         if self.whole:
@@ -215,6 +220,9 @@ def _sides(left: np.ndarray, right: np.ndarray, rounding: np.ndarray) -> tuple[f
 
 def numerical(point: Point, finder: Numerical) -> tuple[dict[str, str], list[Failure]]:
     """A verdict by leaf, and the failures: the rule's slope along random directions against the numerical one."""
+    if finder.blind:
+        point.notes.append("no output is finite here: the numerical oracle cannot tell")
+        return dict.fromkeys(point.sound, "-"), []
     verdicts, failures = {}, []
     for path in point.sound:
         word, failure = _leaf(point, finder, path)

@@ -76,9 +76,7 @@ class Report:
     def summary(self) -> str:
         """One line: how many leaves are wrong, and which."""
         if self.ok:
-            return f"all {len(self.leaves)} leaves hold" + (
-                f" before {', '.join(self.oracles)}" if self.oracles else ""
-            )
+            return self._held()
         wrong = [leaf.leaf for leaf in self.leaves if not leaf.ok]
         others = [f.leaf or f.kind for f in self.failures if f.leaf not in wrong]
         counted = f"{len(wrong)} of {len(self.leaves)} leaves wrong: {', '.join(wrong)}" if wrong else ""
@@ -129,6 +127,16 @@ class Report:
             remedy = "name a leaf that has a gradient and a reference of one shape"
             raise InputError(f"one of the leaves {list(known)}", repr(leaf), remedy)
         draw(known[name], *self.arrays[name], path)
+
+    def _held(self) -> str:
+        of_leaves = {oracle for leaf in self.leaves for oracle, word in leaf.verdicts.items() if word != "-"}
+        told = [oracle for oracle in self.oracles if oracle in (*of_leaves, "residuals", "laws")]
+        if not told and (self.oracles or not self.leaves):
+            return "nothing was compared: " + ("no oracle could tell" if self.leaves else "there is no gradient")
+        count = f"all {len(self.leaves)} leaves hold" if len(self.leaves) > 1 else "the one leaf holds"
+        return (count if self.leaves else "there is no gradient; the rest holds") + (
+            f" before {', '.join(told)}" if told else ""
+        )
 
     def _rows(self) -> list[list[str]]:
         oracles = list(dict.fromkeys(oracle for leaf in self.leaves for oracle in leaf.verdicts))

@@ -28,7 +28,9 @@ DTYPES = {
     },
 }
 SHORT = {long: short for short, long in DTYPES.items()}
-FORM = re.compile(r"(?P<dtype>\w+?)\s*\[(?P<sizes>[\w\s,]*)\](?P<bounds>(\s*[<>]\s*[-+.\deE]+)*)")
+SIZE = r"\s*(?:[0-9]+|[A-Za-z]+)\s*"
+BOUND = r"\s*([<>])\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*"
+FORM = re.compile(rf"(?P<dtype>\w+?)\s*\[(?P<sizes>{SIZE}(?:,{SIZE})*|\s*)\](?P<bounds>(?:{BOUND})*)")
 
 
 @dataclass(frozen=True)
@@ -76,25 +78,42 @@ def parse(text: str) -> Spec:
     """
     if text.strip() == "key":
         return Spec("key", ())
-    wanted = 'an array like "f32[8,16]", "i32[8]<100", "f32[n]>0" or "key"'
     found = FORM.fullmatch(text.strip())
     dtype = found and DTYPES.get(found["dtype"], found["dtype"] if found["dtype"] in SHORT else None)
     if not found or not dtype:
-        raise InputError(wanted, repr(text), "write the dtype as one of " + ", ".join(DTYPES))
-    sizes = [size.strip() for size in found["sizes"].split(",") if size.strip()]
-    if any(not size.isdigit() and not size.isalpha() for size in sizes):
-        raise InputError(wanted, repr(text), "write each size as a number or a letter")
-    bounds = {sign: float(number) for sign, number in re.findall(r"([<>])\s*([-+.\deE]+)", found["bounds"])}
-    spec = Spec(dtype, tuple(int(size) if size.isdigit() else size for size in sizes), bounds.get(">"), bounds.get("<"))
-    if jnp.issubdtype(jnp.dtype(dtype), jnp.integer) and (spec.high is None or spec.high <= (spec.low or 0)):
-        raise InputError('an upper bound for integers, as in "i32[8]<100"', repr(text), "say which integers are valid")
-    if jnp.issubdtype(jnp.dtype(dtype), jnp.integer):
-        info = jnp.iinfo(dtype)
-        if (spec.low or 0) < info.min or (spec.high or 0) > info.max + 1:
-            raise InputError(f"bounds within {dtype}, {info.min} to {info.max}", repr(text), "take a wider dtype")
+        wanted = 'an array like "f32[8,16]", "i32[8]<100", "f32[n]>0" or "key"'
+        remedy = f"write the dtype as one of {', '.join(DTYPES)}, and each size as a number or a letter"
+        raise InputError(wanted, repr(text), remedy)
+    named = [size.strip() for size in found["sizes"].split(",") if size.strip()]
+    sizes = tuple(int(size) if size.isdigit() else size for size in named)
+    bounds = re.findall(BOUND, found["bounds"])
+    low, high = ([float(number) for sign, number in bounds if sign == side] for side in "><")
+    if len(low) > 1 or len(high) > 1:
+        raise InputError("one lower and one upper bound", repr(text), "leave the others out")
+    spec = Spec(dtype, sizes, *(low or [None]), *(high or [None]))
+    _bounded(spec, text)
+    return spec
+
+
+def _bounded(spec: Spec, text: str) -> None:
+    """Refuse bounds that are not those of values of the spec's dtype."""
+    bounds = [bound for bound in (spec.low, spec.high) if bound is not None]
+    if jnp.issubdtype(spec.dtype, jnp.floating):
+        most = float(jnp.finfo(spec.dtype).max)
+        if any(abs(bound) > most for bound in bounds):
+            raise InputError(f"bounds within {spec.dtype}, to {most:.4g}", repr(text), "take a wider dtype")
+    elif jnp.issubdtype(spec.dtype, jnp.integer):
+        if spec.high is None or spec.high <= (spec.low or 0):
+            remedy = "say which integers are valid"
+            raise InputError('an upper bound for integers, as in "i32[8]<100"', repr(text), remedy)
+        info = jnp.iinfo(spec.dtype)
+        if not all(bound.is_integer() for bound in bounds) or min(bounds) < info.min or spec.high > info.max + 1:
+            wanted = f"whole bounds within {spec.dtype}, {info.min} to {info.max}"
+            raise InputError(wanted, repr(text), "write them without a fraction, or take a wider dtype")
+    elif bounds:
+        raise InputError(f"{spec.dtype} without bounds", repr(text), "leave them out")
     if spec.low is not None and spec.high is not None and spec.low >= spec.high:
         raise InputError("a lower bound below the upper one", repr(text), "turn them round")
-    return spec
 
 
 def specs(tree: Tree) -> Tree:

@@ -129,8 +129,7 @@ def attention(
     kv_heads = heads if kv_heads is None else expect.count(kv_heads, "kv_heads")
     if heads % kv_heads:
         raise InputError(f"heads that {kv_heads} kv_heads divide", f"heads={heads}", "ask for a multiple of them")
-    if not 0 <= rate < 1:
-        raise InputError("a rate of at least 0 and less than 1", f"rate={rate}", "rate is the share dropped")
+    rate = expect.fraction(rate, "rate", "rate is the share dropped")
     head_dim, window, features, block = (
         value if value is None else expect.count(value, name)
         for name, value in {"head_dim": head_dim, "window": window, "features": features, "block": block}.items()

@@ -69,8 +69,7 @@ def _dropping(
     name: str, rate: float, units: Callable[[tuple[int, ...]], tuple[int, ...]], rank: int = 1
 ) -> Layer[dict, tuple[()], Array]:
     """Dropout of what `units` makes of x's shape: of size one along an axis that is dropped as a whole."""
-    if not 0 <= rate < 1:
-        raise expect.InputError("a rate of at least 0 and less than 1", f"rate={rate}", "rate is the share dropped")
+    rate = expect.fraction(rate, "rate", "rate is the share dropped")
 
     def drop(key: Array, x: Array) -> Array:
         kept = placed(jnp.broadcast_to(jax.random.bernoulli(key, 1 - rate, units(x.shape)), x.shape), x)

@@ -52,8 +52,8 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
 
     Source: Bridle 1990; label smoothing: Szegedy et al. 2016, arXiv:1512.00567, section 7.
     """
-    if not 0 <= label_smoothing < 1:
-        raise InputError("0 <= label_smoothing < 1", f"{label_smoothing}", "use 0 for plain labels")
+    label_smoothing = expect.fraction(label_smoothing, "label_smoothing", "use 0 for plain labels")
+    ignore_index = ignored(ignore_index)
 
     def check(logits, target):
         expect.float_array(logits)
@@ -125,6 +125,15 @@ def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
             )
         return
     integer_labels(target, logits.shape[:-1], classes, f"logits {describe(logits)}", ignore_index)
+
+
+def ignored(index: Any) -> int | None:
+    """`index` if it is a label that may be left out of a mean, or None."""
+    if index is None:
+        return None
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise InputError("ignore_index as a whole number, or None", repr(index), "give the label, such as -1 or 0")
+    return int(index)
 
 
 def counts(label: Array, ignore_index: int | None) -> Array:

@@ -42,7 +42,7 @@ from funcnet.expect import InputError, describe
 from funcnet.factors import Blocks, Outer, Shift
 from funcnet.layer import stateless
 from funcnet.layers.dense import Initializer, dense
-from funcnet.losses.cross_entropy import counts, integer_labels
+from funcnet.losses.cross_entropy import counts, ignored, integer_labels
 from funcnet.losses.loss import Ahead, Loss, a_pair, as_loss
 
 COLUMNS = 2048  # of dz at a time where all logits of a chunk are there: as many as stay in a cache
@@ -95,8 +95,8 @@ def linear_cross_entropy(
         InputError: for features or labels that do not fit the head, and for options out of range.
     """
     vocab, chunk = expect.count(vocab, "vocab"), expect.count(chunk, "chunk")
-    if not 0 <= label_smoothing < 1:
-        raise InputError("0 <= label_smoothing < 1", f"{label_smoothing}", "use 0 for plain labels")
+    label_smoothing = expect.fraction(label_smoothing, "label_smoothing", "use 0 for plain labels")
+    ignore_index = ignored(ignore_index)
     if not 0 <= z_loss < float("inf"):
         raise InputError("a z_loss that is not negative", f"{z_loss}", "use 0 for none, or 1e-4")
     head = dense(vocab, use_bias, kernel_init=kernel_init, bias_init=bias_init)

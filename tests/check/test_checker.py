@@ -292,6 +292,16 @@ def test_params_state_and_input_that_are_given_are_used():
     assert kernel.dtype == at.dtype == state.dtype == np.float64
 
 
+def test_the_line_that_shows_a_failure_again_has_all_that_was_given():
+    layer, x = fn.freeze(fn.dense(2)), normal(3, 4)
+    state = jax.tree.map(lambda leaf: leaf + 1, layer.init(jax.random.key(0), x)[1])
+    wrong = replace(layer, bwd=lambda params, saved, dy, contract=fn.total: (params, jnp.zeros_like(x)))
+    report = fn.check_layer(wrong, x, state=state, directions=5, shrink=False)
+    assert report.repeat == "fn.check_layer(layer, x[:3, :4], state=state, seed=0, directions=5)"
+    again = eval(report.repeat, {"fn": fn, "layer": wrong, "x": x, "state": state})
+    assert again.failures == report.failures
+
+
 def test_params_alone_can_be_given():
     params = {"dense": {"kernel": normal(4, 2), "bias": normal(2)}}
     fn.check_layer(fn.serial(fn.dense(2)), X, params=params).raise_for_failure()

@@ -96,6 +96,12 @@ def test_two_dtypes_are_compared_when_it_is_said_with_whose_rounding(dtype):
 def test_numbers_are_compared_too():
     assert fn.compare_grads({"x": 1.5}, {"x": np.float64(1.5)}).ok
     assert not fn.compare_grads({"x": 1.5}, {"x": 1.25}).ok
+    assert fn.compare_grads({}, {}).summary == "nothing was compared: there is no gradient"
+
+
+def test_a_dtype_that_is_none_is_refused():
+    with pytest.raises(fn.InputError, match="a floating dtype"):
+        fn.compare_grads(WANTED, WANTED, dtype="flot")
 
 
 def test_a_leaf_too_many_is_wrong():

@@ -37,13 +37,16 @@ def test_specs_are_drawn_from_the_seed():
     assert not np.array_equal(first, other)
 
 
-def test_arguments_are_widened_in_the_64_bit_mode_alone():
+def test_arguments_are_widened_by_the_option_alone():
     half, whole = np.ones(2, jnp.bfloat16), np.arange(2)
     args = subject(lambda x, i: x[i], half, whole).args
     assert [a.dtype for a in args] == [jnp.bfloat16, np.int64]
     assert subject(lambda x, i: x[i], half, whole, x64=True).args[0].dtype == np.float64
     with pytest.raises(fn.InputError, match="at most 32 bits"):
         subject(jnp.sin, np.ones(2))
+    with jax.enable_x64(True):
+        args = subject(lambda x, y: x * y.astype(x.dtype), half, np.ones(2)).args
+    assert [a.dtype for a in args] == [jnp.bfloat16, np.float64]
 
 
 NOTES = {

@@ -128,6 +128,15 @@ def test_outputs_that_are_not_finite_have_no_slope_and_no_cotangent():
     assert not Numerical(point_of(lambda x: (x, 1 / x), np.float32([1, 0]))).whole
 
 
+def test_where_no_output_is_finite_there_is_no_verdict():
+    report = fn.check_vjp(lambda x: jnp.sqrt(x), np.float32([-1, -2]), oracles=("numerical",))
+    assert report.leaves[0].verdicts == {"numerical": "-"}
+    assert "no output is finite here: the numerical oracle cannot tell" in report.notes
+    assert report.summary == "nothing was compared: no oracle could tell"
+    empty = point_of(lambda x: x[:0], np.float32([1, 0]))
+    assert numerical(empty, Numerical(empty)) == ({"[0]": "ok"}, [])
+
+
 def test_a_step_is_small_beside_every_value():
     """A value below a thousandth of the root mean square moves by that; what is infinite stays."""
     finder = Numerical(point_of(jnp.sin, np.float32([3, -4, 1e-4, 0, np.inf])))

@@ -65,6 +65,27 @@ def test_what_is_wrong_beside_the_leaves_is_in_the_summary():
     assert a_report(failures=()).ok
 
 
+@pytest.mark.parametrize(
+    ("leaves", "oracles", "words"),
+    [
+        ((), (), "nothing was compared: there is no gradient"),
+        ((), ("autodiff", "laws"), "there is no gradient; the rest holds before laws"),
+        ([{}], (), "the one leaf holds"),
+        ([{}, {}], (), "all 2 leaves hold"),
+        ([{"autodiff": "ok"}], ("autodiff", "residuals"), "the one leaf holds before autodiff, residuals"),
+        (
+            [{"autodiff": "-", "algebra": "ok"}, {"autodiff": "-", "algebra": "-"}],
+            ("autodiff", "algebra"),
+            "all 2 leaves hold before algebra",
+        ),
+        ([{"autodiff": "-"}], ("autodiff",), "nothing was compared: no oracle could tell"),
+    ],
+)
+def test_what_holds_is_counted_before_the_oracles_that_could_tell(leaves, oracles, words):
+    leaves = tuple(Leaf(f"[{i}]", verdicts=verdicts) for i, verdicts in enumerate(leaves))
+    assert fn.Report("", leaves, oracles=oracles).summary == words
+
+
 def test_a_picture_of_the_worst_leaf_or_of_the_one_named(tmp_path):
     report = fn.compare_grads(GOT, WANTED)
     report.plot(tmp_path / "worst.png")

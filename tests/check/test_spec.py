@@ -45,6 +45,17 @@ def test_a_text_is_read_and_written_again(text, spec):
         "i32[2]<0",
         "f32[2]>1<0",
         "f32[a1]",
+        "f32[²]",
+        "f32[8,,16]",
+        "f32[8]<e",
+        "f32[8]<--3",
+        "f32[8]<3<5",
+        "f32[8]<1e999",
+        "f16[3]>1e9",
+        "i32[8]<0.5",
+        "i32[8]<2.5",
+        "c64[3]>0",
+        "bool[8]<3",
     ],
 )
 def test_what_cannot_be_read_is_refused_with_the_text(text):

@@ -73,6 +73,12 @@ def test_float64_needs_the_64_bit_mode_and_is_exact_there():
     assert jnp.ones(1).dtype == jnp.float32
 
 
+def test_a_rule_that_is_wrong_in_float32_alone_is_refused_in_the_64_bit_mode_too(x64):
+    rule = ruled(jnp.sin, lambda x: (jnp.sin(x), x), lambda x, dy: (dy * jnp.cos(x) * (1 + (x.dtype == np.float32)),))
+    assert wrong(fn.check_vjp(rule, "f32[4]", **FEW)) == ["[0]"]
+    fn.check_vjp(rule, "f64[4]", **FEW).raise_for_failure()
+
+
 @pytest.mark.parametrize(("factor", "ok"), [(1.0, True), (0.99, False)])
 def test_complex_functions_are_checked_too(factor, ok):
     assert fn.check_vjp(sine(factor), "c64[4]", shrink=False).ok == ok
@@ -117,7 +123,9 @@ def test_a_seed_gives_one_report_and_another_seed_another():
         {"oracles": "autodiff"},
         {"oracles": ()},
         {"oracles": ("laws",)},
+        {"oracles": 3},
         {"directions": 0},
+        {"directions": 1.5},
         {"seed": -1},
     ],
 )
