@@ -113,15 +113,15 @@ def count(value: Any, what: str) -> int:
 
 def fraction(value: Any, what: str, remedy: str) -> float:
     """`value` if it is a number of at least 0 and less than 1."""
-    if not isinstance(value, Real) or not 0 <= value < 1:
-        raise InputError(f"a {what} of at least 0 and less than 1", f"{what}={value!r}", remedy)
-    return float(value)
+    if isinstance(value, Real) and 0 <= float(value) < 1:
+        return float(value)
+    raise InputError(f"a {what} of at least 0 and less than 1", f"{what}={value!r}", remedy)
 
 
 def floating_dtype(given: Any) -> Any:
     """`given`, a dtype or the name of one, as a floating dtype."""
     try:
-        found = jnp.dtype(given)
+        found = None if given is None else jnp.dtype(given)  # NumPy's None is float64
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
@@ -166,6 +166,8 @@ def shapes(tree: Tree) -> Tree:
 
 
 def _shape(leaf: Any) -> Any:
+    if not is_array(leaf):
+        raise InputError("arrays", describe(leaf), "convert it, for instance with jnp.asarray(x, jnp.float32)")
     numeric = jnp.issubdtype(leaf.dtype, jnp.number)
     return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf) if numeric else leaf.dtype)
 

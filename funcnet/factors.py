@@ -30,6 +30,7 @@ batch norm: no example has a gradient of its own, and per_example and squared_no
 half-precision inputs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -234,7 +235,8 @@ def _wide_examples(a: Array, name: str, rank: int = 1) -> Array:
     if a.ndim < 1 + rank:
         remedy = "give the model a batch axis, or use total"
         raise InputError(f"an example axis in front for {name}", describe(a), remedy)
-    return a.reshape(a.shape[0], -1, *a.shape[a.ndim - rank :]).astype(wide(a.dtype))
+    steps = math.prod(a.shape[1 : a.ndim - rank])  # not -1, which no examples would leave open
+    return a.reshape(a.shape[0], steps, *a.shape[a.ndim - rank :]).astype(wide(a.dtype))
 
 
 def _in_table(factor: Gather) -> tuple[Array, Array]:

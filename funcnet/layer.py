@@ -103,8 +103,9 @@ def a_layer(given: Any) -> Layer:
     if isinstance(given, (list, tuple)):
         raise InputError("a layer", f"a {type(given).__name__}", "pass layers one by one: serial(*layers)")
     if not isinstance(given, Layer):
-        name = getattr(given, "__name__", "relu")
-        raise InputError("a layer", f"{describe(given)} {name}", f"call its constructor: {name}(..), not {name}")
+        name = getattr(given, "__name__", "")
+        remedy = f"call its constructor: {name}(..), not {name}" if name else "make one, such as dense(8) or relu()"
+        raise InputError("a layer", f"{describe(given)} {name}".strip(), remedy)
     return given
 
 
@@ -155,6 +156,7 @@ def elementwise(
     """y = f(x), element by element, with dx = dy * df(saved).
 
     Args:
+        name: the layer's.
         f: plain JAX, differentiable in both modes; at a kink its own derivative must be the one that df gives.
         df: the derivative of f as a function of what is saved.
         saves: "input" if df wants x, "output" if it wants y. Prefer the output: the next layer mostly saves it anyway,

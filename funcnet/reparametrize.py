@@ -65,6 +65,7 @@ def weight_norm(layer: Layer, names: tuple[str, ...] = ("kernel",)) -> Layer[dic
     names = _checked(layer, names)
 
     def whole(parts: Mapping[str, Array]) -> Array:
+        expect.named(parts, ("direction", "scale"), "params")
         direction, _ = unit(_columns(parts["direction"]))
         kernel = direction.T * parts["scale"].astype(direction.dtype)[None]
         return kernel.reshape(parts["direction"].shape).astype(parts["direction"].dtype)
@@ -156,11 +157,16 @@ def spectral_norm(layer: Layer, names: tuple[str, ...] = ("kernel",), iterations
         with expect.by("spectral_norm"):
             return params, {"layer": state, "vectors": _only(names, first, _with_kernels(names, params))}
 
+    @expect.by("spectral_norm")
+    def vectors_of(state: Tree) -> Tree:
+        expect.named(state, ("layer", "vectors"), "state")
+        return state["vectors"]
+
     def apply(params, state, x):
-        return layer.apply(made(params, state["vectors"]), state["layer"], x)
+        return layer.apply(made(params, vectors_of(state)), state["layer"], x)
 
     def fwd(params, state, x, key):
-        vectors = state["vectors"]
+        vectors = vectors_of(state)
         y, inner, residuals = layer.fwd(made(params, vectors), state["layer"], x, key)
         moved = _only(names, lambda kernel, v: iterated(kernel, v, iterations), params, vectors)
         return y, {"layer": inner, "vectors": moved}, Divided(residuals, vectors)

@@ -68,6 +68,7 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
     in `compute`. Names and params are the layer's own; frozen params (`freeze`) are treated alike.
 
     Args:
+        layer: any layer.
         param: dtype of the params that `init` makes and `bwd` returns gradients in.
         compute: dtype that the layer works in.
         output: dtype of y, and of x and dx where they are floating.

@@ -537,9 +537,12 @@ def test_init_refuses_an_input_that_does_not_suit_the_combinator(model, x, messa
 
 @pytest.mark.parametrize("combinator", [fn.serial, fn.parallel, fn.branch])
 def test_what_is_no_layer_is_refused(combinator):
-    for layers, named in (((fn.relu,), {}), ((fn.relu(), None), {}), ((), {"a": fn.tanh})):
-        with pytest.raises(fn.InputError, match="call its constructor"):
+    for layers, named in (((fn.relu,), {}), ((), {"a": fn.tanh})):
+        with pytest.raises(fn.InputError, match=r"call its constructor: (relu|tanh)"):
             combinator(*layers, **named)
+    for no_layer in (None, 3, "relu"):
+        with pytest.raises(fn.InputError, match="make one, such as dense"):
+            combinator(fn.relu(), no_layer)
 
 
 @pytest.mark.parametrize("state", [(), None, {}, {"block": {}}])

@@ -134,6 +134,35 @@ def test_count_refuses_everything_else(value):
     assert error.value.received == repr(value)
 
 
+@pytest.mark.parametrize("value", [0, 0.5, np.float32(0.25), 1 - 1e-9])
+def test_fraction_takes_numbers_from_0_to_1(value):
+    assert expect.fraction(value, "rate", "remedy") == value
+
+
+@pytest.mark.parametrize("value", [1, -0.1, float("nan"), "0.5", None, 0.5j])
+def test_fraction_refuses_everything_else(value):
+    with pytest.raises(InputError) as error:
+        expect.fraction(value, "rate", "remedy")
+    assert (error.value.received, error.value.remedy) == (f"rate={value!r}", "remedy")
+
+
+@pytest.mark.parametrize("given", ["float32", "bfloat16", np.float64, jnp.float16, np.dtype("float32")])
+def test_a_floating_dtype_is_one_however_it_is_written(given):
+    assert expect.floating_dtype(given) == jnp.dtype(given)
+
+
+@pytest.mark.parametrize("given", ["bf16", "int32", bool, None, 3])
+def test_what_is_no_floating_dtype_is_refused(given):
+    with pytest.raises(InputError, match="a floating dtype"):
+        expect.floating_dtype(given)
+
+
+def test_shapes_are_those_of_arrays_alone():
+    assert expect.shapes({"a": np.ones(2)}) == {"a": S((2,), jnp.float32)}
+    with pytest.raises(InputError, match="convert it"):
+        expect.shapes([[1.0, 2.0]])
+
+
 def test_key_takes_one_typed_key():
     key = jax.random.key(0)
     assert expect.key(key) is key

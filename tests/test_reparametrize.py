@@ -191,6 +191,16 @@ def test_what_makes_no_sense_is_refused(wrap):
         fn.spectral_norm(fn.dense(3), iterations=0)
 
 
+def test_params_and_state_of_the_layer_inside_are_refused():
+    x = jnp.ones((2, 3))
+    params, _ = fn.dense(3).init(KEY, x)
+    with pytest.raises(fn.InputError, match="weight_norm"):
+        fn.weight_norm(fn.dense(3)).apply(params, (), x)
+    for run in (fn.spectral_norm(fn.dense(3)).apply, lambda *args: fn.spectral_norm(fn.dense(3)).fwd(*args, None)):
+        with pytest.raises(fn.InputError, match=r"spectral_norm\n.*state"):
+            run(params, (), x)
+
+
 def test_a_kernel_that_was_zero_finds_its_singular_vectors_again():
     layer = fn.spectral_norm(fn.dense(3, use_bias=False, kernel_init=jax.nn.initializers.zeros))
     x = jnp.ones((2, 4))

@@ -160,6 +160,7 @@ CASES: tuple[Case, ...] = (
     Case("embedding", embedding(7, 5), "i32[4,3]<7"),
     Case("embedding/one id", embedding(5, 3), "i8[]<5"),
     Case("embedding/no positions", embedding(3, 2), "u8[4]<3"),
+    Case("embedding/no ids", embedding(7, 5), "i32[0,3]<7"),
     Case("embedding/more positions than features", embedding(3, 2), "i16[2,5]<3"),
     Case("embedding/rank 4", embedding(4, 1), "i32[2,1,3,2]<4"),
     Case("position_embedding", position_embedding(3), "f32[4,3,5]"),

@@ -28,7 +28,8 @@ returns one, its backward pass. Modules are imported from the current directory 
 """
 EXAMPLES = """\
 examples:
-  python -m funcnet check                                    all of funcnet's rules, in every dtype
+  python -m funcnet check                                    all of funcnet's rules: every oracle in float64,
+                                                             autodiff in the other dtypes
   python -m funcnet check dense layer_norm/rank              the cases whose names begin so
   python -m funcnet check dense --arg "f32[8,16]"            the layer of one case, at another input
   python -m funcnet check mine.ops:f --arg "f32[8,16]" --arg "i32[8]<100"
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     check.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=110)
     add = check.add_argument
     add("names", nargs="*", metavar="NAME", help="package.module:function, or the beginning of a case's name")
-    add("--list", action="store_true", help="list the cases and stop")
+    add("--list", action="store_true", help="list the cases, or those named, and stop")
 
     add = check.add_argument_group("at what point").add_argument
     add("--arg", action="append", default=[], metavar="SPEC", help="an argument to be drawn; once for each")
@@ -130,8 +131,10 @@ def _at_least(least: int, text: str) -> int:
 def _check(options: argparse.Namespace) -> tuple[bool, str]:
     """Whether everything holds, and what to print."""
     if options.list:
-        width = max(len(case.name) for case in CASES) + 2
-        return True, "\n".join(f"{case.name:{width}}{', '.join(jax.tree.leaves(case.x))}" for case in CASES)
+        _refuse(options, "json", "a check, to be reported")
+        cases = [CASES[i] for i in table.selected(options.names)]
+        width = max(len(case.name) for case in cases) + 2
+        return True, "\n".join(f"{case.name:{width}}{', '.join(jax.tree.leaves(case.x))}" for case in cases)
     if options.arg or options.args or any(":" in name for name in options.names):
         return _one(options)
     for flag in ("x64", "reference", "plot"):
@@ -161,6 +164,8 @@ def _one(options: argparse.Namespace) -> tuple[bool, str]:
 
 def _drawable(path: Path) -> None:
     """Refuse a picture that could not be drawn before anything is checked."""
+    if path.suffix != ".png":
+        raise InputError("a file that ends in .png", f"--plot {path}", "give it that ending")
     if not path.absolute().parent.is_dir():
         raise InputError("a file in a folder that is there", f"--plot {path}", "make the folder first")
     pyplot()

@@ -14,6 +14,7 @@ from funcnet.check.report import said
 from funcnet.check.spec import drawn
 from funcnet.check.subject import Subject
 from funcnet.expect import InputError, describe
+from funcnet.layer import Layer
 
 Tree = Any
 
@@ -24,6 +25,8 @@ def function(f: Callable, args: tuple, reference: Callable | None, x64: bool, se
     Raises:
         InputError: if f cannot be checked there.
     """
+    if isinstance(f, Layer):
+        raise InputError("a function", f"the layer {f.name}", "pass it to check_layer, or differentiable(layer) here")
     if not callable(f):
         raise InputError("a function", describe(f), "pass the function itself, not its result")
     mode = x64 or jax.config.read("jax_enable_x64")

@@ -93,6 +93,9 @@ def measure(path: str, got: Any, wanted: Any, allowed: float, honest: Any = 0.0,
     """`got` against `wanted`, arrays of one shape; elements in the mask `skip` are left out.
 
     Args:
+        path: the leaf's.
+        got, wanted: the gradient, and its reference in float64 or the like.
+        skip: a mask of elements that are left out.
         allowed: relative to the leaf's scale.
         honest: absolute, one number or one an element, added to that.
     """

@@ -67,7 +67,8 @@ class Outcome:
         cases = len({check.case for check in self.checks})
         leaves = [leaf for check in self.checks for leaf in check.report.leaves]
         held = sum(leaf.ok for leaf in leaves)
-        counted = f"{rules} rules, {cases} cases, {len(self.checks)} checks in {self.seconds:.0f} s: "
+        many = {"rule": rules, "case": cases, "check": len(self.checks)}
+        counted = ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in many.items()) + f" in {self.seconds:.0f} s: "
         if self.ok:
             return counted + f"all {held} leaves hold"
         wrong = ", ".join(f"{check.name} ({check.dtype})" for check in self.wrong)
@@ -128,6 +129,7 @@ def run(cases: Sequence[int], dtype: str, jobs: int | None, options: Mapping[str
 
     Args:
         cases: their places in the table.
+        dtype: the one to check them in, or "" for each that a case has.
         jobs: how many processes; by default as many as there are cores, and one where JAX has an accelerator.
         options: for `check_layer`.
     """

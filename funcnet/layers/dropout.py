@@ -8,7 +8,8 @@
 
 `apply` is the identity, which is the expectation of y.
 
-Residuals: the key.  The mask is drawn again from it in `bwd`, so nothing of x's size is kept.
+Residuals: the key.  The mask is drawn again from it in `bwd`, so nothing of x's size is kept, nor its shape: it is
+dy's, which is not checked.
 Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting"; Tompson et al.
 2015, arXiv:1411.4280 (channels); Huang et al. 2016, arXiv:1603.09382 (stochastic depth).
 """

@@ -15,9 +15,9 @@ Backward, with cotangents of complex numbers as dL/dRe + i dL/dIm, and * for the
 
 and with w_t = lambda h_{t-1}, so that u_t = h_t - w_t, for each position
 
-    da_t = Re(w_t* g_t) - Re(u_t* g_t) e^(2a) / gamma^2         db_t = Im(w_t* g_t)
+    da_t = Re(w_t* g_t) - Re(u_t* g_t) / (e^(-2a) - 1)         db_t = Im(w_t* g_t)
 
-of which nu and theta have the factors Shift(a da) and Shift(b db).
+of which nu and theta have the factors Shift(a da) and Shift(b db). a / (e^(-2a) - 1) goes to -1/2 where nothing decays.
 
 Residuals: x [B, T, D] and h [B, T, N].  Why these: autodiff would keep the tree of the scan, log T arrays like h; w and
 u follow from h.
@@ -131,8 +131,9 @@ def lru(
         w = in_front(turn.factor, 3) * jnp.concatenate([jnp.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
         of_w, of_u = jnp.conj(w) * g, jnp.conj(h - w) * g
         a, b, gain, _ = (in_front(each, 3) for each in turn)
-        da = jnp.real(of_w) - jnp.real(of_u) * jnp.exp(2 * a) / jnp.square(gain)
-        factors = {"nu": Shift(a * da), "theta": Shift(b * jnp.imag(of_w))}
+        rest = jnp.expm1(-2 * a)
+        share = jnp.where(rest > 0, a / jnp.where(rest > 0, rest, 1.0), -0.5)
+        factors = {"nu": Shift(a * jnp.real(of_w) - share * jnp.real(of_u)), "theta": Shift(b * jnp.imag(of_w))}
         dv = [(gain * part).astype(x.dtype) for part, _ in _parts(g, KERNELS[:2])]
         dx = contract_last(dv[0], params["kernel_real"], 1) + contract_last(dv[1], params["kernel_imag"], 1)
         factors |= {name: Outer(x, part) for part, name in zip(dv, KERNELS[:2], strict=True)}

@@ -30,6 +30,7 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
     """The mean loss and metrics over all examples of `batches`, by `apply`: nothing is dropped, no state moves.
 
     Args:
+        objective, params, state: as for `fn.value_and_grad`.
         batches: pairs (inputs, targets); sizes may differ, each new size compiles once. Their values are checked.
 
     Raises:
@@ -79,6 +80,7 @@ def fit(
         train_state: from `fn.init_train_state` or an earlier `fit`; donated, so it cannot be used again.
         batches: pairs (inputs, targets), at least `steps` of them; each is checked before it is used: sizes, NaN and
             infinity, labels out of range.
+        steps: how many to make.
         steps_per_call: how many steps one compiled call makes; it must divide `steps` and `log_every`. Small models,
             bound by the cost of a call, run faster with 10 or 100.
         accumulate: micro-batches a step, as for `fn.train_step`.

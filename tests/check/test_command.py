@@ -115,7 +115,7 @@ TWO = ["--arg", "f32[4,3]", "--arg", "f32[4,3]"]
 def test_what_is_right_holds(run, mine, words):
     status, out, _ = run(*words)
     assert status == 0
-    assert out.splitlines()[-1].startswith("all ")
+    assert out.splitlines()[-1].startswith(("all ", "the one leaf holds "))
     assert "prints" not in out
 
 
@@ -180,6 +180,8 @@ REFUSED = {
     "a case": (["layer_nrm"], "did you mean 'layer_norm'"),
     "half a case with --arg": (["dense/no", "--arg", "f32[3]"], "'dense/no bias'"),
     "a picture in no folder": (["mine:good", *TWO, "--plot", "none/a.png"], "folder"),
+    "a picture of another kind": (["mine:good", *TWO, "--plot", "a.xyz"], ".png"),
+    "a list as JSON": (["--list", "--json"], "--json"),
     "a picture of the cases": (["dense", "--plot", "a.png"], "--plot"),
     "a dtype that no case has": (["mixed", "--dtype", "bfloat16"], "leave --dtype out"),
 }

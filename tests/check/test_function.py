@@ -120,6 +120,7 @@ REFUSED = {
         ("f32[3]>0",),
         "that JAX can differentiate",
     ),
+    "a layer": (fn.relu(), ("f32[3]",), "a function"),
     "a number": (lambda x: x * 2, (2.0,), "the number 2.0"),
     "a text that is none": (lambda x: x * 2, ("f32[",), "an array like"),
     "an integer shape": (lambda x: x * 2, (jax.ShapeDtypeStruct((2,), "int32"),), "which integers are valid"),

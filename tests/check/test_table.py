@@ -107,9 +107,9 @@ OUTCOME = Outcome((Check(0, "float32", HOLDS, 1.0), Check(1, "float16", FAILS, 2
 
 def test_the_summary_counts_rules_cases_checks_and_leaves(cases):
     cases(case("dense"), case("dense/no bias"))
-    assert OUTCOME.summary == "1 rules, 2 cases, 2 checks in 4 s: 3 of 4 leaves hold; wrong: dense/no bias (float16)"
+    assert OUTCOME.summary == "1 rule, 2 cases, 2 checks in 4 s: 3 of 4 leaves hold; wrong: dense/no bias (float16)"
     good = Outcome((OUTCOME.checks[0],), 0.4)
-    assert good.summary == "1 rules, 1 cases, 1 checks in 0 s: all 2 leaves hold"
+    assert good.summary == "1 rule, 1 case, 1 check in 0 s: all 2 leaves hold"
 
 
 def test_the_leaves_nearest_to_what_is_allowed_come_first(cases):

@@ -82,6 +82,19 @@ def test_a_state_that_hardly_decays_has_a_gradient():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, gradients)))
 
 
+def test_where_nothing_decays_the_gradient_of_nu_is_its_limit(x64):
+    """gamma is 0 in float32 from nu = -88, and da goes to infinity like 1 / a."""
+    layer, x = fn.lru(1, 1), jnp.ones((1, 2, 1))
+    params = {name: jnp.ones((1, 1)) for name in layer.init(KEY, x)[0]} | {"theta": jnp.ones(1)}
+
+    def dnu(nu, dtype):
+        own, at = jax.tree.map(lambda a: a.astype(dtype), (params | {"nu": jnp.full(1, nu)}, x))
+        return float(layer.bwd(own, layer.fwd(own, (), at, None)[2], jnp.ones((1, 2, 1), dtype))[0]["nu"][0])
+
+    assert dnu(-95, jnp.float32) == 0
+    np.testing.assert_allclose(dnu(-60, jnp.float32), dnu(-60, jnp.float64), rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_float32_rounded(dtype):
     params, x, dy = jax.tree.map(lambda a: a.astype(dtype), setting(np.float32))

@@ -1,5 +1,7 @@
 """Cross-entropy: extreme and masked logits; labels of any dtype, ignored, out of range."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +127,20 @@ def test_labels_out_of_range_under_jit_give_nan_in_their_own_value_and_gradient(
 )
 def test_cross_entropy_refuses_targets_that_do_not_fit(target, message):
     refused(CROSS_ENTROPY, Z, target, message)
+
+
+@pytest.mark.parametrize("ignore", [True, 1.5, "pad"])
+@pytest.mark.parametrize("loss", [fn.cross_entropy, partial(fn.linear_cross_entropy, 5)])
+def test_a_label_to_ignore_is_a_whole_number(loss, ignore):
+    with pytest.raises(fn.InputError, match="ignore_index as a whole number"):
+        loss(ignore_index=ignore)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1, "a"])
+@pytest.mark.parametrize("loss", [fn.cross_entropy, partial(fn.linear_cross_entropy, 5)])
+def test_smoothing_is_a_share(loss, smoothing):
+    with pytest.raises(fn.InputError, match="label_smoothing of at least 0"):
+        loss(label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("target", [None, 3, "label"])
