@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import funcnet as fn
+
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -29,3 +31,7 @@ def test_the_example_has_twenty_lines_or_so():
 @pytest.mark.parametrize("command", ["examples/digits.py", "pytest -n auto"])
 def test_the_two_commands_stand_on_a_line_each(command):
     assert re.search(rf'```sh\npython -m pip install -e "\.\[\w+\]" && python .*{command}\n```', TEXT)
+
+
+def test_every_public_name_stands_in_it():
+    assert [name for name in fn.__all__ if not re.search(rf"\b{name}\b", TEXT)] == []
