@@ -122,7 +122,7 @@ _BY_REASON = {
         "_through: widely = (replace(found))",
         "_through: lambda factor, param: found.of(factor, (param))",
         "total: answer = placed((jnp.sum(dy.reshape(-1, *param.shape), axis=0)), param)",
-        "_wide_examples: return (a.reshape(a.shape[0], -1, *a.shape[a.ndim - rank:]))",
+        "_wide_examples: return (a.reshape(a.shape[0], steps, *a.shape[a.ndim - rank:]))",
     ],
     "all uses of a parameter have as many layer axes": [
         "tied: both = Sum(tuple(replace(use, layers=0) for use in uses), uses[-1].layers)",
@@ -275,7 +275,7 @@ _BY_REASON = {
         "_of_window: answer = correlation(factor.dy, factor.x, factor.geometry, (jnp.swapaxes(param, -2, -1)))",
         "_of_window: return lax.rev((jnp.swapaxes(answer, -2, -1)), range(param.ndim - 2))",
         "_one_by_one: each = jnp.arange(leaves[-1].shape[0])",
-        "_wide_examples: return a.reshape(a.shape[0], -1, *a.shape[(-rank) :]).astype(wide(a.dtype))",
+        "_wide_examples: return a.reshape(a.shape[0], steps, *a.shape[(-rank) :]).astype(wide(a.dtype))",
         "_pull_depthwise: return _depthwise(dy, lax.rev(kernel, range(dy.ndim - 1)), _back(windows))",
         "flipped: return (jnp.swapaxes(split, -3, -1)).reshape(*window, features // groups, groups * channels)",
         "concat: at = axis % len(shapes[-1])",
