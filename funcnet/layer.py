@@ -49,7 +49,7 @@ class Layer(Generic[Params, State, Residuals]):
         parts: sub-layers by name, for tables and traces; params and state of a layer with parts are dicts over them,
             but for `freeze`, which has both in its state.
         rebuild: the same combinator over other parts of the same names; None for a layer without parts.
-        made: by which combinator, and of what; None for a layer not made of others.
+        made: by which combinator, and of what; None for most layers not made of others.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Layer(Generic[Params, State, Residuals]):
 
     @property
     def combinator(self) -> str:
-        """The combinator that made this layer, such as "serial"; "" for none, and after `replace` of fwd or bwd."""
+        """What made this layer, such as "serial"; "" where that is not said, and after `replace` of fwd or bwd."""
         made = self.made
         return made.combinator if made and made.fwd is self.fwd and made.bwd is self.bwd else ""
 
@@ -80,14 +80,15 @@ Undo = Callable[[Any, Undone, Any, Contraction], tuple[Any, Any, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """How a layer was made of others, for what walks through a model on a way of its own, such as `layerwise_step`.
+    """How a layer was made, for what walks through a model on a way of its own, such as `layerwise_step`.
 
     Attributes:
-        combinator: its name.
+        combinator: its name, or the constructor's.
         fwd, bwd: those that it gave the layer.
         inner: the one layer that a transparent combinator, such as "skip", is made of.
         wrap: the same transparent combinator around another layer.
         undo: of a reversible layer, (params, residuals, dy, contract) -> (dparams, x, dx); its residuals are `Undone`.
+        options: those that another library's module may lack, and that params do not show: {"reverse": True}.
     """
 
     combinator: str
@@ -96,6 +97,7 @@ class Made:
     inner: Any = None
     wrap: Any = None
     undo: Undo | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def a_layer(given: Any) -> Layer:

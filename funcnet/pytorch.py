@@ -25,6 +25,9 @@ A parameter's name there is the layer's path with dots, a turn of a `repeat` its
 Gates are in the same order, i f g o and r z n. PyTorch adds two biases in every gate: the first holds their sum, the
 second zeros, but for a gru's n, where only the second one is inside the reset. A batch norm's `num_batches_tracked`,
 which PyTorch reads for momentum=None alone, is 0 on the way there, and left aside on the way back.
+
+PyTorch has no recurrent layer that runs in reverse alone, no bidirectional one but of one kind, forward and then in
+reverse, no stack of several kinds or sizes, and no rotary attention. These are refused, though their params would fit.
 """
 
 import re
@@ -40,7 +43,7 @@ from funcnet import expect
 from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
 from funcnet.layer import Layer, a_layer
-from funcnet.saved import Arrays, named_leaves, require_same
+from funcnet.saved import Arrays, named_leaves, require_arrays, require_same
 from funcnet.tie import Tied
 from funcnet.transform import Frozen
 
@@ -48,11 +51,20 @@ Tree = Any
 
 
 class Field(NamedTuple):
-    """A field of ours as PyTorch has it: its name there, and how to lay it out, there and back."""
+    """A field of ours as PyTorch has it: its name there, how to lay it out, there and back, and if some have none."""
 
     name: str
     there: Callable[[Any], Any] = lambda a: a
     back: Callable[[Any], Any] = lambda a: a
+    optional: bool = False
+
+
+class Whole(NamedTuple):
+    """Params that are no array for an array there: their names, params -> arrays, (params, name -> array) -> params."""
+
+    names: tuple[str, ...]
+    there: Callable[[Mapping[str, Any]], dict[str, Any]]
+    back: Callable[[Mapping[str, Any], Callable[[str], Any]], dict[str, Any]]
 
 
 def _features_first(kernel: Any) -> Any:
@@ -74,8 +86,9 @@ def _channels_last(weight: Any) -> Any:
     return jnp.flip(kernel, range(kernel.ndim - 2))
 
 
-_WEIGHTED = {"kernel": Field("weight", _features_first, _features_last), "bias": Field("bias")}
-_SPREADING = {"kernel": Field("weight", _channels_first, _channels_last), "bias": Field("bias")}
+_BIAS = Field("bias", optional=True)
+_WEIGHTED = {"kernel": Field("weight", _features_first, _features_last), "bias": _BIAS}
+_SPREADING = {"kernel": Field("weight", _channels_first, _channels_last), "bias": _BIAS}
 _TABLE = {"embedding": Field("weight")}
 _SCALED = {"scale": Field("weight"), "bias": Field("bias")}
 _FIELDS: dict[str, dict[str, Field]] = {
@@ -86,14 +99,16 @@ _FIELDS: dict[str, dict[str, Field]] = {
     "embedding": _TABLE,
     "position_embedding": _TABLE,
     "layer_norm": _SCALED,
-    "rms_norm": _SCALED,
+    "rms_norm": {"scale": Field("weight")},
     "group_norm": _SCALED,
     "instance_norm": _SCALED,
-    "batch_norm": _SCALED,
+    "batch_norm": {"scale": Field("weight", optional=True), "bias": _BIAS},
     "prelu": {"slope": Field("weight")},
 }
 _STATE: dict[str, dict[str, str]] = {"batch_norm": {"mean": "running_mean", "var": "running_var"}}
 _RECURRENT = ("rnn", "lstm", "gru")
+_RUNS = [((kind, False),) for kind in _RECURRENT] + [((kind, False), (kind, True)) for kind in _RECURRENT]
+_TRANSPARENT = ("named", "remat", "mixed", "freeze", "tied")  # around a layer that is the same module without them
 _PROJECTED = ("query", "key", "value")  # of attention, one array there
 _REVERSE = "_reverse"
 _COUNTER = "num_batches_tracked"  # of a batch norm
@@ -105,21 +120,28 @@ def to_torch(layer: Layer, params: Tree, state: Tree = (), names: Mapping[str, s
 
         module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(layer, params).items()})
 
+    The arrays are copies. `torch.from_numpy` knows no bfloat16: give it array.astype("float32"), which holds the same
+    values. `load_state_dict` converts to the dtypes of the module.
+
     Args:
-        layer: made of layers that PyTorch has too.
-        params, state: the layer's.
+        layer: made of layers that PyTorch has too. A layer is known by its kind and the names of its params.
+        params, state: the layer's; the state can be left out where it holds no arrays.
         names: what other modules are called: {"dense": "0", "blocks.*.dense": "encoder.layers.*.linear"}. A name is the
             beginning of a path with dots, or all of it; of those that fit the longest one is taken, and "*" is any
             part, such as a number, and the same in the other name. A copy that is `tied` has a name too.
 
     Raises:
-        InputError: for a layer with params that is none of PyTorch's, and for names that nothing has, or two have.
+        InputError: for a layer with params that is none of PyTorch's, for params or a state that are not the layer's,
+            and for names that nothing has, or two have.
     """
-    arrays = _there(a_layer(layer), params, state, ())
-    renamed = _renamed(arrays, names or {})
+    _check(a_layer(layer))
+    for what, tree in {"params": params, "state": state}.items():
+        require_arrays(tree, f"arrays with values as {what}", expect.is_concrete)
+    arrays = _there(layer, params, state, ())
+    renamed = _renamed(arrays, names)
     counted = [name.removesuffix("running_mean") for name in renamed.values() if name.endswith("running_mean")]
     counters = {name + _COUNTER: np.zeros((), np.int64) for name in counted}
-    return {renamed[name]: np.asarray(array) for name, array in arrays.items()} | counters
+    return {renamed[name]: np.array(array) for name, array in arrays.items()} | counters
 
 
 @expect.by("from_torch")
@@ -130,7 +152,7 @@ def from_torch(
 
     Args:
         layer: as in `to_torch`.
-        tensors: by name, on the CPU; arrays do as well.
+        tensors: by name, also parameters; arrays do as well.
         params, state: what init returned, or their shapes and dtypes (`jax.eval_shape(layer.init, key, x)`).
         names: as in `to_torch`.
 
@@ -138,17 +160,87 @@ def from_torch(
         InputError: if a tensor is missing or superfluous, or its shape or dtype is not that of its parameter; and where
             `to_torch` refuses.
     """
-    wanted = jax.eval_shape(lambda params, state: _there(a_layer(layer), params, state, ()), params, state)
-    renamed = _renamed(wanted, names or {})
-    given = {name: np.asarray(value) for name, value in tensors.items() if name.split(".")[-1] != _COUNTER}
+    _check(a_layer(layer))
+    for what, tree in {"params": params, "state": state}.items():
+        require_arrays(tree, f"arrays as {what}")
+    wanted = jax.eval_shape(lambda params, state: _there(layer, params, state, ()), params, state)
+    renamed = _renamed(wanted, names)
+    given = _arrays(tensors)
     shapes = {renamed[name]: leaf for name, leaf in wanted.items()}
     require_same(given, shapes, "load it into the module's twin; convert dtypes and leave other tensors out first")
-    arrays = {name: jnp.asarray(given[other]) for name, other in renamed.items()}
+    arrays = {name: jnp.array(given[other]) for name, other in renamed.items()}
     return _back(layer, params, state, (), arrays)
 
 
-def _renamed(arrays: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+def _check(layer: Layer) -> None:
+    """Refuse layers whose params would fit a module of PyTorch's that is another one."""
+    kind = _kind(layer)
+    if layer.made and layer.combinator and layer.made.inner:
+        _check(layer.made.inner)
+    elif kind in (*_RECURRENT, "bidirectional"):
+        if _runs(layer) not in _RUNS:
+            wanted = "recurrent layers forward, or bidirectional ones of one kind, forward and then in reverse"
+            received = f"{layer.name}: " + ", ".join(kind + " in reverse" * reverse for kind, reverse in _runs(layer))
+            remedy = "convert its recurrent layers one by one, made without reverse, and turn the sequences there"
+            raise InputError(wanted, received, remedy)
+    elif kind == "attention" and _option(layer, "rotary"):
+        remedy = "convert one without rotary, whose params are the same, and turn queries and keys there"
+        raise InputError("attention without rotary positions", "attention(.., rotary=True)", remedy)
+    elif _levelled(layer) and len(set(map(_runs, layer.parts.values()))) > 1:
+        received = ", ".join(part.name for part in layer.parts.values())
+        raise InputError("a stack of one kind of recurrent layers", received, "convert its layers one by one")
+    else:
+        for name, part in layer.parts.items():
+            with expect.at(name):
+                _check(part)
+
+
+def _kind(layer: Layer) -> str:
+    """What made the layer, which can have any name, where that is said."""
+    return layer.made.combinator if layer.made else layer.name
+
+
+def _option(layer: Layer, name: str) -> bool:
+    return bool(layer.made and layer.made.options.get(name))
+
+
+def _runs(layer: Layer) -> tuple[tuple[str, bool], ...]:
+    """The kind of a layer and whether it runs in reverse; of a bidirectional one that of both."""
+    while layer.made and layer.combinator in _TRANSPARENT:
+        layer = layer.made.inner
+    if _kind(layer) == "bidirectional":
+        return tuple(run for part in layer.parts.values() for run in _runs(part))
+    return ((_kind(layer), _option(layer, "reverse")),)
+
+
+def _levelled(layer: Layer) -> bool:
+    """Whether it is a stack of recurrent layers alone, in one direction or both, which is one module there."""
+    runs = [run for part in layer.parts.values() for run in _runs(part)]
+    return _kind(layer) == "stacked" and all(kind in _RECURRENT for kind, _ in runs)
+
+
+def _arrays(tensors: Mapping[str, Any]) -> Arrays:
+    """Tensors by name as arrays, without counters."""
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise InputError("tensors by name, in a dict", describe(tensors), "pass module.state_dict()")
+    return {name: _array(value) for name, value in tensors.items() if name.split(".")[-1] != _COUNTER}
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """A tensor as an array, or what is one already; bfloat16, for which PyTorch has no array, by float32."""
+    if not hasattr(tensor, "detach"):
+        return np.asarray(tensor)
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":
+        return tensor.float().numpy().astype(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def _renamed(arrays: Mapping[str, Any], names: Mapping[str, str] | None) -> dict[str, str]:
     """By our name the one that `names` makes of it."""
+    names = {} if names is None else names
+    if not isinstance(names, Mapping) or not all(isinstance(name, str) for pair in names.items() for name in pair):
+        raise InputError("names as a dict of texts", describe(names), 'write {"dense": "0"}')
     renamed, used = {}, set()
     for name in arrays:
         fitting = {begin: found for begin in names if (found := _begins(name, begin))}
@@ -181,21 +273,26 @@ def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> di
             turns = [_turn(i, params, state) for i in range(_turns(params, state))]
             return _joined(_there(made.inner, p, s, (*path, str(i))) for i, (p, s) in enumerate(turns))
         case "freeze" if made:
-            return _there(made.inner, state.params, state.state, path)
+            frozen = _frozen(params, state)
+            return _there(made.inner, frozen.params, frozen.state, path)
         case "tied" if isinstance(made, Tied):
             return _there(made.inner, made.whole(params), state, path)
     if made and made.inner:
         return _there(made.inner, params, state, path)
     if layer.parts:
-        parts = {name: _there(*each) for name, each in _inside(layer, params, state, path).items()}
-        if layer.name == "bidirectional":
+        parts = {}
+        for name, each in _inside(layer, params, state, path).items():
+            with expect.at(name):
+                parts[name] = _there(*each)
+        if _kind(layer) == "bidirectional":
             parts["backward"] = {name + _REVERSE: array for name, array in parts["backward"].items()}
         if _levelled(layer):
-            parts = {i: _relevelled(arrays, 0, i) for i, arrays in enumerate(parts.values())}
+            parts = _levels(parts)
         return _joined(parts.values())
-    if layer.name in _WHOLE:
-        return _at(path, _WHOLE[layer.name][0](params))
-    fields, of_state = _known(layer, params, state)
+    _check_names(layer, params, state)
+    if whole := _WHOLE.get(_kind(layer)):
+        return _at(path, whole.there(params))
+    fields, of_state = _known(layer)
     arrays = {fields[name].name: fields[name].there(value) for name, value in params.items()}
     return _at(path, arrays | {of_state[name]: value for name, value in dict(state).items()})
 
@@ -205,10 +302,10 @@ def _back(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...], arrays
     made = layer.made if layer.combinator else None
     match layer.combinator:
         case "repeat" if made:
-            like = jax.eval_shape(partial(_turn, 0), params, state) if _turns(params, state) else (params, state)
+            own, own_state = jax.eval_shape(partial(_turn, 0), params, state)
             count = range(_turns(params, state))
-            turns = [_back(made.inner, like[0], like[1], (*path, str(i)), arrays) for i in count]
-            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *turns) if turns else like
+            turns = [_back(made.inner, own, own_state, (*path, str(i)), arrays) for i in count]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *turns)
         case "freeze" if made:
             return params, Frozen(*_back(made.inner, state.params, state.state, path, arrays))
         case "tied" if isinstance(made, Tied):
@@ -219,17 +316,17 @@ def _back(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...], arrays
         both = {}
         for i, (name, (part, own, own_state, inside)) in enumerate(_inside(layer, params, state, path).items()):
             given = arrays
-            if layer.name == "bidirectional" and name == "backward":
+            if _kind(layer) == "bidirectional" and name == "backward":
                 given = {n.removesuffix(_REVERSE): a for n, a in arrays.items() if n.endswith(_REVERSE)}
             if _levelled(layer):
                 given = _relevelled(arrays, i, 0)
             both[name] = _back(part, own, own_state, inside, given)
         new_state = {name: new for name, (_, new) in both.items()}
-        return {name: new for name, (new, _) in both.items()}, new_state if isinstance(state, Mapping) else state
+        return {name: new for name, (new, _) in both.items()}, new_state if state else state
     get = lambda name: arrays[".".join((*path, name))]
-    if layer.name in _WHOLE:
-        return _WHOLE[layer.name][1](params, get), state
-    fields, of_state = _known(layer, params, state)
+    if whole := _WHOLE.get(_kind(layer)):
+        return whole.back(params, get), state
+    fields, of_state = _known(layer)
     new = {name: fields[name].back(get(fields[name].name)) for name in params}
     return new, {name: get(of_state[name]) for name in state} if state else state
 
@@ -256,8 +353,12 @@ def _at(path: tuple[str, ...], arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turns(params: Tree, state: Tree) -> int:
-    """How often a `repeat` repeats; 0 where it has nothing to show it by, and nothing to convert."""
-    return next((leaf.shape[0] for leaf in jax.tree.leaves((params, state))), 0)
+    """How often a `repeat` repeats; 1 where it has nothing to show it by, and nothing to convert."""
+    times = {leaf.shape[:1] for leaf in jax.tree.leaves((params, state))}
+    if len(times) > 1 or () in times:
+        remedy = "pass the params and state that this model's init returned"
+        raise InputError("arrays stacked along first axes of one size", describe((params, state)), remedy)
+    return times.pop()[0] if times else 1
 
 
 def _turn(i: int, params: Tree, state: Tree) -> tuple[Any, Any]:
@@ -267,23 +368,52 @@ def _turn(i: int, params: Tree, state: Tree) -> tuple[Any, Any]:
 def _inside(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
     """The arguments of the walk for each part."""
     expect.named(params, layer.parts, "params")
-    states = state if isinstance(state, Mapping) else {}
-    shared = layer.name == "bidirectional" or _levelled(layer)  # one module there, which tells its parts by suffixes
+    states = dict.fromkeys(layer.parts, ()) if _is_left_out(state) else state
+    expect.named(states, layer.parts, "state")
+    shared = _kind(layer) == "bidirectional" or _levelled(layer)  # one module there, which tells its parts by suffixes
     paths = {name: path if shared else (*path, name) for name in layer.parts}
-    return {name: (part, params[name], states.get(name, ()), paths[name]) for name, part in layer.parts.items()}
+    return {name: (part, params[name], states[name], paths[name]) for name, part in layer.parts.items()}
 
 
-def _known(layer: Layer, params: Tree, state: Tree) -> tuple[dict[str, Field], dict[str, str]]:
-    fields, of_state = _FIELDS.get(layer.name, {}), _STATE.get(layer.name, {})
-    if not set(params) <= set(fields) or not set(dict(state)) <= set(of_state):
+def _is_left_out(state: Tree) -> bool:
+    return isinstance(state, (tuple, Mapping)) and not state
+
+
+def _frozen(params: Tree, state: Tree) -> Frozen:
+    """The params and state of what is frozen."""
+    if jax.tree.leaves(params) or not isinstance(state, Frozen):
+        received = f"params {describe(params)}, state {describe(state)}"
+        raise InputError("params {} and a state Frozen(params, state)", received, "pass the state that init returned")
+    return state
+
+
+def _known(layer: Layer) -> tuple[dict[str, Field], dict[str, str]]:
+    return _FIELDS.get(_kind(layer), {}), _STATE.get(_kind(layer), {})
+
+
+def _check_names(layer: Layer, params: Tree, state: Tree) -> None:
+    """Refuse params and state that are not those of such a layer, and other kinds of layers that have some."""
+    (fields, of_state), kind = _known(layer), _kind(layer)
+    names = _WHOLE[kind].names if kind in _WHOLE else fields
+    if not names and jax.tree.leaves((params, state)):
+        received = f"{layer.name}{f' by {kind}' * (kind != layer.name)} {describe(params)}"
         remedy = "convert this layer by hand: its params are a dict of arrays"
-        raise InputError(f"layers among {', '.join([*_FIELDS, *_WHOLE])}", f"{layer.name} {describe(params)}", remedy)
-    return fields, of_state
+        raise InputError(f"layers among {', '.join([*_FIELDS, *_WHOLE])}", received, remedy)
+    needed = {name for name in names if name not in fields or not fields[name].optional}
+    state = {} if _is_left_out(state) else state
+    for what, tree, least, most in (("params", params, needed, names), ("state", state, set(of_state), of_state)):
+        if not isinstance(tree, Mapping) or not least <= set(tree) <= set(most):
+            wanted = f"{what} of {kind}: {', '.join(most) or 'an empty dict'}"
+            raise InputError(wanted, describe(tree), f"pass the {what} that this model's init returned")
 
 
-def _levelled(layer: Layer) -> bool:
-    """Whether it is a stack as PyTorch has it, of recurrent layers in one direction or both."""
-    return layer.name == "stacked" and all(part.name in (*_RECURRENT, "bidirectional") for part in layer.parts.values())
+def _levels(parts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The arrays of the layers of a stack, each under the names of its level."""
+    sizes = {array.shape for arrays in parts.values() for name, array in arrays.items() if "weight_hh_l0" in name}
+    if len(sizes) > 1:
+        received = " and ".join(str(width) for _, width in sorted(sizes))
+        raise InputError("a stack of recurrent layers of one size", received, "convert its layers one by one")
+    return {name: _relevelled(arrays, 0, i) for i, (name, arrays) in enumerate(parts.items())}
 
 
 def _relevelled(arrays: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
@@ -317,6 +447,10 @@ def _recurrent_back(params: Mapping[str, Any], get: Callable[[str], Any]) -> dic
 
 
 def _attention_there(params: Mapping[str, Any]) -> dict[str, Any]:
+    names = [set(params[name]) if isinstance(params[name], Mapping) else None for name in params]
+    if names not in ([{"kernel"}] * 4, [{"kernel", "bias"}] * 4):
+        wanted = "a kernel in each of query, key, value and out, and a bias in all or none"
+        raise InputError(wanted, describe(params), "pass the params that init returned")
     kernels = [params[name]["kernel"] for name in (*_PROJECTED, "out")]
     if len({kernel.shape for kernel in kernels}) > 1 or kernels[0].shape[0] != kernels[0].shape[1]:
         wanted = "attention with kernels [D, D] alone, as PyTorch's MultiheadAttention has them"
@@ -336,8 +470,10 @@ def _attention_back(params: Mapping[str, Any], get: Callable[[str], Any]) -> dic
     return {name: {"kernel": kernel.T} | ({"bias": bias} if use_bias else {}) for name, kernel, bias in each}
 
 
-# What is no array for an array: (params -> arrays, (params, name -> array) -> params).
-_WHOLE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = dict.fromkeys(
-    _RECURRENT, (_recurrent_there, _recurrent_back)
-)
-_WHOLE |= {"attention": (_attention_there, _attention_back)}
+_RUNNING = Whole(("kernel", "recurrent_kernel", "bias"), _recurrent_there, _recurrent_back)
+_WHOLE = {
+    "rnn": _RUNNING,
+    "lstm": _RUNNING,
+    "gru": _RUNNING._replace(names=(*_RUNNING.names, "recurrent_bias")),
+    "attention": Whole((*_PROJECTED, "out"), _attention_there, _attention_back),
+}

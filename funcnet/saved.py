@@ -1,10 +1,11 @@
 """Parameters in safetensors files: a name is a path, `encoder/dense/kernel`."""
 
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +22,23 @@ Arrays = dict[str, np.ndarray]
 def save_params(params: Tree, path: str | os.PathLike) -> None:
     """Write params, or any pytree of arrays, to a safetensors file; it appears whole, or the old one stays.
 
-    Needs the extra `safetensors`.
+    It has the permissions of the file that it replaces, or those of any new file. Needs the extra `safetensors`.
 
     Raises:
         InputError: for leaves that are no arrays of numbers, and for names with a "/", which would not be told apart.
     """
     content = _safetensors().numpy.save(_by_path(params))
-    folder = Path(path).absolute().parent
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".saving-")
+    temporary = Path(path).absolute().with_name(f".saving-{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
+            if os.path.exists(path):
+                shutil.copymode(path, temporary)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -47,8 +49,10 @@ def load_params(path: str | os.PathLike, like: Tree) -> Tree:
     Needs the extra `safetensors`.
 
     Raises:
-        InputError: if the file is none of that kind, or names, shapes or dtypes are not those of `like`.
+        InputError: if the file is none of that kind, or names, shapes or dtypes are not those of `like`; if `like` has
+            leaves without shape and dtype.
     """
+    require_arrays(like, "arrays as like, or their shapes and dtypes")
     package, content = _safetensors(), Path(path).read_bytes()
     try:
         arrays = {name: _decoded(**view) for name, view in package.deserialize(content)}
@@ -94,6 +98,12 @@ def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
         if bad := [name for name in names if "/" in name]:
             raise InputError('names without "/"', repr(bad[0]), "rename the layer")
         yield "/".join(names), leaf
+
+
+def require_arrays(tree: Tree, wanted: str, is_one: Callable[[Any], bool] = is_array) -> None:
+    """Refuse leaves that are not what is wanted, all of them at once."""
+    if others := [f"{describe(leaf)} at {name or 'the top'}" for name, leaf in named_leaves(tree) if not is_one(leaf)]:
+        raise InputError(wanted, ", ".join(others), "pass what this model's init returned")
 
 
 def require_same(given: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:

@@ -16,7 +16,7 @@ from funcnet import expect
 from funcnet.combine import parallel, serial
 from funcnet.expect import InputError, at, describe
 from funcnet.factors import total
-from funcnet.layer import Layer, child, output
+from funcnet.layer import Layer, Made, child, output
 
 Tree = Any
 
@@ -84,7 +84,7 @@ def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
     def rebuild(parts):
         return bidirectional(**parts)
 
-    return Layer("bidirectional", init, apply, fwd, bwd, pair.parts, rebuild)
+    return Layer("bidirectional", init, apply, fwd, bwd, pair.parts, rebuild, Made("bidirectional", fwd, bwd))
 
 
 def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
@@ -171,4 +171,4 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
             return dparams, dx
         return dparams, {**dinputs, **({"state": tuple(dstates[::-1])} if "state" in dinputs else {})}
 
-    return Layer("stacked", init, apply, fwd, bwd, parts, lambda parts: stacked(**parts))
+    return Layer("stacked", init, apply, fwd, bwd, parts, lambda parts: stacked(**parts), Made("stacked", fwd, bwd))

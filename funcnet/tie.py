@@ -65,8 +65,8 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
             there too.
 
     Raises:
-        InputError: for a path that leads to no layer or parameter, a copy that is a source or a copy too, and a source
-            that is not like the copy.
+        InputError: for a path that leads to no layer or parameter, a copy that is a source or a copy too, a source
+            that is not like the copy, and params that still hold a copy.
     """
     links = _links(a_layer(model), ties)
     sources = tuple(dict.fromkeys(link.source for link in links))
@@ -75,6 +75,10 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
     @expect.by("tied")
     def whole(params: Tree) -> Tree:
         for link in links:
+            if _holds(params, link.copy):
+                copy, source = "/".join(link.copy), "/".join(link.source)
+                remedy = "leave it out, or run the model that is not tied, if its values are to count"
+                raise InputError(f"params without {copy}, which is {source}", f"params with {copy}", remedy)
             source = _get(params, link.source)
             params = _put(params, link.copy, jnp.swapaxes(source, -1, -2) if link.transposed else source)
         return params
@@ -132,7 +136,8 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
 
 @expect.by("tied")
 def _links(model: Layer, ties: Mapping[str, str]) -> list[Tie]:
-    if not isinstance(ties, Mapping) or not ties:
+    are_paths = isinstance(ties, Mapping) and all(isinstance(path, str) for pair in ties.items() for path in pair)
+    if not are_paths or not ties:
         raise InputError("ties as a dict of paths", describe(ties), 'write {"head/kernel": "embedding/embedding.T"}')
     links = []
     for copy, source in ties.items():
@@ -202,6 +207,14 @@ def _get(tree: Tree, path: Path) -> Any:
     if isinstance(tree, Mapping):
         raise InputError(f"a parameter {'/'.join(path)}", describe(tree), "name the array, not the layer")
     return tree
+
+
+def _holds(tree: Tree, path: Path) -> bool:
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _put(tree: Tree, path: Path, value: Any) -> Tree:

@@ -1,5 +1,7 @@
 """Round trips through real PyTorch modules, and what is refused before anything is changed."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,3 +273,173 @@ def test_attention_of_other_sizes_is_refused(options):
     params, _ = layer.init(KEY, jnp.ones((1, 3, 4)))
     with pytest.raises(fn.InputError, match=r"kernels \[D, D\] alone"):
         fn.to_torch(layer, params)
+
+
+def test_tensors_of_bfloat16_go_there_and_back_bit_for_bit(torch):
+    layer, module = fn.dense(4), torch.nn.Linear(3, 4).bfloat16()
+    like = jax.eval_shape(layer.init, KEY, S((2, 3), jnp.bfloat16))
+    params, _ = fn.from_torch(layer, module.state_dict(), *like)
+    np.testing.assert_array_equal(params["bias"].astype("float32"), module.bias.detach().float().numpy())
+    twin = torch.nn.Linear(3, 4).bfloat16()
+    arrays = fn.to_torch(layer, params)
+    twin.load_state_dict({name: torch.from_numpy(array.astype("float32")) for name, array in arrays.items()})
+    assert all(torch.equal(twin.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_parameters_and_their_derivatives_are_let_go(torch):
+    module = torch.nn.Linear(3, 4)
+    like = jax.eval_shape(fn.dense(4).init, KEY, S((2, 3), jnp.float32))
+    params, _ = fn.from_torch(fn.dense(4), dict(module.named_parameters()), *like)
+    np.testing.assert_array_equal(params["kernel"], module.weight.detach().numpy().T)
+
+
+def test_the_arrays_are_copies_that_can_be_written_to(torch):
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    tensors = {name: torch.from_numpy(array) for name, array in fn.to_torch(fn.dense(4), params).items()}
+    tensors["bias"].zero_()
+    np.testing.assert_array_equal(params["bias"], jnp.ones(4))
+    given = {"weight": np.ones((4, 3), np.float32), "bias": np.ones(4, np.float32)}
+    taken, _ = fn.from_torch(fn.dense(4), given, params)
+    given["bias"][:] = 0
+    np.testing.assert_array_equal(taken["bias"], jnp.ones(4))
+
+
+@pytest.mark.parametrize("tensors", [[np.ones(3)], None, {0: np.ones(3)}])
+def test_what_is_no_state_dict_is_refused(tensors):
+    with pytest.raises(fn.InputError, match="tensors by name"):
+        fn.from_torch(DENSE, tensors, *LIKE)
+
+
+@pytest.mark.parametrize("names", ["0", [("dense", "0")], {"dense": 0}])
+def test_names_that_are_no_dict_of_texts_are_refused(names):
+    params = normal(4, LIKE[0])
+    with pytest.raises(fn.InputError, match="names as a dict of texts"):
+        fn.to_torch(DENSE, params, names=names)
+    with pytest.raises(fn.InputError, match="names as a dict of texts"):
+        fn.from_torch(DENSE, fn.to_torch(DENSE, params), params, names=names)
+
+
+NORMED = fn.serial(fn.dense(2), fn.batch_norm())
+FROZEN = fn.serial(fn.freeze(fn.dense(2)))
+INCOMPLETE = {
+    "no kernel": (fn.dense(3), {}, (), "params of dense: kernel, bias"),
+    "no kernel in a repeat": (fn.repeat(fn.dense(3), 2), {}, (), "params of dense: kernel, bias"),
+    "no params at all": (fn.dense(3), None, (), "params of dense: kernel, bias"),
+    "no params of an activation": (fn.relu(), None, (), "params of relu: an empty dict"),
+    "no scale": (fn.layer_norm(), {"bias": jnp.ones(3)}, (), "params of layer_norm: scale, bias"),
+    "no gates": (fn.lstm(3), {}, (), "params of lstm: kernel, recurrent_kernel, bias"),
+    "no recurrent bias": (fn.gru(1), fn.lstm(1).init(KEY, jnp.ones((1, 1, 1)))[0], (), "recurrent_bias"),
+    "no heads": (fn.attention(1), {}, (), "params of attention: query, key, value, out"),
+    "a head without kernel": (
+        fn.attention(1),
+        {name: {"kernel": jnp.ones((2, 2))} for name in ("query", "key", "value")} | {"out": {}},
+        (),
+        "a kernel in each of",
+    ),
+    "no statistics": (NORMED, NORMED.init(KEY, jnp.ones((1, 2)))[0], (), "state of batch_norm: mean, var"),
+    "no state of a part": (NORMED, NORMED.init(KEY, jnp.ones((1, 2)))[0], {"batch_norm": ()}, "state for the layers"),
+    "no frozen params": (FROZEN, {"dense": {}}, (), r"a state Frozen\(params, state\)"),
+    "frozen params twice": (
+        FROZEN,
+        {"dense": {"kernel": jnp.ones((2, 2))}},
+        FROZEN.init(KEY, jnp.ones((1, 2)))[1],
+        r"params {} and a state Frozen",
+    ),
+    "numbers": (fn.dense(1), {"kernel": 1.0}, (), "float at kernel"),
+    "other lengths": (
+        fn.repeat(fn.dense(1), 2),
+        {"kernel": jnp.ones((2, 1, 1)), "bias": jnp.ones((1, 1))},
+        (),
+        "stacked along first axes of one size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_params_and_states_that_are_not_the_layers_are_refused_both_ways(name):
+    layer, params, state, message = INCOMPLETE[name]
+    with pytest.raises(fn.InputError, match=message):
+        fn.to_torch(layer, params, state)
+    with pytest.raises(fn.InputError, match=message):
+        fn.from_torch(layer, {}, params, state)
+
+
+def test_shapes_alone_go_into_no_state_dict():
+    with pytest.raises(fn.InputError, match="arrays with values as params"):
+        fn.to_torch(DENSE, LIKE[0])
+
+
+def test_an_error_says_where():
+    with pytest.raises(fn.InputError) as error:
+        fn.to_torch(fn.serial(block=NORMED), {"block": NORMED.init(KEY, jnp.ones((1, 2)))[0]})
+    assert error.value.path == ("block", "batch_norm")
+    with pytest.raises(fn.InputError) as error:
+        fn.to_torch(fn.serial(fn.skip(fn.serial(fn.lstm(2, reverse=True)))), {})
+    assert error.value.path == ("skip", "lstm")
+
+
+BACKWARD = fn.lstm(2, reverse=True)
+BOTH = fn.bidirectional(fn.lstm(2), BACKWARD)
+FOREIGN = {
+    "reverse alone": BACKWARD,
+    "reverse alone, renamed": fn.named("lstm", fn.remat(BACKWARD)),
+    "reverse alone, its rule replaced": replace(BACKWARD, bwd=fn.lstm(2).bwd),
+    "reverse alone, repeated": fn.repeat(BACKWARD, 2),
+    "swapped": fn.bidirectional(BACKWARD, fn.lstm(2)),
+    "forward twice": fn.bidirectional(fn.lstm(2), fn.lstm(2)),
+    "forward and another kind": fn.bidirectional(fn.lstm(2), fn.gru(2, reverse=True)),
+    "a direction inside another": fn.bidirectional(fn.lstm(2), fn.serial(BACKWARD)),
+    "directions of stacks": fn.bidirectional(*[fn.stacked(fn.lstm(2), fn.lstm(2))] * 2),
+    "a stack of two kinds": fn.stacked(fn.lstm(2), fn.gru(2)),
+    "a stack of two directions": fn.stacked(fn.lstm(2), BACKWARD),
+    "a stack in reverse": fn.stacked(BACKWARD, BACKWARD),
+    "a stack of one direction and of both": fn.stacked(fn.lstm(2), BOTH),
+    "a stack of two kinds, renamed": fn.stacked(fn.named("a", fn.lstm(2)), fn.named("b", fn.remat(fn.gru(2)))),
+    "a stack of two sizes": fn.stacked(fn.lstm(2), fn.lstm(3)),
+    "rotary positions": fn.attention(1, rotary=True),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_model_that_pytorch_has_not_is_refused_though_its_params_would_fit(name):
+    layer = FOREIGN[name]
+    params, state = layer.init(KEY, jnp.ones((1, 3, 2)))
+    with pytest.raises(fn.InputError, match=r"recurrent layers|without rotary"):
+        fn.to_torch(layer, params, state)
+    with pytest.raises(fn.InputError, match=r"recurrent layers|without rotary"):
+        fn.from_torch(layer, {}, params, state)
+
+
+def test_transparent_combinators_around_parts_change_no_module():
+    plain = fn.stacked(BOTH, BOTH)
+    wrapped = fn.stacked(
+        fn.named("low", BOTH), fn.named("high", fn.remat(fn.bidirectional(fn.remat(fn.lstm(2)), BACKWARD)))
+    )
+    params, state = plain.init(KEY, jnp.ones((1, 3, 2)))
+    renamed = dict(zip(wrapped.parts, params.values(), strict=True))
+    assert_same(fn.to_torch(wrapped, renamed), fn.to_torch(plain, params, state))
+    frozen = fn.stacked(fn.freeze(fn.lstm(2)), fn.lstm(2))
+    assert "weight_hh_l1" in fn.to_torch(frozen, *frozen.init(KEY, jnp.ones((1, 3, 2))))
+
+
+def test_a_stack_with_other_layers_between_is_several_modules():
+    layer = fn.stacked(fn.serial(fn.lstm(2), fn.tanh()), fn.lstm(2))
+    params, state = layer.init(KEY, jnp.ones((1, 3, 2)))
+    assert {"serial.lstm.weight_hh_l0", "lstm.weight_hh_l0"} < fn.to_torch(layer, params, state).keys()
+
+
+@pytest.mark.parametrize("name", ["dense", "lstm", "bidirectional", "attention"])
+def test_a_function_is_not_taken_for_the_layer_of_its_name(name):
+    def f(params, x):
+        return x * params["kernel"]
+
+    f.__name__ = name
+    layer = fn.from_function(f, lambda key, x: {"kernel": jnp.ones(3)})
+    with pytest.raises(fn.InputError, match=f"{name} by from_function"):
+        fn.to_torch(layer, {"kernel": jnp.ones(3)})
+
+
+def test_a_layer_of_another_name_is_no_recurrent_pair():
+    pair = fn.named("bidirectional", fn.branch(forward=fn.dense(2), backward=fn.dense(2)))
+    params, state = pair.init(KEY, jnp.ones((1, 2)))
+    assert {"forward.weight", "backward.weight"} < fn.to_torch(pair, params, state).keys()

@@ -66,6 +66,23 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, saf
     assert_same(fn.load_params(path, {"w": S((3,), jnp.float32)}), {"w": jnp.zeros(3)})
 
 
+def test_a_new_file_has_the_mode_of_any_new_file_and_a_replaced_one_keeps_its_own(tmp_path, safetensors):
+    path = tmp_path / "model"
+    (tmp_path / "other").touch()
+    fn.save_params(PARAMS, path)
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    for mode in (0o600, 0o640, 0o444):
+        path.chmod(mode)
+        fn.save_params(PARAMS, path)
+        assert path.stat().st_mode & 0o777 == mode
+
+
+def test_like_without_shapes_is_refused(tmp_path, safetensors):
+    fn.save_params({"a": jnp.ones(())}, tmp_path / "model")
+    with pytest.raises(fn.InputError, match="float at a"):
+        fn.load_params(tmp_path / "model", {"a": 1.0})
+
+
 def without(params, name):
     return {key: value for key, value in params.items() if key != name}
 

@@ -90,6 +90,21 @@ def test_stacked_is_pytorchs(name, x64):
     close(dparams, {key: torch_grads(name, theirs, f"l{i}") for i, key in enumerate(layer.parts)})
 
 
+def test_what_looks_into_a_model_looks_into_both_directions_and_all_levels():
+    model = fn.stacked(fn.bidirectional(fn.gru(2), fn.gru(2, reverse=True)), fn.rnn(2))
+    paths = ["bidirectional", "bidirectional/forward", "bidirectional/backward", "rnn"]
+    assert ["/".join(row.path) for row in fn.summary(model, X).rows] == paths
+    params, state = model.init(KEY, X)
+    target = jnp.zeros((*X.shape[:-1], 2), X.dtype)
+    told = fn.explain(fn.objective(model, fn.mse()), params, state, (X, target))
+    assert {step.name for step in told.steps} == set(paths[1:])
+    dparams = fn.value_and_grad(fn.objective(model, fn.mse()))(params, state, (X, target))[1]
+    both = dparams["bidirectional"]
+    for step, own in zip(told.steps, (both["forward"], both["backward"], dparams["rnn"]), strict=True):
+        norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(own)))
+        np.testing.assert_allclose(step.gradient, norm, rtol=1e-5, err_msg=step.name)
+
+
 def test_stacked_of_an_array_is_serial(x64):
     layers = fn.gru(3), fn.rnn(2, reverse=True)
     stacked, serial = fn.stacked(*layers), fn.serial(*layers)

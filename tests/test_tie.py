@@ -200,6 +200,7 @@ def test_explain_and_layerwise_step_take_it_whole():
 REFUSED = {
     "no ties": ({}, "ties as a dict"),
     "no dict": (["head/kernel"], "ties as a dict"),
+    "no path": ({"head/kernel": 3}, "ties as a dict"),
     "no such layer": ({"tail/kernel": "embedding/embedding.T"}, "begin with a layer's name"),
     "no such parameter": ({"head/weight": "embedding/embedding.T"}, "a parameter head/weight"),
     "a layer": ({"head": "embedding/embedding.T"}, "a parameter head"),
@@ -240,6 +241,17 @@ def test_a_rule_that_gives_no_factor_is_refused():
 def test_params_of_the_model_that_is_not_tied_are_not_lost_silently():
     with pytest.raises(fn.InputError, match="a parameter embedding/embedding"):
         LANGUAGE.apply({"embedding": {}, "skip": {}, "head": {}}, LANGUAGE.init(KEY, IDS)[1], IDS)
+
+
+def test_params_that_still_hold_the_copy_are_refused():
+    params, state = PLAIN.init(KEY, IDS)
+    for call in (
+        lambda: LANGUAGE.apply(params, state, IDS),
+        lambda: LANGUAGE.fwd(params, state, IDS, None),
+        lambda: fn.to_torch(LANGUAGE, params, state),
+    ):
+        with pytest.raises(fn.InputError, match="params without head/kernel, which is embedding/embedding"):
+            call()
 
 
 def test_a_copy_whose_rule_gives_no_factor_is_refused_too():

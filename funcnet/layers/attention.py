@@ -46,7 +46,7 @@ from funcnet import expect
 from funcnet.arithmetic import added, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import total
-from funcnet.layer import Layer
+from funcnet.layer import Layer, Made
 from funcnet.layers import embedding
 from funcnet.layers.dense import Initializer, dense
 
@@ -223,7 +223,7 @@ def attention(
             dinputs["bias"] = dbias.reshape(inputs["bias"].shape)
         return dparams, dinputs
 
-    return Layer("attention", init, apply, fwd, bwd)
+    return Layer("attention", init, apply, fwd, bwd, made=Made("attention", fwd, bwd, options={"rotary": rotary}))
 
 
 class Tile(NamedTuple):

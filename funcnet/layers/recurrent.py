@@ -39,6 +39,7 @@ Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000 (forget gate); Jozefowicz, 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +51,7 @@ from funcnet import expect
 from funcnet.arithmetic import contract_last, product, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Outer, Shift
-from funcnet.layer import Layer, stateless
+from funcnet.layer import Layer, Made, stateless
 
 Initializer = Callable[..., Array]
 Tree = Any
@@ -282,7 +283,8 @@ def _recurrent(
         dx = contract_last(da, params["kernel"], 1, like=x).astype(x.dtype)
         return dparams, _like(inputs, dx, _bare(_cast(dstates, x.dtype)))
 
-    return stateless(name, init, fwd, bwd)
+    layer = stateless(name, init, fwd, bwd)
+    return replace(layer, made=Made(name, layer.fwd, layer.bwd, options={"reverse": reverse}))
 
 
 def _parts(inputs: Tree) -> Mapping[str, Any]:
