@@ -223,10 +223,10 @@ def _arrays(tensors: Mapping[str, Any]) -> Arrays:
     """Tensors by name as arrays, without counters."""
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
         raise InputError("tensors by name, in a dict", describe(tensors), "pass module.state_dict()")
-    return {name: _array(value) for name, value in tensors.items() if name.split(".")[-1] != _COUNTER}
+    return {name: as_array(value) for name, value in tensors.items() if name.split(".")[-1] != _COUNTER}
 
 
-def _array(tensor: Any) -> np.ndarray:
+def as_array(tensor: Any) -> np.ndarray:
     """A tensor as an array, or what is one already; bfloat16, for which PyTorch has no array, by float32."""
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)

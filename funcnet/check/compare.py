@@ -9,6 +9,7 @@ from funcnet.check.diagnose import Context, diagnose
 from funcnet.check.judge import Leaf, blank, leaves_of, measure, mismatch, tolerance
 from funcnet.check.report import Failure, Report, values_failure
 from funcnet.expect import floating_dtype, is_floating
+from funcnet.pytorch import as_array
 
 Tree = Any
 
@@ -20,14 +21,14 @@ def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None)
     of the leaf's dtype (`funcnet.check.judge`), relative to the leaf's largest magnitude in the reference.
 
     Args:
-        got, wanted: pytrees of one structure, of arrays and numbers (float64 then, as in NumPy). An integer leaf's
-            gradient may be None or float0.
+        got, wanted: pytrees of one structure, of arrays, PyTorch's tensors and numbers (float64 then, as in NumPy). An
+            integer leaf's gradient may be None or float0.
         name: put in front of every path.
         dtype: the dtype whose rounding is allowed, whatever floating dtypes the two have; by default that of each leaf,
             and two dtypes of one leaf are a failure.
     """
     dtype = dtype and floating_dtype(dtype)
-    ours, theirs = ({k: _array(v) for k, v in leaves_of(tree, name).items()} for tree in (got, wanted))
+    ours, theirs = ({k: as_array(v) for k, v in leaves_of(tree, name).items()} for tree in (got, wanted))
     leaves, failures, arrays = [], [], {}
     for path in [*ours, *(path for path in theirs if path not in ours)]:
         if problem := _mismatch(ours.get(path), theirs.get(path), dtype):
@@ -44,10 +45,6 @@ def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None)
             leaves[i] = replace(leaf, diagnosis=diagnose(leaf, arrays[leaf.leaf][0], arrays[leaf.leaf][1], context))
     ordered = tuple(sorted(leaves, key=Leaf.badness))
     return Report("gradients compared with the reference", ordered, tuple(failures), arrays=arrays)
-
-
-def _array(leaf: Any) -> Any:
-    return np.asarray(leaf) if isinstance(leaf, (int, float, complex)) else leaf
 
 
 def _mismatch(got: Any, wanted: Any, dtype: Any) -> str:

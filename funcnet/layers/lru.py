@@ -111,7 +111,9 @@ def lru(
     def turning(params: dict[str, Array]) -> Turning:
         high = wide(params["nu"].dtype)
         a, b = -jnp.exp(params["nu"].astype(high)), jnp.exp(params["theta"].astype(high))
-        return Turning(a, b, jnp.sqrt(-jnp.expm1(2 * a)), jnp.exp(lax.complex(a, b)))
+        # JAX differentiates expm1 to expm1 + 1, which loses what is left of e^(2a) where that is small.
+        square = jnp.where(2 * a < -1, 1 - jnp.exp(2 * a), -jnp.expm1(2 * a))
+        return Turning(a, b, jnp.sqrt(square), jnp.exp(lax.complex(a, b)))
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Driven]:
         fits(params, x)

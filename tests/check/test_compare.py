@@ -99,6 +99,15 @@ def test_numbers_are_compared_too():
     assert fn.compare_grads({}, {}).summary == "nothing was compared: there is no gradient"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_of_pytorch_are_compared_with_arrays(dtype):
+    torch = pytest.importorskip("torch")
+    tensor = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=getattr(torch, dtype)))
+    assert fn.compare_grads({"a": tensor}, {"a": jnp.asarray([1, 2], dtype)}).ok
+    report = fn.compare_grads({"a": jnp.asarray([1, -2], dtype)}, {"a": tensor})
+    assert [(leaf.leaf, leaf.dtype) for leaf in wrong(report)] == [("['a']", dtype)]
+
+
 def test_a_dtype_that_is_none_is_refused():
     with pytest.raises(fn.InputError, match="a floating dtype"):
         fn.compare_grads(WANTED, WANTED, dtype="flot")

@@ -95,6 +95,14 @@ def test_where_nothing_decays_the_gradient_of_nu_is_its_limit(x64):
     np.testing.assert_allclose(dnu(-60, jnp.float32), dnu(-60, jnp.float64), rtol=1e-5)
 
 
+def test_where_much_decays_autodiff_of_the_forward_pass_is_exact_too(x64):
+    layer, x, dy = fn.lru(1, 1), jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1))
+    params = {name: jnp.ones((1, 1)) for name in layer.init(KEY, x)[0]} | {"theta": jnp.ones(1), "nu": jnp.full(1, 1.9)}
+    (plain,) = jax.vjp(lambda params: layer.apply(params, (), x), params)[1](dy)
+    ours, _ = layer.bwd(params, layer.fwd(params, (), x, None)[2], dy)
+    np.testing.assert_allclose(ours["nu"], plain["nu"], rtol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_float32_rounded(dtype):
     params, x, dy = jax.tree.map(lambda a: a.astype(dtype), setting(np.float32))
