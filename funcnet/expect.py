@@ -111,6 +111,14 @@ def count(value: Any, what: str) -> int:
     return int(value)
 
 
+def sequences(x: Any, features: int | None = None, what: str = "x") -> None:
+    """Refuse what is not a floating array [B, T, D], with D `features`."""
+    float_array(x, rank=3, features=features)
+    if x.ndim != 3:
+        remedy = "reshape it to one batch axis, one time axis and one of features"
+        raise InputError(f"{what} as sequences [B, T, D]", describe(x), remedy)
+
+
 def fraction(value: Any, what: str, remedy: str) -> float:
     """`value` if it is a number of at least 0 and less than 1."""
     if isinstance(value, Real) and 0 <= float(value) < 1:

@@ -10,9 +10,11 @@ Residuals: those of the layers, by name.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from funcnet import expect
+from funcnet.arithmetic import added
 from funcnet.combine import parallel, serial
 from funcnet.expect import InputError, at, describe
 from funcnet.factors import total
@@ -54,18 +56,21 @@ def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
         (y_forward, state_forward), (y_backward, state_backward) = ys
         return jnp.concatenate([y_forward, y_backward], axis=-1), (state_forward, state_backward)
 
-    def halves(dy):
-        dy = jnp.asarray(dy)
-        return tuple(jnp.split(dy, [dy.shape[-1] // 2], axis=-1))  # the layers refuse halves of an odd size
-
+    @expect.by("bidirectional")
     def split(dy):
-        if not isinstance(dy, tuple):
-            return halves(dy)
-        dy, dstates = dy
-        return tuple(zip(halves(dy), dstates, strict=True))
+        dy, dstates = _cotangents(dy, 2)
+        if not expect.is_array(dy) or not dy.ndim:
+            raise InputError(
+                "a cotangent like the output", describe(dy), "give bwd a dy of the shape that fwd returned"
+            )
+        dy = jnp.asarray(dy)
+        halves = tuple(jnp.split(dy, [dy.shape[-1] // 2], axis=-1))  # the layers refuse halves of an odd size
+        return halves if dstates is None else tuple(zip(halves, dstates, strict=True))
 
     def init(key, inputs):
-        return pair.init(key, both(inputs))
+        params, state = pair.init(key, both(inputs))
+        jax.eval_shape(apply, params, state, inputs)  # refuses outputs that cannot be joined
+        return params, state
 
     def apply(params, state, inputs):
         return join(pair.apply(params, state, both(inputs)))
@@ -77,9 +82,9 @@ def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
     def bwd(params, residuals, dy, contract=total):
         dparams, (dx, dx_backward) = pair.bwd(params, residuals, split(dy), contract)
         if not isinstance(dx, Mapping):
-            return dparams, dx + dx_backward
+            return dparams, jax.tree.map(added, dx, dx_backward)
         dstates = {"state": (dx["state"], dx_backward["state"])} if "state" in dx else {}
-        return dparams, {**dx, "x": dx["x"] + dx_backward["x"], **dstates}
+        return dparams, {**dx, "x": added(dx["x"], dx_backward["x"]), **dstates}
 
     def rebuild(parts):
         return bidirectional(**parts)
@@ -100,7 +105,7 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     parts = serial(*layers, **named).parts
 
     @expect.by("stacked")
-    def check(inputs: Tree, **trees: Tree) -> None:
+    def check(inputs: Tree) -> None:
         given = inputs if isinstance(inputs, Mapping) else {"x": inputs}
         if "x" not in given:
             wanted = "an array [B, T, D], or a dict of it as x with, where wanted, lengths and state"
@@ -109,6 +114,9 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         if "state" in given and (not isinstance(states, tuple) or len(states) != len(parts)):
             wanted = f"a tuple of {len(parts)} initial states, one for each of {list(parts)}"
             raise InputError(wanted, describe(states), "give one to each layer")
+
+    @expect.by("stacked")
+    def check_trees(**trees: Tree) -> None:
         for what, tree in trees.items():
             expect.named(tree, parts, what)
 
@@ -141,11 +149,13 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return params, state
 
     def apply(params, state, inputs):
-        check(inputs, params=params, state=state)
+        check(inputs)
+        check_trees(params=params, state=state)
         return walk(inputs, lambda i, name, layer, given: layer.apply(params[name], state[name], given))
 
     def fwd(params, state, inputs, key):
-        check(inputs, params=params, state=state)
+        check(inputs)
+        check_trees(params=params, state=state)
         new_state, residuals = {}, {}
 
         def visit(i, name, layer, given):
@@ -155,8 +165,9 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return walk(inputs, visit), new_state, residuals
 
     def bwd(params, residuals, dy, contract=total):
-        check(None, params=params, residuals=residuals)
-        dx, dfinals = dy if isinstance(dy, tuple) else (dy, None)
+        check_trees(params=params, residuals=residuals)
+        with expect.by("stacked"):
+            dx, dfinals = _cotangents(dy, len(parts))
         dparams, dstates, dinputs = {}, [], None
         for i, (name, layer) in reversed(list(enumerate(parts.items()))):
             with at(name):
@@ -172,3 +183,13 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return dparams, {**dinputs, **({"state": tuple(dstates[::-1])} if "state" in dinputs else {})}
 
     return Layer("stacked", init, apply, fwd, bwd, parts, lambda parts: stacked(**parts), Made("stacked", fwd, bwd))
+
+
+def _cotangents(dy: Tree, layers: int) -> tuple[Any, tuple | None]:
+    """(dy, the cotangents of the layers' final states), None where the output has no states."""
+    if not isinstance(dy, tuple):
+        return dy, None
+    if len(dy) != 2 or not isinstance(dy[1], tuple) or len(dy[1]) != layers:
+        wanted = f"a cotangent like the output, of y alone or (y, a tuple of {layers} final states)"
+        raise InputError(wanted, describe(dy), "give bwd a dy of the structure that fwd returned")
+    return dy

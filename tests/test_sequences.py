@@ -52,15 +52,36 @@ def test_bidirectional_is_pytorchs(name, x64):
 
 def test_bidirectional_refuses_what_does_not_fit():
     uneven = fn.bidirectional(fn.rnn(2), fn.rnn(3, reverse=True))
-    params, state = jax.eval_shape(uneven.init, KEY, X)
-    with pytest.raises(fn.InputError, match="same shape"):
-        jax.eval_shape(uneven.apply, params, state, X)
+    with pytest.raises(fn.InputError, match="two outputs of the same shape"):
+        jax.eval_shape(uneven.init, KEY, X)
     with pytest.raises(fn.InputError, match="pair of initial states"):
         fn.bidirectional(fn.rnn(2), fn.rnn(2)).init(KEY, {"x": X, "state": STATE})
     layer = fn.bidirectional(fn.rnn(2), fn.rnn(2))
     params, state = layer.init(KEY, X)
     with pytest.raises(fn.InputError, match="cotangent"):
         layer.bwd(params, layer.fwd(params, state, X, None)[2], jnp.ones((*X.shape[:-1], 5)))
+
+
+Y = jnp.ones((*X.shape[:2], 2))
+
+
+@pytest.mark.parametrize("dy", [None, 1.0, (Y,), (Y, (Y[:, 0],)), (Y, (Y[:, 0],) * 3), (Y, Y, Y), {"y": Y}, (Y, {})])
+@pytest.mark.parametrize("combinator", [fn.bidirectional, fn.stacked])
+@pytest.mark.parametrize("return_state", [True, False])
+def test_a_cotangent_that_is_not_like_the_output_is_refused(combinator, return_state, dy):
+    layer = combinator(fn.rnn(2, return_state=return_state), fn.rnn(2, return_state=return_state))
+    params, state = layer.init(KEY, X)
+    residuals = layer.fwd(params, state, X, None)[2]
+    with pytest.raises(fn.InputError, match="cotangent"):
+        layer.bwd(params, residuals, dy)
+
+
+def test_ids_have_no_gradient_through_both_directions():
+    layer = fn.bidirectional(*(fn.serial(fn.embedding(5, 3), fn.rnn(2, reverse=reverse)) for reverse in (False, True)))
+    ids = jnp.zeros((2, 3), jnp.int32)
+    params, state = layer.init(KEY, ids)
+    y, _, residuals = layer.fwd(params, state, ids, None)
+    assert layer.bwd(params, residuals, jnp.ones_like(y))[1] is None
 
 
 @ALL

@@ -412,9 +412,7 @@ def _parts(inputs: Tree, heads: int) -> dict[str, Any]:
     parts = {"context": parts["x"]} | parts
     x, context = parts["x"], parts["context"]
     for name in ("x", "context"):
-        expect.float_array(parts[name], rank=3)
-        if parts[name].ndim != 3:
-            raise InputError(f"{name} as sequences [B, T, D]", describe(parts[name]), "reshape it to three axes")
+        expect.sequences(parts[name], what=name)
     if context.shape[0] != x.shape[0] or expect.dtype(context) != expect.dtype(x):
         wanted = f"a context with {x.shape[0]} examples of {expect.dtype(x)}, as x has"
         raise InputError(wanted, describe(context), "give one for each example, in the dtype of x")

@@ -19,7 +19,6 @@ Source: Gehring et al. 2017, arXiv:1705.03122 (learned); Vaswani et al. 2017, ar
 Su et al. 2021, arXiv:2104.09864 (rotary).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,8 +33,7 @@ from funcnet.arithmetic import in_front, whole, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Gather, Shift
 from funcnet.layer import Layer, no_params, stateless
-
-Initializer = Callable[..., Array]
+from funcnet.layers.dense import Initializer
 
 
 def embedding(

@@ -37,7 +37,7 @@ from jax import Array, lax
 
 from funcnet import expect
 from funcnet.arithmetic import contract_last, in_front, wide
-from funcnet.expect import InputError, describe
+from funcnet.expect import InputError
 from funcnet.factors import Outer, Shift
 from funcnet.layer import Layer, stateless
 
@@ -82,21 +82,16 @@ def lru(
         received = f"r_min={r_min}, r_max={r_max}, max_phase={max_phase}"
         raise InputError("0 <= r_min < r_max <= 1 and a positive max_phase", received, "use the defaults")
 
-    def check(x: Any, size: int | None = None) -> None:
-        expect.float_array(x, rank=3, features=size)
-        if x.ndim != 3:
-            raise InputError("sequences [B, T, D]", describe(x), "reshape x to one batch axis and one time axis")
-
     def shapes(inputs: int) -> dict[str, tuple[int, ...]]:
         own = {"nu": (states,), "theta": (states,)}
         return own | dict(zip(KERNELS, [(inputs, states)] * 2 + [(states, features)] * 2, strict=True))
 
     def fits(params: Any, x: Any) -> None:
-        check(x, expect.size(params, "kernel_real"))
+        expect.sequences(x, expect.size(params, "kernel_real"))
         expect.fields(params, x.dtype, shapes(x.shape[-1]))
 
     def init(key: Array, x: Any) -> dict[str, Array]:
-        check(x)
+        expect.sequences(x)
         keys, dtype = jax.random.split(expect.key(key), 6), expect.dtype(x)
         square, phase = (jax.random.uniform(k, (states,), wide(dtype), 1e-6) for k in keys[:2])
         within = (1 - square) * (1 - (r_min / r_max) ** 2)  # of |lambda|^2 = r_max^2 (1 - within), which may round to 1

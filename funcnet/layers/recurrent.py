@@ -52,8 +52,8 @@ from funcnet.arithmetic import contract_last, product, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Outer, Shift
 from funcnet.layer import Layer, Made, stateless
+from funcnet.layers.dense import Initializer
 
-Initializer = Callable[..., Array]
 Tree = Any
 Saved = dict[str, Array]
 States = tuple[Array, ...]
@@ -299,9 +299,7 @@ def _check(inputs: Tree, features: int, states: int, inputs_size: int | None) ->
         wanted = "an array [B, T, D], or a dict of it as x with, where wanted, lengths and state"
         raise InputError(wanted, describe(inputs), 'write {"x": x, "lengths": lengths, "state": state}')
     x = parts["x"]
-    expect.float_array(x, rank=3, features=inputs_size)
-    if x.ndim != 3:
-        raise InputError("sequences [B, T, D]", describe(x), "reshape x to one batch axis and one time axis")
+    expect.sequences(x, inputs_size)
     if "lengths" in parts:
         expect.lengths(parts["lengths"], *x.shape[:2])
     if "state" in parts:
