@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding
 
 
 def wide(dtype: Any) -> Any:
@@ -24,7 +25,7 @@ def flat(x: Array) -> Array:
 
 
 def product(a: Array, b: Array, axes: tuple[int, int], like: Array) -> Array:
-    """Contract axis `axes[0]` of matrix `a` with `axes[1]` of `b`, summed wide, in the sharding of `like`.
+    """Contract axis `axes[0]` of `a` with `axes[1]` of `b`, summed wide, in the sharding of `like`.
 
     Under a mesh with explicit axes a contraction over a sharded batch must say how its result lies.
     """
@@ -36,10 +37,29 @@ def product(a: Array, b: Array, axes: tuple[int, int], like: Array) -> Array:
 def contract_last(x: Array, kernel: Array, axis: int, like: Array | None = None) -> Array:
     """The last axis of x [.., D] with an axis of the kernel, as one matrix product, summed wide.
 
-    The result lies as `like` does, which has its shape; or as x, whose last axis is then not cut.
+    The result lies as `like` does, which has its shape; or as x, whose last axis is then not cut. An axis that is cut
+    is not merged with one in front of it.
     """
+    if any(jax.typeof(x).sharding.spec[1:-1]):
+        return product(x, kernel, (x.ndim - 1, axis), x if like is None else like)
     y = product(flat(x), kernel, (1, axis), flat(x if like is None else like))
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def cut_as(x: Array, axes: int) -> NamedSharding:
+    """How an array lies on the mesh of x whose first `axes` axes are cut as those of x are, and no others."""
+    sharding = jax.typeof(x).sharding
+    return NamedSharding(sharding.mesh, jax.P(*sharding.spec[:axes]))
+
+
+def regrouped(x: Array, shape: tuple[int, ...]) -> Array:
+    """x [B, ..] in another shape [B, ..] or [B T, ..], cut along its first axis alone, as x is."""
+    return x.reshape(shape, out_sharding=cut_as(x, 1))
+
+
+def pieces(x: Array) -> int:
+    """Into how many pieces explicit axes of a mesh cut the first axis."""
+    return x.shape[0] // jax.typeof(x).sharding.shard_shape(x.shape)[0]
 
 
 def placed(a: Array, like: Array) -> Array:

@@ -5,11 +5,12 @@
 Sums run in float32 or wider.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from funcnet.arithmetic import flat, product, wide
+from funcnet.arithmetic import cut_as, flat, product, regrouped, wide
 from funcnet.window import Windows, entries
 
 
@@ -34,19 +35,20 @@ def correlation(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
         padding=pads,
         rhs_dilation=windows.strides,
         dimension_numbers=axes,
+        out_sharding=jax.typeof(kernel).sharding,
     )
 
 
 def correlation_by_taps(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
     """The same as one product for each entry of the window."""
     groups, high = x.shape[-1] // kernel.shape[-2], wide(x.dtype)
-    split = lambda a: a.reshape(-1, groups, a.shape[-1] // groups).astype(high)
+    split = lambda a: regrouped(a, (-1, groups, a.shape[-1] // groups)).astype(high)
     if groups == x.shape[-1] == dy.shape[-1]:
         return _by_channels(x, dy, windows, kernel)
     if groups == 1:
         tap = lambda entry: product(flat(entry), flat(dy), (0, 0), kernel[(0,) * len(windows.window)])
     else:
-        tap = lambda entry: jnp.einsum("ngi,ngj->igj", split(entry), split(dy))
+        tap = lambda entry: jnp.einsum("ngi,ngj->igj", split(entry), split(dy), out_sharding=cut_as(dy, 0))
     return jnp.stack([tap(entry) for entry in entries(windows, x)]).reshape(kernel.shape)
 
 

@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from funcnet.arithmetic import flat, placed, product, whole, wide
+from funcnet.arithmetic import cut_as, flat, placed, product, whole, wide
 from funcnet.columns import block, blocks, joined
 from funcnet.correlation import correlation, correlation_by_taps
 from funcnet.expect import InputError, describe
@@ -249,8 +249,8 @@ def _in_table(factor: Gather) -> tuple[Array, Array]:
 def _table(ids: Array, dy: Array, size: int) -> Array:
     """The table [size, D] of the sums of dy [N, D] by ids [N], summed wide."""
     zeros = jnp.zeros((size, dy.shape[-1]), wide(dy.dtype))
-    # A scatter of a sharded batch must say how its result lies: whole, like zeros.
-    return zeros.at[ids].add(dy.astype(zeros.dtype), mode="drop", out_sharding=jax.typeof(zeros).sharding)
+    # A scatter of a sharded batch must say how its result lies: whole.
+    return zeros.at[ids].add(dy.astype(zeros.dtype), mode="drop", out_sharding=cut_as(dy, 0))
 
 
 def _of_window(factor: Window, param: Array, correlation: Callable[..., Array]) -> Array:

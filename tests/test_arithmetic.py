@@ -6,7 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funcnet.arithmetic import added, contract_last, flat, in_front, placed, product, whole, wide
+from funcnet.arithmetic import (
+    added,
+    contract_last,
+    cut_as,
+    flat,
+    in_front,
+    pieces,
+    placed,
+    product,
+    regrouped,
+    whole,
+    wide,
+)
 
 HALF = [jnp.float16, jnp.bfloat16]
 RNG = np.random.default_rng(0)
@@ -79,6 +91,13 @@ def test_the_last_axis_is_contracted_at_every_rank(leading, axis, x64):
 def test_without_a_mesh_an_array_stays_where_it_is():
     a = jnp.ones((2, 3))
     assert placed(a, jnp.zeros((4, 1))) is a
+
+
+def test_without_a_mesh_an_array_is_in_one_piece():
+    a = jnp.arange(24.0).reshape(4, 3, 2)
+    assert pieces(a) == 1
+    assert cut_as(a, 1).mesh.empty
+    np.testing.assert_array_equal(regrouped(a, (12, 2)), a.reshape(12, 2))
 
 
 def test_in_front_come_axes_of_size_one():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,21 @@ largest_feature = fn.stateless(
     lambda _, x: (jnp.argmax(x, -1), x),
     lambda p, x, dy, contract: ({}, jnp.zeros_like(x)),
 )
+label = lambda x: jnp.argmax(x[..., 1:], -1) + 1
+
+
+def spoken(x):
+    """Two labels of each example, for all of its steps."""
+    labels = label(x[:, :2])
+    whole = lambda n: jnp.full_like(labels[:, 0], n)
+    return {"labels": labels, "label_lengths": whole(2), "logit_lengths": whole(x.shape[1])}
+
+
+def beside(target):
+    """A layer that puts target(x) beside x, for a loss in the tables below."""
+    return fn.stateless("beside", no_params, lambda _, x: ((x, target(x)), ()), lambda p, r, dy, contract: ({}, dy[0]))
+
+
 look_up = fn.serial(largest_feature, fn.embedding(5, 3, dtype=float))
 block = fn.serial(fn.layer_norm(), fn.dense(6), fn.gelu(), fn.dense(5))
 MODELS = {
@@ -234,6 +250,17 @@ SHARDED = {
     "rms_norm, sharded scale": (fn.rms_norm(), (8, 12), P(), {"scale": P("data")}),
     "batch_norm": (fn.batch_norm(), (8, 3, 12), P("data"), {}),
     "batch_norm, sharded parameters": (fn.batch_norm(), (8, 12), P("data"), {"scale": P("model"), "bias": P("model")}),
+    "conv": (fn.conv(6, 3, 2), (8, 5, 4, 12), P("data"), {}),
+    "conv, kernel larger than its input": (fn.conv(16, 3), (8, 2, 2, 12), P("data"), {}),
+    "conv in groups": (fn.conv(6, 3, groups=2), (8, 5, 4, 12), P("data"), {}),
+    "conv_transpose": (fn.conv_transpose(6, 3, 2), (8, 5, 4, 12), P("data"), {}),
+    "max_pool": (fn.max_pool(3, 2, "SAME"), (8, 5, 4, 3), P("data"), {}),
+    "avg_pool": (fn.avg_pool(2), (8, 6, 4, 3), P("data"), {}),
+    "group_norm": (fn.group_norm(2), (8, 3, 2, 12), P("data"), {}),
+    "lstm": (fn.lstm(4), (8, 3, 12), P("data"), {}),
+    "bidirectional gru": (fn.bidirectional(fn.gru(4), fn.gru(4, reverse=True)), (8, 3, 12), P("data"), {}),
+    "linear_cross_entropy": (fn.serial(beside(label), fn.linear_cross_entropy(13)), (8, 3, 12), P("data"), {}),
+    "ctc": (fn.serial(beside(spoken), fn.ctc()), (8, 5, 6), P("data"), {}),
     "depthwise conv": (fn.conv(12, 3, groups=12), (8, 5, 4, 12), P("data"), {}),
     "embedding": (fn.serial(largest_feature, fn.embedding(12, 4)), (8, 3, 12), P("data"), {}),
     "embedding, no positions": (fn.serial(largest_feature, fn.embedding(12, 4)), (8, 12), P("data"), {}),
@@ -247,6 +274,14 @@ SHARDED = {
     "mixed": (fn.mixed(fn.dense(16)), (8, 12), P("data"), {}),
     "flatten": (fn.flatten(), (8, 3, 4), P("data"), {}),
 }
+# where a model above runs: (what is around the call, what is made of the function)
+WAYS = {
+    "under jit": (jax.set_mesh, jax.jit),
+    "eagerly": (jax.set_mesh, lambda f: f),
+    "under jit, the mesh not set": (nullcontext, jax.jit),
+}
+EAGERLY = ("conv", "max_pool", "group_norm", "lstm", "linear_cross_entropy", "ctc", "embedding")  # slower to run
+CALLS = {f"{name}, {way}": (name, way) for way in WAYS for name in (EAGERLY if way == "eagerly" else SHARDED)}
 # name: (factor of a and b [8, 12] and [8, 16], parameter's shape, the factor's layout, the parameter's layout)
 SHARDED_FACTORS = {
     f"{kind}, {name}": (kind, factor, param)
@@ -275,21 +310,22 @@ def same_and_alike(got, params, wanted):
         assert g.sharding.is_equivalent_to(p.sharding, p.ndim), f"{path}: {g.sharding.spec} for {p.sharding.spec}"
 
 
-def check_sharded(name, mesh):
+def check_sharded(name, way, mesh):
     model, shape, layout, layouts = SHARDED[name]
     params, state, x, dy = draw(model, shape, jnp.float32)
 
-    @jax.jit
     def gradients(params, x, dy):
         _, new_state, residuals = model.fwd(params, state, x, None)
         return *model.bwd(params, residuals, dy), new_state
 
-    *wanted, wanted_state = jax.tree.map(np.asarray, gradients(params, x, dy))
-    with jax.set_mesh(mesh):
-        params = {k: jax.device_put(v, layouts.get(k, P())) for k, v in params.items()}
-        x = jax.device_put(x, layout)
+    *wanted, wanted_state = jax.tree.map(np.asarray, jax.jit(gradients)(params, x, dy))
+    around, transform = WAYS[way]
+    at = lambda spec: jax.NamedSharding(mesh, spec)
+    with around(mesh):
+        params = {k: jax.device_put(v, at(layouts.get(k, P()))) for k, v in params.items()}
+        x = jax.device_put(x, at(layout))
         y = jax.eval_shape(lambda params, x: model.fwd(params, state, x, None)[0], params, x)
-        dparams, dx, new_state = gradients(params, x, jax.device_put(dy, y.sharding.spec))
+        dparams, dx, new_state = transform(gradients)(params, x, jax.device_put(dy, at(y.sharding.spec)))
         same_and_alike((dparams, dx), (params, x), tuple(wanted))
         assert_trees_close(new_state, wanted_state, rtol=1e-5, atol=1e-6)
 
@@ -376,7 +412,7 @@ def check_batch_statistics(kind):
 def check_all_sharded():
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
-    report = {name: in_child(lambda name=name: check_sharded(name, mesh)) for name in SHARDED}
+    report = {name: in_child(lambda call=call: check_sharded(*call, mesh)) for name, call in CALLS.items()}
     report |= {name: in_child(lambda name=name: check_sharded_factor(name, mesh)) for name in SHARDED_FACTORS}
     report |= {name: in_child(lambda name=name: check_sharded_step(name, mesh)) for name in STEPS}
     report |= {
@@ -401,7 +437,7 @@ def sharded_report():
 STATISTICS = ["batch statistics, Auto", "batch statistics, Explicit"]
 
 
-@pytest.mark.parametrize("name", [*SHARDED, *SHARDED_FACTORS, *STEPS, *STATISTICS, "value_and_grad"])
+@pytest.mark.parametrize("name", [*CALLS, *SHARDED_FACTORS, *STEPS, *STATISTICS, "value_and_grad"])
 def test_under_explicit_axes_gradients_are_right_and_lie_like_their_parameters(name, sharded_report):
     assert sharded_report[name] == ""
 

@@ -21,15 +21,13 @@ Su et al. 2021, arXiv:2104.09864 (rotary).
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.nn import initializers
-from jax.sharding import NamedSharding
 
 from funcnet import expect
-from funcnet.arithmetic import in_front, whole, wide
+from funcnet.arithmetic import cut_as, in_front, whole, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Gather, Shift
 from funcnet.layer import Layer, no_params, stateless
@@ -181,12 +179,10 @@ def _angles(positions: Array, x: Array, base: float) -> Array:
 
 def _rows(table: Array, ids: Array) -> Array:
     """table[ids], NaN for an id out of range; a lookup by sharded ids must say how its result lies: like them."""
-    sharding = jax.typeof(ids).sharding
-    like_ids = NamedSharding(sharding.mesh, jax.P(*sharding.spec, None))
     return (
         jnp.asarray(table)
         .at[ids]
-        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=like_ids)
+        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=cut_as(ids, ids.ndim))
     )
 
 

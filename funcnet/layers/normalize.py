@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet import expect
-from funcnet.arithmetic import in_front, placed, wide
+from funcnet.arithmetic import in_front, placed, regrouped, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
@@ -81,7 +81,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
     def grouped(x: Array) -> Array:
         """x [B, .., C] as [B, N, G, C / G]."""
         count = groups or x.shape[-1]
-        return x.reshape(x.shape[0], -1, count, x.shape[-1] // count)
+        return regrouped(x, (x.shape[0], -1, count, x.shape[-1] // count))
 
     def init(key: Array, x: Any) -> dict[str, Array]:
         check(x)
@@ -94,7 +94,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         high = high - _mean(high)
         high = high - _mean(high)  # takes off the rounding error of the first mean
         rstd = lax.rsqrt(_mean(jnp.square(high)) + eps)
-        x_hat = (high * rstd).astype(x.dtype).reshape(x.shape)
+        x_hat = regrouped((high * rstd).astype(x.dtype), x.shape)
         y = x_hat * in_front(params["scale"], x.ndim) + in_front(params["bias"], x.ndim)
         return y, Normalised(x_hat, rstd)
 
@@ -103,7 +103,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         expect.fields(params, x_hat.dtype, dict.fromkeys(("scale", "bias"), x_hat.shape[-1:]))
         dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
         x_high, g = (grouped(a.astype(rstd.dtype)) for a in (x_hat, dy * in_front(params["scale"], dy.ndim)))
-        dx = pulled(g - _mean(g), x_high, rstd, eps, _mean).reshape(dy.shape)
+        dx = regrouped(pulled(g - _mean(g), x_high, rstd, eps, _mean), dy.shape)
         dparams = {
             "scale": contract(Scale(x_hat, dy), params["scale"]),
             "bias": contract(Shift(dy), params["bias"]),

@@ -32,7 +32,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet import expect
-from funcnet.arithmetic import wide
+from funcnet.arithmetic import regrouped, wide
 from funcnet.expect import InputError
 from funcnet.layer import Layer, no_params, stateless
 from funcnet.window import Padding, Sizes, Windows, entries, sliding
@@ -205,7 +205,8 @@ def _pull(windows: Windows, dy: Array, like: Array, winner: Array | None = None)
         mask = jnp.asarray(inside) if winner is None else shifted(winner, shift) == jnp.asarray(offset, winner.dtype)
         dx = dx + jnp.where(mask, shifted(dy, shift), jnp.zeros((), dy.dtype))
     dx = dx.astype(like.dtype)
-    dx = dx.reshape(dx.shape[0], *(q * s for q, s in zip(blocks, windows.strides, strict=True)), dx.shape[-1])
+    joined = (q * s for q, s in zip(blocks, windows.strides, strict=True))
+    dx = regrouped(dx, (dx.shape[0], *joined, dx.shape[-1]))
     starts = [low for low, _ in windows.padding]
     ends = [low + i for low, i in zip(starts, windows.inputs, strict=True)]
     return lax.slice(dx, (0, *starts, 0), (dx.shape[0], *ends, dx.shape[-1]))

@@ -48,7 +48,7 @@ from jax import Array, lax
 from jax.nn import initializers, sigmoid
 
 from funcnet import expect
-from funcnet.arithmetic import contract_last, product, wide
+from funcnet.arithmetic import contract_last, cut_as, product, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Outer, Shift
 from funcnet.layer import Layer, Made, stateless
@@ -317,7 +317,7 @@ def _sequences(inputs: Tree, features: int, states: int) -> Sequences:
     if "lengths" in parts:
         valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < parts["lengths"].astype(jnp.int32)[:, None]
         x = jnp.where(valid[..., None], x, 0)  # a NaN in the padding would come through products with 0
-    zero = jnp.zeros((x.shape[0], features), x.dtype)
+    zero = jnp.zeros((x.shape[0], features), x.dtype, out_sharding=cut_as(x, 1))
     initial = tuple(jax.tree.leaves(parts.get("state", (zero,) * states)))
     return Sequences(x, valid, _cast(initial, wide(x.dtype)))
 
@@ -326,7 +326,7 @@ def _cotangents(dy: Tree, y: Array, states: int, return_state: bool) -> tuple[Ar
     """(dy, the cotangents of the final states), the latter zeros where the state is not returned."""
     shape = (y.shape[0], y.shape[2])
     if not return_state:
-        zero = jnp.zeros(shape, wide(y.dtype))
+        zero = jnp.zeros(shape, wide(y.dtype), out_sharding=cut_as(y, 1))
         return expect.cotangent(dy, y.shape, y.dtype), (zero,) * states
     like = _bare((jax.ShapeDtypeStruct(shape, y.dtype),) * states)
     if not isinstance(dy, tuple) or len(dy) != 2 or jax.tree.structure(dy[1]) != jax.tree.structure(like):

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array, lax, nn
 
 from funcnet import expect
-from funcnet.arithmetic import whole, wide
+from funcnet.arithmetic import cut_as, whole, wide
 from funcnet.expect import InputError, describe
 from funcnet.losses.loss import Loss, stateless_loss
 
@@ -95,12 +95,13 @@ def ctc(blank: int = 0) -> Loss:
 
     def states(shape, target):
         labels, n, t = (whole(target[name]).astype(jnp.int32) for name in TARGET)
-        batch, most = labels.shape
+        most = labels.shape[1]
         own = jnp.arange(most, dtype=jnp.int32)[None] < n[:, None]
         wrong = own & ((labels < 0) | (labels >= shape[2]) | (labels == blank))
         fits = (n >= 0) & (n <= most) & (t >= 0) & (t <= shape[1]) & ~jnp.any(wrong, axis=1)
         labels = jnp.where(own & ~wrong, labels, blank)
-        classes = jnp.full((batch, 2 * most + 1), blank, jnp.int32).at[:, 1::2].set(labels)
+        # A blank before, between and behind them; a row of none has one blank alone.
+        classes = lax.pad(labels, np.int32(blank), [(0, 0, 0), (1, min(most, 1), 1)])
         s = jnp.arange(2 * most + 1, dtype=jnp.int32)[None]
         skip = (s >= 2) & (classes != blank) & (classes != _shifted(classes, 2, blank))
         last = (s == 2 * n[:, None]) | ((s == 2 * n[:, None] - 1) & (n[:, None] > 0))
@@ -124,9 +125,10 @@ def ctc(blank: int = 0) -> Loss:
             return a, a
 
         # In front of the first step all walks are at the first blank, from where s = 0 and s = 1 are reached.
-        start = jnp.where(jnp.arange(of.classes.shape[1]) == 0, 0.0, -jnp.inf).astype(lse.dtype)
+        first = jnp.where(jnp.arange(of.classes.shape[1]) == 0, 0.0, -jnp.inf).astype(lse.dtype)
+        start = jnp.broadcast_to(first[None], of.classes.shape, out_sharding=cut_as(logits, 1))
         each = jnp.arange(logits.shape[1], dtype=jnp.int32), emitted(logits, lse, of.classes)
-        end, log_a = lax.scan(step, jnp.broadcast_to(start[None], of.classes.shape), each)
+        end, log_a = lax.scan(step, start, each)
         loss = jnp.where(of.fits, -_log_sum(jnp.where(of.last, end, -jnp.inf), 1), jnp.nan)
         return loss, Alignments(logits, lse, log_a, loss, target)
 
@@ -150,7 +152,7 @@ def ctc(blank: int = 0) -> Loss:
         softmax = jnp.exp(logits.astype(lse.dtype) - lse[..., None])
         examples = jnp.arange(logits.shape[0], dtype=jnp.int32)
         place = examples[:, None, None], steps[None, :, None], of.classes[:, None]
-        slope = softmax.at[place].add(-jnp.swapaxes(shares, 0, 1))
+        slope = softmax.at[place].add(-jnp.swapaxes(shares, 0, 1), out_sharding=cut_as(logits, 1))
         counted = (steps[None] < lengths[:, None]) & ~jnp.isinf(loss)[:, None]
         slope = jnp.where(counted[..., None], g[:, None, None] * slope, 0.0)
         dlogits = jnp.where(of.fits[:, None, None], slope, jnp.nan).astype(logits.dtype)

@@ -36,7 +36,7 @@ from jax import Array, lax, nn
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import flat, product, whole, wide
+from funcnet.arithmetic import flat, pieces, product, whole, wide
 from funcnet.columns import add_block, block, blocks, fresh
 from funcnet.expect import InputError, describe
 from funcnet.factors import Blocks, Outer, Shift
@@ -156,7 +156,7 @@ def linear_cross_entropy(
     def fwd(params, pair):
         x, label, rows, labels = entered(params, pair)
         size = even(vocab, chunk // len(rows))
-        zero = jnp.zeros(labels.shape, wide(x.dtype))
+        zero = jnp.zeros_like(labels, wide(x.dtype))
 
         def body(sums, i):
             top, total, own, everything = sums
@@ -191,7 +191,7 @@ def linear_cross_entropy(
             return dx, {name: contract(factors[name], head[name]) for name in names}
 
         answers: Any
-        dx, answers = lax.scan(body, jnp.zeros(flat(x).shape, lse.dtype), blocks(params["kernel"], size))
+        dx, answers = lax.scan(body, jnp.zeros_like(flat(x), lse.dtype), blocks(params["kernel"], size))
         if contract.joined is None:
             factors = {"kernel": Blocks(saved, outer, size), "bias": Blocks(saved, shift, size)}
             dparams = {name: contract(factors[name], params[name]) for name in names}
@@ -216,12 +216,14 @@ def linear_cross_entropy(
         x, label, rows, labels = entered(params, jax.tree.map(jnp.asarray, pair))
         high, width = wide(x.dtype), even(vocab, COLUMNS)
         g = expect.cotangent(weights, label.shape, weights.dtype).astype(high).reshape(-1)
-        size = even(len(rows), chunk // vocab)
+        cut = pieces(rows)
+        size = cut * even(len(rows) // cut, chunk // vocab // cut)
 
         def chunks(a):
             """[N, ..] as [chunks, size, ..], what is added at the end with weight 0.
 
-            A chunk has every n-th position, n the number of chunks, so that a batch that is cut along a mesh stays so.
+            A chunk has every n-th position, n the number of chunks, so that a batch that is cut along a mesh stays so,
+            and as many positions of each piece.
             """
             padded = jnp.pad(a, [(0, -len(a) % size)] + [(0, 0)] * (a.ndim - 1))
             return jnp.moveaxis(padded.reshape(size, -1, *a.shape[1:]), 1, 0)
@@ -244,10 +246,10 @@ def linear_cross_entropy(
                 return dx, {name: add_block(grads[name], share[name], i, width) for name in names}
 
             steps = len(blocks(params["kernel"], width))
-            dx, grads = lax.fori_loop(0, steps, body, (jnp.zeros(x.shape, high), grads))
+            dx, grads = lax.fori_loop(0, steps, body, (jnp.zeros_like(x, high), grads))
             return grads, (values(lse, own, jnp.sum(z, axis=1), label), dx.astype(x.dtype))
 
-        zeros = {name: jnp.zeros(params[name].shape, high) for name in names}
+        zeros = {name: jnp.zeros_like(params[name], high) for name in names}
         grads, (loss, dx) = lax.scan(chunk_of, zeros, (chunks(rows), chunks(labels), chunks(g)))
         dparams = {name: grads[name].astype(params[name].dtype) for name in names}
         return joined(loss).reshape(label.shape), (dparams, (joined(dx).reshape(x.shape), None))

@@ -224,14 +224,14 @@ def test_logits_are_never_whole(way):
 
 
 CUT = """
-import jax, numpy as np, funcnet as fn
+import sys, jax, numpy as np, funcnet as fn
 rng = np.random.default_rng(0)
 batch = rng.standard_normal((16, 4)).astype(np.float32), rng.integers(0, 50, 16).astype(np.int32)
-objective = fn.objective(fn.dense(8), fn.linear_cross_entropy(50, chunk=200))
+objective = fn.objective(fn.dense(8), fn.linear_cross_entropy(50, chunk=int(sys.argv[2])))
 params, state = objective.init(jax.random.key(0), batch)
 f = jax.jit(fn.value_and_grad(objective))
 wanted = f(params, state, batch)
-mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType[sys.argv[1]],))
 at = lambda *axes: jax.sharding.NamedSharding(mesh, jax.P(*axes))
 args = jax.device_put(params, at()), state, jax.device_put(batch, at("data"))
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), f(*args), wanted)
@@ -241,10 +241,12 @@ assert not any(word in program for word in ("all-gather", "all-to-all", "collect
 """
 
 
-def test_a_batch_that_is_cut_along_a_mesh_stays_so_in_the_chunks():
+@pytest.mark.parametrize(("axes", "chunk"), [("Auto", 200), ("Explicit", 200), ("Explicit", 150), ("Explicit", 1)])
+def test_a_batch_that_is_cut_along_a_mesh_stays_so_in_the_chunks(axes, chunk):
     """Data-parallel, on two simulated devices: gradients are summed over them, all else stays where it is."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", CUT], env=environment, capture_output=True, text=True, cwd=ROOT)
+    run = [sys.executable, "-c", CUT, axes, str(chunk)]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
