@@ -245,7 +245,7 @@ def _recurrent(
 
         def body(states, at):
             a, valid = at
-            u = product(states[0].astype(x.dtype), params["recurrent_kernel"], (1, 0), states[0])
+            u = product(states[0].astype(x.dtype), params["recurrent_kernel"], (1, 0), a)
             new, kept = cell.step(params, a, u, states)
             return _where(valid, new, states), (new[0].astype(x.dtype), _cast(kept, x.dtype))
 

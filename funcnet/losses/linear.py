@@ -36,7 +36,7 @@ from jax import Array, lax, nn
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import flat, pieces, product, whole, wide
+from funcnet.arithmetic import flat, pieces, placed, product, whole, wide
 from funcnet.columns import add_block, block, blocks, fresh
 from funcnet.expect import InputError, describe
 from funcnet.factors import Blocks, Outer, Shift
@@ -249,7 +249,7 @@ def linear_cross_entropy(
             dx, grads = lax.fori_loop(0, steps, body, (jnp.zeros_like(x, high), grads))
             return grads, (values(lse, own, jnp.sum(z, axis=1), label), dx.astype(x.dtype))
 
-        zeros = {name: jnp.zeros_like(params[name], high) for name in names}
+        zeros = {name: placed(jnp.zeros(params[name].shape, high), params[name]) for name in names}
         grads, (loss, dx) = lax.scan(chunk_of, zeros, (chunks(rows), chunks(labels), chunks(g)))
         dparams = {name: grads[name].astype(params[name].dtype) for name in names}
         return joined(loss).reshape(label.shape), (dparams, (joined(dx).reshape(x.shape), None))
