@@ -88,7 +88,7 @@ _BY_REASON = {
         "_shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf)))",
         "ctc: ways = ((after, _shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf), "
         "_shifted(after, -1, -jnp.inf)))",
-        "ctc: slope = softmax.at[place].add(-(jnp.swapaxes(shares, 1, 0)))",
+        "ctc: slope = softmax.at[place].add(-(jnp.swapaxes(shares, 1, 0)), out_sharding=cut_as(logits, 1))",
     ],
     "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
         "cross_entropy: dlogits = jnp.where(factor == -1, 0.0, factor * dy * slope)",
@@ -117,7 +117,7 @@ _BY_REASON = {
     "few terms in half precision are summed as well as half precision can tell; test_factors.py has long sums": [
         "total: answer = reduce(jnp.add, [total(each, (param)) for each in factors])",
         "_one_by_one: return answer((gradient))",
-        "correlation_by_taps: lambda a: (a.reshape(-1, groups, a.shape[-1] // groups))",
+        "correlation_by_taps: lambda a: (regrouped(a, (-1, groups, a.shape[-1] // groups)))",
         "_pull: dy = (dy)",
         "_through: widely = (replace(found))",
         "_through: lambda factor, param: found.of(factor, (param))",
@@ -157,8 +157,8 @@ _BY_REASON = {
         '_group_norm: dparams = { "scale": contract((Scale(dy, x_hat)), params["scale"]), "bias": contract(Shift(dy), params["bias"]), }',
         'prelu: return {"slope": contract((Scale(dy, jnp.where(x <= 0, x, 0.0))), params["slope"])}, dx',
         "_pull: padded = [low + i + high for i, (high, low) in zip(windows.inputs, windows.padding, strict=True)]",
-        "_pull: dx = dx.reshape(dx.shape[0], *(q * s for (s, q) in zip(blocks, windows.strides, strict=True)), dx.shape[-1])",
-        "_pull: dx = dx.reshape(dx.shape[0], *(q * s for q, s in (zip(windows.strides, blocks, strict=True))), dx.shape[-1])",
+        "_pull: joined = (q * s for (s, q) in zip(blocks, windows.strides, strict=True))",
+        "_pull: joined = (q * s for q, s in (zip(windows.strides, blocks, strict=True)))",
         "_pull: ends = [low + i for (i, low) in zip(starts, windows.inputs, strict=True)]",
         "_pull: ends = [low + i for low, i in (zip(windows.inputs, starts, strict=True))]",
         "_shifts: offsets = np.full([m * s for (s, m) in zip(reach, windows.strides, strict=True)], prod(windows.window))",
@@ -261,7 +261,7 @@ _BY_REASON = {
         "_inner: same = (ids[:, :, None] == others[:, None])",
         "_inner: same = (ids[:, :, None] == others[:, None]) & ((ids[:, :, None] <= a.size))",
         "_inner: same = (ids[:, :, None] == others[:, None]) & (ids[:, None, :] < a.size)",
-        "_table: return (zeros.at[ids].add(dy.astype(zeros.dtype), out_sharding=jax.typeof(zeros).sharding))",
+        "_table: return (zeros.at[ids].add(dy.astype(zeros.dtype), out_sharding=cut_as(dy, 0)))",
         "_in_table: inside = ((ids >= 0) | (ids < factor.size))",
         "_in_table: inside = (ids >= 0)",
         "_in_table: inside = (ids < factor.size)",
