@@ -17,7 +17,7 @@ and with w_t = lambda h_{t-1}, so that u_t = h_t - w_t, for each position
 
     da_t = Re(w_t* g_t) - Re(u_t* g_t) / (e^(-2a) - 1)         db_t = Im(w_t* g_t)
 
-of which nu and theta have the factors Shift(a da) and Shift(b db). a / (e^(-2a) - 1) goes to -1/2 where nothing decays.
+of which nu and theta have the factors Shift(a da) and Shift(b db). As a goes to 0, a / (e^(-2a) - 1) goes to -1/2.
 
 Residuals: x [B, T, D] and h [B, T, N].  Why these: autodiff would keep the tree of the scan, log T arrays like h; w and
 u follow from h.
@@ -129,7 +129,7 @@ def lru(
         of_w, of_u = jnp.conj(w) * g, jnp.conj(h - w) * g
         a, b, gain, _ = (in_front(each, 3) for each in turn)
         rest = jnp.expm1(-2 * a)
-        share = jnp.where(rest > 0, a / jnp.where(rest > 0, rest, 1.0), -0.5)
+        share = a / jnp.where(rest > 0, rest, 1.0)  # without any decay u is 0, and so is its share
         factors = {"nu": Shift(a * jnp.real(of_w) - share * jnp.real(of_u)), "theta": Shift(b * jnp.imag(of_w))}
         dv = [(gain * part).astype(x.dtype) for part, _ in _parts(g, KERNELS[:2])]
         dx = contract_last(dv[0], params["kernel_real"], 1) + contract_last(dv[1], params["kernel_imag"], 1)

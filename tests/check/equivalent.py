@@ -104,6 +104,18 @@ _BY_REASON = {
         'batch_norm: factors = {"scale": Scale(x_hat, dy, mixes=True), "bias": Shift(dy, mixes=False)}',
     ],
     "without a mesh there is one sharding; test_factors.py has meshes": [
+        "_cotangents: zero = (jnp.zeros(shape, wide(y.dtype)))",
+        "_cotangents: zero = jnp.zeros(shape, wide(y.dtype), out_sharding=cut_as(y, 0))",
+        "_cotangents: zero = jnp.zeros(shape, wide(y.dtype), out_sharding=cut_as(y, 2))",
+        '_table: return zeros.at[ids].add(dy.astype(zeros.dtype), mode="drop", out_sharding=cut_as(dy, -1))',
+        '_table: return zeros.at[ids].add(dy.astype(zeros.dtype), mode="drop", out_sharding=cut_as(dy, 1))',
+        "correlation: return (lax.conv_general_dilated(x.astype(wide(x.dtype)), dy.astype(wide(dy.dtype)), window_strides=windows.dilation, padding=pads, rhs_dilation=windows.strides, dimension_numbers=axes))",
+        "correlation_by_taps: lambda entry: (jnp.einsum('ngi,ngj->igj', split(entry), split(dy)))",
+        'correlation_by_taps: lambda entry: jnp.einsum("ngi,ngj->igj", split(entry), split(dy), out_sharding=cut_as(dy, -1))',
+        'correlation_by_taps: lambda entry: jnp.einsum("ngi,ngj->igj", split(entry), split(dy), out_sharding=cut_as(dy, 1))',
+        "ctc: slope = (softmax.at[place].add(-jnp.swapaxes(shares, 0, 1)))",
+        "ctc: slope = softmax.at[place].add(-jnp.swapaxes(shares, 0, 1), out_sharding=cut_as(logits, 0))",
+        "ctc: slope = softmax.at[place].add(-jnp.swapaxes(shares, 0, 1), out_sharding=cut_as(logits, 2))",
         "total: answer = (_table(ids.reshape(-1), flat(dy), size))",
         "total: answer = (_of_window(factor, param, correlation))",
         "_table: return (zeros.at[ids].add(dy.astype(zeros.dtype), mode='drop'))",
@@ -136,6 +148,8 @@ _BY_REASON = {
         "repeat: (x, dx), dparams = (lax.scan(body, carry, layers, reverse=True))",
     ],
     "a sum is the same in any order, and a product with its factors exchanged": [
+        "bidirectional: return dparams, (jax.tree.map(added, dx_backward, dx))",
+        "bidirectional: return dparams, {**dx, \"x\": (added(dx_backward['x'], dx['x'])), **dstates}",
         "squared_norm: crossed = [2 * (_inner(b, a, param)) for a, b in combinations(factor.factors, 2)]",
         "squared_norm: crossed = [2 * _inner(a, b, param) for (b, a) in combinations(factor.factors, 2)]",
         "squared_norm: return (jnp.maximum(0, sum(squares + crossed)))",
@@ -171,6 +185,7 @@ _BY_REASON = {
         "contrastive: by_row, by_column = ((g[None] * nn.softmax(s, axis=0), g[:, None] * nn.softmax(s, axis=1)))",
     ],
     "zeros have no sign, and a query, key and value of one size the same shape": [
+        'linear_cross_entropy: dx, answers = lax.scan(body, (jnp.zeros_like(-flat(x), lse.dtype)), blocks(params["kernel"], size))',
         "_one_by_one: lambda leaf: jnp.where((each == i).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, (jnp.zeros_like(-leaf)))",
         "_pull: lambda a: (jnp.zeros_like(-a, high))",
         "_pull: start = jax.tree.map(lambda a: jnp.zeros_like(a, high), ((q, v.mT, k.mT, scores.bias)))",
@@ -271,6 +286,7 @@ _BY_REASON = {
         "_in_table: return jnp.where(inside, ids, factor.size), jnp.where(inside[..., None], factor.dy, (jnp.zeros_like(-factor.dy)))",
     ],
     "the axis is the last of two, the last of all from either end, or one of size 1": [
+        "_wide_examples: steps = math.prod(a.shape[1 : (-rank)])",
         "_table: zeros = jnp.zeros((size, dy.shape[(1)]), wide(dy.dtype))",
         "_of_window: answer = correlation(factor.dy, factor.x, factor.geometry, (jnp.swapaxes(param, -2, -1)))",
         "_of_window: return lax.rev((jnp.swapaxes(answer, -2, -1)), range(param.ndim - 2))",
@@ -299,6 +315,12 @@ _BY_REASON = {
     ],
     "rows of zeros are added there; test_embedding.py says which ids they have": [
         "_touched: unique, place = (jnp.unique(ids, return_inverse=True, size=ids.size))",
+    ],
+    "no case has a state that does not decay; test_lru.py has, and any positive number will do there": [
+        "lru: share = a / jnp.where((rest >= 0), rest, 1.0)",
+        "lru: share = a / jnp.where(rest > -1, rest, 1.0)",
+        "lru: share = a / jnp.where(rest > 0, rest, 0)",
+        "lru: share = a / jnp.where(rest > 0, rest, 2)",
     ],
     "no case has a row of zeros; test_normalize.py has": [
         "unit_pullback: zero = length == 1",
