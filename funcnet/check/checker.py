@@ -54,8 +54,8 @@ def check_layer(
         layer: any `Layer`; a loss is a layer over (prediction, target).
         x: its input: arrays, `jax.ShapeDtypeStruct`s or texts such as "f32[8,16]" and "i32[8]<10" to be drawn
             (`funcnet.check.spec`), or a pytree of them.
-        params, state: by default from `init`, the parameters then moved at random, so that no zero bias or unit scale
-            hides a mistake.
+        params, state: given as x is; by default from `init`, the parameters then moved at random, so that no zero bias
+            or unit scale hides a mistake.
         dtype: floating arrays are cast to it; float64 runs in JAX's 64-bit mode. Half precision is judged against
             float64, and by what autodiff reaches in that dtype. Give "float32" for a layer that takes nothing else.
         oracles: which of the five to ask.
@@ -73,15 +73,15 @@ def check_layer(
     dtype = floating_dtype(dtype)
 
     def build(tree):
-        return _layer(layer, tree["x"], tree.get("params"), state, dtype, seed)
+        return _layer(layer, tree["x"], tree.get("params"), tree.get("state"), dtype, seed)
 
     def line(tree):
-        given = ", params=" + as_code(tree["params"], "params") if "params" in tree else ""
-        given += "" if state is None else ", state=state"
+        given = "".join(f", {name}={as_code(tree[name], name)}" for name in ("params", "state") if name in tree)
         given += "" if dtype == jnp.float64 else f', dtype="{dtype}"'
         return f"fn.check_layer(layer, {as_code(tree['x'], 'x')}{given}, {_draws(seed, directions)})"
 
-    tree = settled(specs({"x": x} if params is None else {"x": x, "params": params}), seed)
+    given = {"x": x, "params": params, "state": state}
+    tree = settled(specs({name: each for name, each in given.items() if each is not None}), seed)
     title = f"{layer.name}: its bwd against its fwd, {dtype}, seed {seed}"
     return checked(build, tree, line, title, oracles, seed, directions, shrink)
 
@@ -230,7 +230,7 @@ def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: i
     key, rng = jax.random.key(seed), np.random.default_rng([seed, 3])
     with jax.enable_x64(x64):
         x = cast(jax.tree.map(np.asarray, drawn(x, seed)), dtype)
-        params = drawn(params, seed)
+        params, state = drawn(params, seed), drawn(state, seed)
         fresh, own_state = quickly(layer.init)(key, x) if params is None or state is None else (None, None)
         params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else params
         params = cast(jax.tree.map(_array, params), dtype)

@@ -297,9 +297,15 @@ def test_the_line_that_shows_a_failure_again_has_all_that_was_given():
     state = jax.tree.map(lambda leaf: leaf + 1, layer.init(jax.random.key(0), x)[1])
     wrong = replace(layer, bwd=lambda params, saved, dy, contract=fn.total: (params, jnp.zeros_like(x)))
     report = fn.check_layer(wrong, x, state=state, directions=5, shrink=False)
-    assert report.repeat == "fn.check_layer(layer, x[:3, :4], state=state, seed=0, directions=5)"
-    again = eval(report.repeat, {"fn": fn, "layer": wrong, "x": x, "state": state})
+    assert report.repeat.endswith(", state=()), seed=0, directions=5)")
+    again = eval(report.repeat, {"fn": fn, "Frozen": fn.Frozen, "layer": wrong, "x": x, "state": state})
     assert again.failures == report.failures
+
+
+def test_a_state_can_be_drawn_too():
+    state = {"mean": "f32[4]", "var": "f32[4]>0"}
+    report = fn.check_layer(fn.batch_norm(), "f32[5,4]", state=state, oracles=("autodiff", "laws"))
+    report.raise_for_failure()
 
 
 def test_params_alone_can_be_given():
