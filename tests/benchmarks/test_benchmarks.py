@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
-from benchmarks import harness, norms, report, reversible, workloads
+from benchmarks import harness, norms, recurrent, report, reversible, workloads
 from benchmarks.__main__ import main
 
 
@@ -117,3 +117,12 @@ def test_the_reversible_stack_is_compared_with_equals_and_a_wrong_gradient_is_re
     wrong = {"wrong": lambda *point: jax.tree.map(lambda g: 1.001 * g, right(*point)), "right": right}
     with pytest.raises(AssertionError, match="wrong: a gradient differs by 1"):
         reversible.assert_equal(wrong, point, rounding=1e-4)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_recurrent_layers_stand_beside_two_plain_ones_and_their_products(capsys):
+    recurrent.main("gru --steps 3 --features 4 --batches 2 --rounds 1".split())
+    lines = capsys.readouterr().out.splitlines()[1:]
+    sides = ["funcnet", "cell in scan", "input product hoisted", "matrix products alone"]
+    assert lines[0] == "gru, batch 2"
+    assert [line.split("  ")[1] for line in lines[1:]] == sides
