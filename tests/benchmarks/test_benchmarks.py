@@ -121,7 +121,7 @@ def test_the_reversible_stack_is_compared_with_equals_and_a_wrong_gradient_is_re
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_recurrent_layers_stand_beside_two_plain_ones_and_their_products(capsys):
-    recurrent.main("gru --steps 3 --features 4 --batches 2 --rounds 1".split())
+    recurrent.main(["gru", "--steps", "3", "--features", "4", "--batches", "2", "--rounds", "1"])
     lines = capsys.readouterr().out.splitlines()[1:]
     sides = ["funcnet", "cell in scan", "input product hoisted", "matrix products alone"]
     assert lines[0] == "gru, batch 2"
