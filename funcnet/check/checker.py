@@ -80,8 +80,8 @@ def check_layer(
         given += "" if dtype == jnp.float64 else f', dtype="{dtype}"'
         return f"fn.check_layer(layer, {as_code(tree['x'], 'x')}{given}, {_draws(seed, directions)})"
 
-    given = {"x": x, "params": params, "state": state}
-    tree = settled(specs({name: each for name, each in given.items() if each is not None}), seed)
+    point = {"x": x, "params": params, "state": state}
+    tree = settled(specs({name: each for name, each in point.items() if each is not None}), seed)
     title = f"{layer.name}: its bwd against its fwd, {dtype}, seed {seed}"
     return checked(build, tree, line, title, oracles, seed, directions, shrink)
 
