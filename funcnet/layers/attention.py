@@ -101,7 +101,7 @@ def attention(
         context   [B, S, C], of which keys and values are made (cross attention); x itself by default
         mask      booleans [B, T, S], or [B, H, T, S] for each head its own: True where a query may see a key
         bias      added to the scores, [B, T, S] or [B, H, T, S]; -inf forbids as well; it has a gradient
-        lengths   integers [B], 0 to S: how many keys an example has; the others are padding, finite numbers (0 * NaN)
+        lengths   integers [B], 0 to S: how many keys an example has; what pads it must be finite, for 0 * NaN is NaN
 
     with context and bias in x's dtype. A query sees what all of them allow. Where that is nothing, o is 0, and y the
     bias of `out`. Positions are indices, of queries and keys alike.
