@@ -14,12 +14,15 @@ RMS norm leaves the mean where it is: x_hat = x * rstd with rstd = 1 / sqrt(mean
 
 For both dscale is the factor Scale(x_hat, dy), and layer norm's dbias the factor Shift(dy).
 
-Residuals: x_hat [.., D] in x's dtype, rstd [.., 1] in the dtype of the statistics.  Why these: they are all that dx
-and dscale need; x, mean and variance are not kept.
-Numerics: statistics and sums over D in float32 for half precision. Layer norm centres twice, so that rows far from zero
-lose nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients. Where x_hat explains nearly all of
-g, dx is a small difference of large terms: `pulled` forms it so that an error of rstd does not enter. In half precision
-x_hat is kept rounded, so dx is off by as much of g * rstd as that rounding.
+Residuals: x [.., D], and the mean, the mean square and rstd [.., 1] in the dtype of the statistics.  Why these: x is
+mostly alive anyhow, as the stream that a block adds to, where x_hat would be an array of its own; in half precision x
+is exact, x_hat rounded.
+Numerics: in float32 for half precision, rounded once. Layer norm centres twice, so that rows far from zero lose
+nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients: its mean is kept as the two that are
+taken off one after the other. Where x_hat explains nearly all of g, dx is a small difference of large terms: `pulled`
+forms it so that an error of rstd does not enter. It needs rstd^3, which in float32 vanishes, and dx with it, for rows
+larger than 4e12, and overflows for rows smaller than 1e-13 where eps is below 1e-26 as well. A row whose mean square
+overflows, from 2e19 on, gives x_hat = 0, and NaN for dx.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
@@ -36,9 +39,11 @@ from funcnet.layer import Layer, stateless
 
 
 class Normalised(NamedTuple):
-    """Residuals of a norm: x_hat [.., D] and rstd [.., 1]."""
+    """Residuals of a norm: x; the means to take off it, one after the other; the mean square of the rest, and rstd."""
 
-    x_hat: Array
+    x: Array
+    means: tuple[Array, ...]
+    square: Array
     rstd: Array
 
 
@@ -79,38 +84,52 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Normalised]:
         expect.float_array(x, features=expect.size(params, "scale"))
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
-        high = x.astype(wide(x.dtype))
+        high, saved = normalised(x, x.astype(wide(x.dtype)), eps, centred, _mean)
+        y = high * saved.rstd * in_front(params["scale"].astype(high.dtype), x.ndim)
         if centred:
-            high = high - _mean(high)
-            high = high - _mean(high)  # takes off the rounding error of the first mean
-        rstd = lax.rsqrt(_mean(jnp.square(high)) + eps)
-        x_hat = (high * rstd).astype(x.dtype)
-        y = x_hat * in_front(params["scale"], x.ndim)
-        if centred:
-            y = y + in_front(params["bias"], x.ndim)
-        return y, Normalised(x_hat, rstd)
+            y = y + in_front(params["bias"].astype(high.dtype), x.ndim)
+        return y.astype(x.dtype), saved
 
     def bwd(params, residuals, dy, contract):
-        x_hat, rstd = residuals
-        expect.fields(params, x_hat.dtype, dict.fromkeys(names, x_hat.shape[-1:]))
-        dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
-        x_high, g = x_hat.astype(rstd.dtype), (dy * in_front(params["scale"], dy.ndim)).astype(rstd.dtype)
-        dx = pulled(g - _mean(g) if centred else g, x_high, rstd, eps, _mean)
-        dparams = {"scale": contract(Scale(x_hat, dy), params["scale"])}
+        x, means, square, rstd = residuals
+        expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
+        dy = expect.cotangent(dy, x.shape, x.dtype)
+        high = centre(x.astype(square.dtype), means)
+        g = dy.astype(square.dtype) * in_front(params["scale"].astype(square.dtype), dy.ndim)
+        dx = pulled(g - _mean(g) if centred else g, high, square, rstd, eps, _mean)
+        dparams = {"scale": contract(Scale(high * rstd, dy), params["scale"])}
         if centred:
             dparams["bias"] = contract(Shift(dy), params["bias"])
-        return dparams, placed(dx.astype(dy.dtype), x_hat)
+        return dparams, placed(dx.astype(dy.dtype), x)
 
     return stateless(name, init, fwd, bwd)
 
 
-def pulled(g: Array, x_hat: Array, rstd: Array, eps: float, mean: Callable[[Array], Array]) -> Array:
-    """rstd * (g - x_hat * mean(g * x_hat)), where mean(x_hat^2) + eps rstd^2 is 1 but for the rounding of rstd.
+def normalised(
+    x: Array, high: Array, eps: float, centred: bool, mean: Callable[[Array], Array]
+) -> tuple[Array, Normalised]:
+    """`high`, which is x made wide, centred or as it is, and what the backward pass needs of it."""
+    means = ()
+    for _ in range(2 * centred):  # the second takes off the rounding error of the first
+        means += (mean(high),)
+        high = high - means[-1]
+    square = mean(jnp.square(high))
+    return high, Normalised(x, means, square, lax.rsqrt(square + eps))
 
-    With g written as g times that sum, what rstd is off by is in both terms of the difference alike.
+
+def centre(high: Array, means: tuple[Array, ...]) -> Array:
+    """Take the means off, one after the other."""
+    for mean in means:
+        high = high - mean
+    return high
+
+
+def pulled(g: Array, x: Array, square: Array, rstd: Array, eps: float, mean: Callable[[Array], Array]) -> Array:
+    """rstd * (g - x_hat * mean(g * x_hat)), where x_hat = x * rstd, rstd = 1 / sqrt(square + eps), square = mean(x^2).
+
+    Written as rstd^3 * (g * eps + (g * square - x * mean(g * x))): no rounding of rstd enters the difference.
     """
-    rest = g * mean(jnp.square(x_hat)) - x_hat * mean(g * x_hat)
-    return rstd * (g * (eps * jnp.square(rstd)) + rest)
+    return rstd * rstd * rstd * (g * eps + (g * square - x * mean(g * x)))
 
 
 def _mean(x: Array) -> Array:

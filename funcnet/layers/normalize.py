@@ -13,9 +13,9 @@ To unit length, over the last axis:
 
     y = x / |x|        dx = (dy - y <y, dy>) / |x|        both 0 at x = 0, where there is no direction
 
-Residuals: x_hat [B, .., C] in x's dtype and rstd [B, 1, G, 1] in that of the statistics; y and |x| [.., 1].
-Numerics: statistics and sums in float32 for half precision. Group norm centres twice, so that values far from zero lose
-nothing. |x| is taken of x / max |x|, so that no square overflows or vanishes.
+Residuals: x [B, .., C], the means, mean square and rstd [B, 1, G, 1] in the dtype of the statistics; y and |x| [.., 1].
+Numerics: in float32 for half precision. Group norm centres twice, as layer norm does (`norm`), so that values far from
+zero lose nothing. |x| is taken of x / max |x|, so that no square overflows or vanishes.
 Source: Wu and He 2018, arXiv:1803.08494; Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
 """
 
@@ -29,7 +29,7 @@ from funcnet.arithmetic import in_front, placed, regrouped, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.norm import Normalised, pulled
+from funcnet.layers.norm import Normalised, centre, normalised, pulled
 
 
 class Direction(NamedTuple):
@@ -90,25 +90,24 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Normalised]:
         check(x, expect.size(params, "scale"))
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
-        high = grouped(x.astype(wide(x.dtype)))
-        high = high - _mean(high)
-        high = high - _mean(high)  # takes off the rounding error of the first mean
-        rstd = lax.rsqrt(_mean(jnp.square(high)) + eps)
-        x_hat = regrouped((high * rstd).astype(x.dtype), x.shape)
-        y = x_hat * in_front(params["scale"], x.ndim) + in_front(params["bias"], x.ndim)
-        return y, Normalised(x_hat, rstd)
+        high, saved = normalised(x, grouped(x.astype(wide(x.dtype))), eps, True, _mean)
+        x_hat = regrouped(high * saved.rstd, x.shape)
+        scale, bias = (in_front(params[name].astype(high.dtype), x.ndim) for name in ("scale", "bias"))
+        return (x_hat * scale + bias).astype(x.dtype), saved
 
     def bwd(params, residuals, dy, contract):
-        x_hat, rstd = residuals
-        expect.fields(params, x_hat.dtype, dict.fromkeys(("scale", "bias"), x_hat.shape[-1:]))
-        dy = expect.cotangent(dy, x_hat.shape, x_hat.dtype)
-        x_high, g = (grouped(a.astype(rstd.dtype)) for a in (x_hat, dy * in_front(params["scale"], dy.ndim)))
-        dx = regrouped(pulled(g - _mean(g), x_high, rstd, eps, _mean), dy.shape)
+        x, means, square, rstd = residuals
+        expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
+        dy = expect.cotangent(dy, x.shape, x.dtype)
+        high = centre(grouped(x.astype(square.dtype)), means)
+        g = grouped(dy.astype(square.dtype) * in_front(params["scale"].astype(square.dtype), dy.ndim))
+        dx = regrouped(pulled(g - _mean(g), high, square, rstd, eps, _mean), dy.shape)
+        x_hat = regrouped(high * rstd, dy.shape)
         dparams = {
             "scale": contract(Scale(x_hat, dy), params["scale"]),
             "bias": contract(Shift(dy), params["bias"]),
         }
-        return dparams, placed(dx.astype(dy.dtype), x_hat)
+        return dparams, placed(dx.astype(dy.dtype), x)
 
     return stateless(name, init, fwd, bwd)
 

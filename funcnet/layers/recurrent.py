@@ -28,7 +28,8 @@ Lengths: positions t >= length give y = 0 and leave the state alone, so the fina
 step, and `reverse` begins with the last valid position. x there has no influence and the cotangent 0.
 Residuals: the input as given, y [B, T, H], and of each step, time first: lstm the gates i, f, g, o [T, B, 4H] and
 c_prev [T, B, H]; gru r, z, n, q [T, B, 4H]; rnn nothing.  Why these: h_prev is y moved by one step, and c and tanh(c)
-cost next to nothing to form again.
+cost next to nothing to form again. In half precision it is what the gates (of rnn: h) are functions of, in
+their place: near 1 a rounded gate has lost the 1 - g^2 or i (1 - i) of its derivative.
 Numerics: in half precision the products with x and h, gates, state and sums are computed in float32; what is kept, and
 da, are rounded.
 Initial values: kernel LeCun's normal. Each block of the recurrent kernel is orthogonal by itself, so that each keeps
@@ -81,16 +82,20 @@ class Cell(NamedTuple):
     Attributes:
         blocks: how many blocks of H the kernels have.
         states: how many arrays [B, H] the state has, h the first.
-        step: (params, a, u, states) -> (states, what the step keeps).
-        back: (kept, h, h_prev, dstates) -> (dstates, dz): dh without its part through u; dz is da, and all that `split`
-            needs.
+        enter: (params, a, u) -> what enters the gates.
+        gates: what enters them -> the gates, of the same shape.
+        step: (gates, states) -> (states, what the step keeps beside the gates).
+        back: (gates, kept, h_prev, dstates) -> (dstates, dz): dh without its part through u; dz is da, and all that
+            `split` needs.
         split: dz -> (da, du).
     """
 
     blocks: int
     states: int
-    step: Callable[[Mapping[str, Array], Array, Array, States], tuple[States, Saved]]
-    back: Callable[[Saved, Array, Array, States], tuple[tuple[Any, ...], Array]]
+    enter: Callable[[Mapping[str, Array], Array, Array], Array]
+    gates: Callable[[Array], Array]
+    step: Callable[[Array, States], tuple[States, Saved]]
+    back: Callable[[Array, Saved, Array, States], tuple[tuple[Any, ...], Array]]
     split: Callable[[Array], tuple[Array, Array]] = lambda dz: (dz, dz)
 
 
@@ -107,15 +112,15 @@ def rnn(
     Params kernel [D, H], recurrent_kernel [H, H], bias [H]. Input, arguments and errors as for `lstm`.
     """
 
-    def step(params, a, u, states):
-        return (jnp.tanh(a + u),), {}
+    def step(gates, states):
+        return (gates,), {}
 
-    def back(kept, h, h_prev, dstates):
+    def back(h, kept, h_prev, dstates):
         return (0.0,), dstates[0] * (1 - h**2)
 
     features = expect.count(features, "features")
     inits = kernel_init, recurrent_init, lambda dtype: {"bias": jnp.zeros(features, dtype)}
-    return _recurrent("rnn", features, Cell(1, 1, step, back), inits, reverse, return_state)
+    return _recurrent("rnn", features, Cell(1, 1, _sum, jnp.tanh, step, back), inits, reverse, return_state)
 
 
 def gru(
@@ -133,15 +138,21 @@ def gru(
     `bias`.) Input, arguments and errors as for `lstm`.
     """
 
-    def step(params, a, u, states):
-        (a_r, a_z, a_n), (u_r, u_z, u_n), h = _blocks(a, 3), _blocks(u, 3), states[0]
-        r, z = sigmoid(a_r + u_r), sigmoid(a_z + u_z)
-        q = u_n + params["recurrent_bias"].astype(u.dtype)[None]
-        n = jnp.tanh(a_n + r * q)
-        return ((1 - z) * n + z * h,), {"gates": _join(r, z, n, q)}
+    def enter(params, a, u):
+        (a_r, a_z, a_n), (u_r, u_z, u_n) = _blocks(a, 3), _blocks(u, 3)
+        r, q = a_r + u_r, u_n + params["recurrent_bias"].astype(u.dtype)[None]
+        return _join(r, a_z + u_z, a_n + sigmoid(r) * q, q)
 
-    def back(kept, h, h_prev, dstates):
-        r, z, n, q = _blocks(kept["gates"], 4)
+    def gates(entering):
+        r, z, n, q = _blocks(entering, 4)
+        return _join(sigmoid(r), sigmoid(z), jnp.tanh(n), q)
+
+    def step(gates, states):
+        _, z, n, _ = _blocks(gates, 4)
+        return ((1 - z) * n + z * states[0],), {}
+
+    def back(gates, kept, h_prev, dstates):
+        r, z, n, q = _blocks(gates, 4)
         (dh,) = dstates
         da_n = dh * (1 - z) * (1 - n**2)
         return (dh * z,), _join(da_n * q * r * (1 - r), dh * (h_prev - n) * z * (1 - z), da_n, da_n * r)
@@ -155,7 +166,7 @@ def gru(
 
     features = expect.count(features, "features")
     inits = kernel_init, recurrent_init, bias_init
-    return _recurrent("gru", features, Cell(3, 1, step, back, split), inits, reverse, return_state)
+    return _recurrent("gru", features, Cell(3, 1, enter, gates, step, back, split), inits, reverse, return_state)
 
 
 def lstm(
@@ -184,15 +195,17 @@ def lstm(
         expect.InputError: for an x that is not floating [B, T, D], or for lengths, state or params that do not fit it.
     """
 
-    def step(params, a, u, states):
-        i, f, g, o = _blocks(a + u, 4)
-        i, f, g, o = sigmoid(i), sigmoid(f), jnp.tanh(g), sigmoid(o)
-        c_prev = states[1]
-        c = f * c_prev + i * g
-        return (o * jnp.tanh(c), c), {"gates": _join(i, f, g, o), "c_prev": c_prev}
+    def gates(entering):
+        i, f, g, o = _blocks(entering, 4)
+        return _join(sigmoid(i), sigmoid(f), jnp.tanh(g), sigmoid(o))
 
-    def back(kept, h, h_prev, dstates):
-        (i, f, g, o), c_prev = _blocks(kept["gates"], 4), kept["c_prev"]
+    def step(gates, states):
+        (i, f, g, o), c_prev = _blocks(gates, 4), states[1]
+        c = f * c_prev + i * g
+        return (o * jnp.tanh(c), c), {"c_prev": c_prev}
+
+    def back(gates, kept, h_prev, dstates):
+        (i, f, g, o), c_prev = _blocks(gates, 4), kept["c_prev"]
         dh, dc = dstates
         tanh_c = jnp.tanh(f * c_prev + i * g)
         dc = dc + dh * o * (1 - tanh_c**2)
@@ -204,7 +217,7 @@ def lstm(
 
     features = expect.count(features, "features")
     inits = kernel_init, recurrent_init, bias_init
-    return _recurrent("lstm", features, Cell(4, 2, step, back), inits, reverse, return_state)
+    return _recurrent("lstm", features, Cell(4, 2, _sum, gates, step, back), inits, reverse, return_state)
 
 
 def _recurrent(
@@ -246,7 +259,13 @@ def _recurrent(
         def body(states, at):
             a, valid = at
             u = product(states[0].astype(x.dtype), params["recurrent_kernel"], (1, 0), a)
-            new, kept = cell.step(params, a, u, states)
+            entering = cell.enter(params, a, u)
+            gates = cell.gates(entering)
+            new, kept = cell.step(gates, states)
+            if x.dtype != gates.dtype:
+                kept["entering"] = entering
+            elif gates is not new[0]:
+                kept["gates"] = gates
             return _where(valid, new, states), (new[0].astype(x.dtype), _cast(kept, x.dtype))
 
         states, (h, steps) = lax.scan(body, states, (a, _columns(valid)), reverse=reverse)
@@ -265,7 +284,8 @@ def _recurrent(
             dy, valid, *kept = at
             dh, *others = dstates
             kept, h, h_prev = _cast(kept, high)
-            direct, dz = cell.back(kept, h, h_prev, (dh + dy.astype(high), *others))
+            gates = cell.gates(kept["entering"]) if "entering" in kept else kept.get("gates", h)
+            direct, dz = cell.back(gates, kept, h_prev, (dh + dy.astype(high), *others))
             dz = dz.astype(x.dtype)
             through = product(cell.split(dz)[1], recurrent_t, (1, 0), dh)
             return _where(valid, (direct[0] + through, *direct[1:]), dstates), _where(valid, dz, jnp.zeros_like(dz))
@@ -354,6 +374,10 @@ def _like(inputs: Tree, dx: Array, dstate: Tree) -> Tree:
         return dx
     all_of_them = {"x": dx, "lengths": None, "state": dstate}
     return {name: all_of_them[name] for name in inputs}
+
+
+def _sum(params: Mapping[str, Array], a: Array, u: Array) -> Array:
+    return a + u
 
 
 def _bare(states: tuple) -> Any:

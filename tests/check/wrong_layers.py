@@ -41,6 +41,11 @@ SILU = Right("silu", fn.silu(), None, ({}, "f32[3,4]"))
 LEAKY = Right("leaky_relu", fn.leaky_relu(), None, ({}, "f32[3,4]"))
 
 
+def x_hat(residuals):
+    """What a norm makes of its input."""
+    return (residuals.x - sum(residuals.means)) * residuals.rstd
+
+
 def parameter(name, f):
     """The gradient of one parameter put through f(g, params, residuals, dy)."""
     return lambda dp, dx, *rest: ({**dp, name: f(dp[name], *rest)}, dx)
@@ -166,13 +171,13 @@ LAYERS = [
         ),
         (
             "mean(g x_hat) is missing",
-            x(lambda g, p, r, dy: g + r.rstd * r.x_hat * mean(dy * p["scale"][None] * r.x_hat)),
+            x(lambda g, p, r, dy: g + r.rstd * x_hat(r) * mean(dy * p["scale"][None] * x_hat(r))),
             "x",
             "like x less its mean along axis 1",
         ),
         (
             "n - 1 in the variance",
-            x(lambda g, p, r, dy: g - r.rstd * r.x_hat * mean(dy * p["scale"][None] * r.x_hat) / 5),
+            x(lambda g, p, r, dy: g - r.rstd * x_hat(r) * mean(dy * p["scale"][None] * x_hat(r)) / 5),
             "x",
             "like x less its mean along axis 1",
         ),
@@ -205,7 +210,7 @@ LAYERS = [
         ),
         (
             "sum for mean",
-            x(lambda g, p, r, dy: g - 5 * r.rstd * r.x_hat * mean(dy * p["scale"][None] * r.x_hat)),
+            x(lambda g, p, r, dy: g - 5 * r.rstd * x_hat(r) * mean(dy * p["scale"][None] * x_hat(r))),
             "x",
             "like x along axis 1",
         ),

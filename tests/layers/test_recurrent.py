@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
+from funcnet.transform import cast
 
 S = jax.ShapeDtypeStruct
 KEY = jax.random.key(0)
@@ -264,12 +265,28 @@ def test_half_precision_parameter_gradients_are_summed_in_float32(name, dtype):
     np.testing.assert_array_equal(dparams["kernel"].astype(jnp.float32), [slope])
 
 
-def test_residuals_are_the_input_the_output_and_the_gates():
-    x = jnp.ones((B, T, D))
-    for name, steps in {"rnn": {}, "gru": {"gates": 4 * H}, "lstm": {"gates": 4 * H, "c_prev": H}}.items():
-        residuals = LAYERS[name](H).fwd(params_of(name, dtype=np.float32), (), x, None)[2]
-        assert {k: v.shape for k, v in residuals.steps.items()} == {k: (T, B, width) for k, width in steps.items()}
-        assert (residuals.inputs.shape, residuals.y.shape) == ((B, T, D), (B, T, H))
+@pytest.mark.parametrize(("dtype", "kept", "of_rnn"), [("float32", "gates", 0), ("bfloat16", "entering", H)])
+def test_residuals_are_the_input_the_output_and_the_gates_or_what_enters_them(dtype, kept, of_rnn):
+    for name, steps in {"rnn": {kept: of_rnn}, "gru": {kept: 4 * H}, "lstm": {kept: 4 * H, "c_prev": H}}.items():
+        saved = LAYERS[name](H).fwd(cast(params_of(name), dtype), (), jnp.ones((B, T, D), dtype), None)[2]
+        wanted = {name: ((T, B, width), dtype) for name, width in steps.items() if width}
+        assert {name: (v.shape, v.dtype) for name, v in saved.steps.items()} == wanted
+        assert (saved.inputs.shape, saved.y.shape) == ((B, T, D), (B, T, H))
+
+
+@ALL
+def test_in_half_precision_a_saturated_gate_keeps_its_gradient(name, x64):
+    """Every gate is within 0.003 of an end of its range, where bfloat16 has no more than two or three numbers."""
+    layer, params = LAYERS[name](1), cast(params_of(name, 1, 1, seed=5), "bfloat16")
+    ends = {"rnn": [3.5], "gru": [6.5, -6.5, 3.5], "lstm": [6.5, 6.5, -3.5, -6.5]}[name]
+    params["bias"] = jnp.asarray(ends, "bfloat16")
+    x, dy = jnp.full((1, 1, 1), 0.25, "bfloat16"), jnp.ones((1, 1, 1), "bfloat16")
+    state = jnp.full((1, 1), 0.5, "bfloat16")
+    inputs = {"x": x, "state": (state, state) if name == "lstm" else state}
+    got = pull(layer, params, inputs, dy)[1]["bias"]
+    exact = jax.vjp(lambda p: layer.apply(p, (), cast(inputs, "float64")), cast(params, "float64"))[1]
+    wanted = exact(dy.astype("float64"))[0]["bias"]
+    np.testing.assert_allclose(got.astype("float32"), wanted, rtol=0.04)
 
 
 X, STATE = jnp.ones((B, T, D)), jnp.ones((B, H))

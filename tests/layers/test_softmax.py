@@ -63,6 +63,17 @@ def test_half_precision_is_float32_rounded(name, dtype):
         )
 
 
+@pytest.mark.parametrize(("dtype", "sure"), [(jnp.bfloat16, 8.0), (jnp.float16, 9.75), (jnp.float32, 20.0)])
+def test_where_y_is_rounded_to_1_the_gradient_is_that_of_the_other_classes(dtype, sure):
+    """Of a sure class dx is y (1 - y) by the others' mean of dy: y alone, rounded, has nothing left of it."""
+    x, dy = np.asarray([[sure, 0, 1], [-1, sure, 0]]), np.asarray([[0.75, -1.5, 0.5], [1, -2, 3]])
+    y, dx = pull("softmax", jnp.asarray(x, dtype), jnp.asarray(dy, dtype))
+    assert y[0, 0] == y[1, 1] == 1
+    p = scipy.special.softmax(x, axis=-1)
+    wanted = p * np.einsum("bi,bij->bj", p, dy[:, None] - dy[:, :, None])
+    np.testing.assert_allclose(dx.astype(jnp.float32), wanted, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
 def test_log_softmax_and_kl_divergence_are_cross_entropy_less_the_entropy():
     q = scipy.special.softmax(RNG.normal(size=(6, 5)), -1).astype(np.float32)
     z = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)
