@@ -91,7 +91,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         return y.astype(x.dtype), saved
 
     def bwd(params, residuals, dy, contract):
-        x, means, square, rstd = residuals
+        x, means, square, rstd = anew(residuals)
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
         high = centre(x.astype(square.dtype), means)
@@ -115,6 +115,11 @@ def normalised(
         high = high - means[-1]
     square = mean(jnp.square(high))
     return high, Normalised(x, means, square, lax.rsqrt(square + eps))
+
+
+def anew(saved: Normalised) -> Normalised:
+    """The same, but x_hat must be formed anew from it: the compiler would keep that of the forward pass, beside x."""
+    return Normalised(saved.x, *lax.optimization_barrier(saved[1:]))
 
 
 def centre(high: Array, means: tuple[Array, ...]) -> Array:

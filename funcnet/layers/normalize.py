@@ -29,7 +29,7 @@ from funcnet.arithmetic import in_front, placed, regrouped, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.norm import Normalised, centre, normalised, pulled
+from funcnet.layers.norm import Normalised, anew, centre, normalised, pulled
 
 
 class Direction(NamedTuple):
@@ -96,7 +96,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         return (x_hat * scale + bias).astype(x.dtype), saved
 
     def bwd(params, residuals, dy, contract):
-        x, means, square, rstd = residuals
+        x, means, square, rstd = anew(residuals)
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
         high = centre(grouped(x.astype(square.dtype)), means)

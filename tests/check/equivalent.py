@@ -322,6 +322,9 @@ _BY_REASON = {
         "lru: share = a / jnp.where(rest > 0, rest, 0)",
         "lru: share = a / jnp.where(rest > 0, rest, 2)",
     ],
+    "what the compiler keeps, which no gradient shows; test_norm.py has it": [
+        "anew: return Normalised(saved.x, *(saved[1:]))",
+    ],
     "in no case is y rounded to 1; test_softmax.py has it": [
         "softmax: range(1)",
     ],

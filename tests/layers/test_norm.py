@@ -85,6 +85,18 @@ def test_residuals_are_x_and_few_numbers_a_position(name):
     assert {(a.shape, a.dtype) for a in (*saved.means, saved.square, saved.rstd)} == {((4, 3, 1), jnp.dtype("float32"))}
 
 
+@BOTH
+def test_in_a_network_x_hat_is_not_kept_beside_x(name):
+    model = fn.serial(*[fn.skip(fn.serial(NORMS[name](), fn.dense(64))) for _ in range(8)])
+    x = jnp.ones((512, 64))
+    objective = fn.objective(model, fn.mse())
+    params, state = objective.init(jax.random.key(0), (x, x))
+    step = jax.jit(lambda params: fn.value_and_grad(objective)(params, state, (x, x))).lower(params).compile()
+    # x and the input of dense; layer norm's centred x too, which the compiler forms early
+    kept = {"rms_norm": 2, "layer_norm": 3}[name]
+    assert step.memory_analysis().temp_size_in_bytes < (8 * kept + 4) * x.nbytes
+
+
 @pytest.mark.parametrize("features", [1, 3, 7, 256, 768])
 def test_a_constant_row_gives_x_hat_0_and_finite_gradients(features):
     rows = np.float32([[0.0], [1.0], [0.1], [-12345.678], [1e4 / 3], [1e8 / 3], [1e30]])
