@@ -77,7 +77,7 @@ from funcnet.losses.loss import Loss
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
-from funcnet.pytorch import from_torch, to_torch
+from funcnet.pytorch.convert import from_torch, to_torch
 from funcnet.reparametrize import spectral_norm, weight_norm
 from funcnet.reversible import reversible
 from funcnet.saved import load_params, save_params

@@ -9,7 +9,7 @@ from funcnet.check.diagnose import Context, diagnose
 from funcnet.check.judge import Leaf, blank, leaves_of, measure, mismatch, tolerance
 from funcnet.check.report import Failure, Report, values_failure
 from funcnet.expect import floating_dtype, is_floating
-from funcnet.pytorch import as_array
+from funcnet.pytorch.tensors import as_array
 
 Tree = Any
 

@@ -1,0 +1,245 @@
+"""Parameters in the names and layouts of PyTorch's modules: their state dicts.
+
+A parameter's name there is the layer's path with dots, a turn of a `repeat` its number, and PyTorch's field:
+`encoder.0.dense.weight`.
+
+    dense, conv, depthwise_conv       kernel [*window, C, F]       weight [F, C, *window]
+                                      bias                         bias
+    conv_transpose                    kernel [*window, C, F]       weight [C, F, *window], each window turned round
+                                      bias                         bias
+    embedding, position_embedding     embedding                    weight
+    layer_norm, group_norm,           scale, bias                  weight, bias
+    instance_norm, rms_norm
+    batch_norm                        scale, bias                  weight, bias
+      its state                       mean, var                    running_mean, running_var
+    prelu                             slope                        weight
+    rnn, lstm, gru                    kernel [D, nH]               weight_ih_l0 [nH, D]
+                                      recurrent_kernel [H, nH]     weight_hh_l0 [nH, H]
+                                      bias, recurrent_bias         bias_ih_l0, bias_hh_l0
+    bidirectional                     backward's                   .._l0_reverse
+    stacked                           layer i's                    .._li
+    attention                         query, key, value: kernel    in_proj_weight [3D, D]
+                                      [D, D], bias [D]             in_proj_bias [3D]
+                                      out: kernel, bias            out_proj.weight, out_proj.bias
+
+Gates are in the same order, i f g o and r z n. PyTorch adds two biases in every gate: the first holds their sum, the
+second zeros, but for a gru's n, where only the second one is inside the reset. A batch norm's `num_batches_tracked`,
+which PyTorch reads for momentum=None alone, is 0 on the way there, and left aside on the way back.
+
+PyTorch has no recurrent layer that runs in reverse alone, no bidirectional one but of one kind, forward and then in
+reverse, no stack of several kinds or sizes, and no rotary attention. These are refused, though their params would fit.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcnet import expect
+from funcnet.expect import InputError, describe
+from funcnet.layer import Layer, a_layer
+from funcnet.pytorch.kinds import is_left_out, kind_of, known, levelled, require_convertible, require_names
+from funcnet.pytorch.modules import WHOLE
+from funcnet.pytorch.tensors import COUNTER, arrays_of, renamed_by
+from funcnet.saved import Arrays, named_leaves, require_arrays, require_same
+from funcnet.tie import Tied
+from funcnet.transform import Frozen
+
+Tree = Any
+
+_REVERSE = "_reverse"
+
+
+@expect.by("to_torch")
+def to_torch(layer: Layer, params: Tree, state: Tree = (), names: Mapping[str, str] | None = None) -> Arrays:
+    """The state dict of the PyTorch module that a layer is, as NumPy arrays; the module's docstring says how.
+
+        module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(layer, params).items()})
+
+    The arrays are copies. `torch.from_numpy` knows no bfloat16: give it array.astype("float32"), which holds the same
+    values. `load_state_dict` converts to the dtypes of the module.
+
+    Args:
+        layer: made of layers that PyTorch has too. A layer is known by its kind and the names of its params.
+        params, state: the layer's; the state can be left out where it holds no arrays.
+        names: what other modules are called: {"dense": "0", "blocks.*.dense": "encoder.layers.*.linear"}. A name is the
+            beginning of a path with dots, or all of it; of those that fit the longest one is taken, and "*" is any
+            part, such as a number, and the same in the other name. A copy that is `tied` has a name too.
+
+    Raises:
+        InputError: for a layer with params that is none of PyTorch's, for params or a state that are not the layer's,
+            and for names that nothing has, or two have.
+    """
+    require_convertible(a_layer(layer))
+    for what, tree in {"params": params, "state": state}.items():
+        require_arrays(tree, f"arrays with values as {what}", expect.is_concrete)
+    arrays = _there(layer, params, state, ())
+    renamed = renamed_by(arrays, names)
+    counted = [name.removesuffix("running_mean") for name in renamed.values() if name.endswith("running_mean")]
+    counters = {name + COUNTER: np.zeros((), np.int64) for name in counted}
+    return {renamed[name]: np.array(array) for name, array in arrays.items()} | counters
+
+
+@expect.by("from_torch")
+def from_torch(
+    layer: Layer, tensors: Mapping[str, Any], params: Tree, state: Tree = (), names: Mapping[str, str] | None = None
+) -> tuple[Tree, Tree]:
+    """(params, state) of a layer, of the state dict of a PyTorch module; nothing is changed in what is given.
+
+    Args:
+        layer: as in `to_torch`.
+        tensors: by name, also parameters; arrays do as well.
+        params, state: what init returned, or their shapes and dtypes (`jax.eval_shape(layer.init, key, x)`).
+        names: as in `to_torch`.
+
+    Raises:
+        InputError: if a tensor is missing or superfluous, or its shape or dtype is not that of its parameter; and where
+            `to_torch` refuses.
+    """
+    require_convertible(a_layer(layer))
+    for what, tree in {"params": params, "state": state}.items():
+        require_arrays(tree, f"arrays as {what}")
+    wanted = jax.eval_shape(lambda params, state: _there(layer, params, state, ()), params, state)
+    renamed = renamed_by(wanted, names)
+    given = arrays_of(tensors)
+    shapes = {renamed[name]: leaf for name, leaf in wanted.items()}
+    require_same(given, shapes, "load it into the module's twin; convert dtypes and leave other tensors out first")
+    arrays = {name: jnp.array(given[other]) for name, other in renamed.items()}
+    return _back(layer, params, state, (), arrays)
+
+
+def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> dict[str, Any]:
+    """The arrays of a layer in PyTorch's layout, by our names."""
+    made = layer.made if layer.combinator else None
+    match layer.combinator:
+        case "repeat" if made:
+            turns = [_turn(i, params, state) for i in range(_turns(params, state))]
+            return _joined(_there(made.inner, p, s, (*path, str(i))) for i, (p, s) in enumerate(turns))
+        case "freeze" if made:
+            frozen = _frozen(params, state)
+            return _there(made.inner, frozen.params, frozen.state, path)
+        case "tied" if isinstance(made, Tied):
+            return _there(made.inner, made.whole(params), state, path)
+    if made and made.inner:
+        return _there(made.inner, params, state, path)
+    if layer.parts:
+        parts = {}
+        for name, each in _inside(layer, params, state, path).items():
+            with expect.at(name):
+                parts[name] = _there(*each)
+        if kind_of(layer) == "bidirectional":
+            parts["backward"] = {name + _REVERSE: array for name, array in parts["backward"].items()}
+        if levelled(layer):
+            parts = _levels(parts)
+        return _joined(parts.values())
+    require_names(layer, params, state)
+    if whole := WHOLE.get(kind_of(layer)):
+        return _at(path, whole.there(params))
+    fields, of_state = known(layer)
+    arrays = {fields[name].name: fields[name].there(value) for name, value in params.items()}
+    return _at(path, arrays | {of_state[name]: value for name, value in dict(state).items()})
+
+
+def _back(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...], arrays: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(params, state) of the arrays, in the structure of those given."""
+    made = layer.made if layer.combinator else None
+    match layer.combinator:
+        case "repeat" if made:
+            own, own_state = jax.eval_shape(partial(_turn, 0), params, state)
+            count = range(_turns(params, state))
+            turns = [_back(made.inner, own, own_state, (*path, str(i)), arrays) for i in count]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *turns)
+        case "freeze" if made:
+            return params, Frozen(*_back(made.inner, state.params, state.state, path, arrays))
+        case "tied" if isinstance(made, Tied):
+            return _back_tied(made, params, state, path, arrays)
+    if made and made.inner:
+        return _back(made.inner, params, state, path, arrays)
+    if layer.parts:
+        both = {}
+        for i, (name, (part, own, own_state, inside)) in enumerate(_inside(layer, params, state, path).items()):
+            given = arrays
+            if kind_of(layer) == "bidirectional" and name == "backward":
+                given = {n.removesuffix(_REVERSE): a for n, a in arrays.items() if n.endswith(_REVERSE)}
+            if levelled(layer):
+                given = _relevelled(arrays, i, 0)
+            both[name] = _back(part, own, own_state, inside, given)
+        new_state = {name: new for name, (_, new) in both.items()}
+        return {name: new for name, (new, _) in both.items()}, new_state if state else state
+    get = lambda name: arrays[".".join((*path, name))]
+    if whole := WHOLE.get(kind_of(layer)):
+        return whole.back(params, get), state
+    fields, of_state = known(layer)
+    new = {name: fields[name].back(get(fields[name].name)) for name in params}
+    return new, {name: get(of_state[name]) for name in state} if state else state
+
+
+def _back_tied(
+    made: Tied, params: Tree, state: Tree, path: tuple[str, ...], arrays: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    whole, state = _back(made.inner, jax.eval_shape(made.whole, params), state, path, arrays)
+    params = made.apart(whole)
+    equal = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b, equal_nan=True)), whole, made.whole(params))
+    if not all(jax.tree.leaves(equal)):
+        different = [name for name, same in named_leaves(equal) if not same]
+        remedy = "load it into a model that is not tied"
+        raise InputError("equal values for what is tied", f"others for {', '.join(different)}", remedy)
+    return params, state
+
+
+def _joined(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {name: array for part in parts for name, array in part.items()}
+
+
+def _at(path: tuple[str, ...], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {".".join((*path, name)): array for name, array in arrays.items()}
+
+
+def _turns(params: Tree, state: Tree) -> int:
+    """How often a `repeat` repeats; 1 where it has nothing to show it by, and nothing to convert."""
+    times = {leaf.shape[:1] for leaf in jax.tree.leaves((params, state))}
+    if len(times) > 1 or () in times:
+        remedy = "pass the params and state that this model's init returned"
+        raise InputError("arrays stacked along first axes of one size", describe((params, state)), remedy)
+    return times.pop()[0] if times else 1
+
+
+def _turn(i: int, params: Tree, state: Tree) -> tuple[Any, Any]:
+    return jax.tree.map(lambda leaf: leaf[i], (params, state))
+
+
+def _inside(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
+    """The arguments of the walk for each part."""
+    expect.named(params, layer.parts, "params")
+    states = dict.fromkeys(layer.parts, ()) if is_left_out(state) else state
+    expect.named(states, layer.parts, "state")
+    shared = kind_of(layer) == "bidirectional" or levelled(layer)  # one module there, which tells its parts by suffixes
+    paths = {name: path if shared else (*path, name) for name in layer.parts}
+    return {name: (part, params[name], states[name], paths[name]) for name, part in layer.parts.items()}
+
+
+def _frozen(params: Tree, state: Tree) -> Frozen:
+    """The params and state of what is frozen."""
+    if jax.tree.leaves(params) or not isinstance(state, Frozen):
+        received = f"params {describe(params)}, state {describe(state)}"
+        raise InputError("params {} and a state Frozen(params, state)", received, "pass the state that init returned")
+    return state
+
+
+def _levels(parts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The arrays of the layers of a stack, each under the names of its level."""
+    sizes = {array.shape for arrays in parts.values() for name, array in arrays.items() if "weight_hh_l0" in name}
+    if len(sizes) > 1:
+        received = " and ".join(str(width) for _, width in sorted(sizes))
+        raise InputError("a stack of recurrent layers of one size", received, "convert its layers one by one")
+    return {name: _relevelled(arrays, 0, i) for i, (name, arrays) in enumerate(parts.items())}
+
+
+def _relevelled(arrays: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+    """The arrays of the layer that is number `old` of a stack, under the names that they have as number `new`."""
+    level = re.compile(rf"_l{old}(?=$|{_REVERSE}$)")
+    return {level.sub(f"_l{new}", name): array for name, array in arrays.items() if level.search(name)}
