@@ -10,7 +10,8 @@ import numpy as np
 
 from funcnet.check import algebra, laws
 from funcnet.check.autodiff import autodiff
-from funcnet.check.diagnose import Context, diagnose
+from funcnet.check.diagnosis.case import Context
+from funcnet.check.diagnosis.diagnose import diagnose
 from funcnet.check.function import function
 from funcnet.check.judge import Leaf, blank, leaves_of, wide
 from funcnet.check.numerical import Numerical, numerical

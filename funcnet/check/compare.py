@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from funcnet.check.diagnose import Context, diagnose
+from funcnet.check.diagnosis.case import Context
+from funcnet.check.diagnosis.diagnose import diagnose
 from funcnet.check.judge import Leaf, blank, leaves_of, measure, mismatch, tolerance
 from funcnet.check.report import Failure, Report, values_failure
 from funcnet.expect import floating_dtype, is_floating

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from funcnet.check.diagnose import Context, diagnose
+from funcnet.check.diagnosis.case import Context
+from funcnet.check.diagnosis.diagnose import diagnose
 from funcnet.check.judge import measure, tolerance
 
 RNG = np.random.default_rng(0)

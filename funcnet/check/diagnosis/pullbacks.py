@@ -1,0 +1,161 @@
+"""True gradients of another cotangent, or at another point, that a rule may have returned."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from funcnet.check.diagnosis.case import Case, Context, Found, Values
+from funcnet.check.diagnosis.terms import factors
+from funcnet.check.judge import wide
+
+SLICES, JACOBIAN = 16, 64  # the longest axis taken apart, and the largest output whose Jacobian is taken
+
+
+def not_linear(case: Case) -> Found:
+    """dy counts twice, or not at all."""
+    if case.context.rule is None:
+        return
+    doubled = wide(case.context.rule(_each(case.context.dy, lambda v: 2 * v))[case.leaf.leaf])
+    if case.same(doubled, case.g):
+        yield "it does not depend on the size of the cotangent: dy is left out"
+    if case.same(doubled, 4 * case.g):
+        yield "it is quadratic in the cotangent: dy is multiplied in twice"
+
+
+def _each(dy: Values, f: Callable[[np.ndarray], np.ndarray]) -> Values:
+    return {name: f(v).astype(v.dtype) for name, v in dy.items()}
+
+
+def other_cotangent(case: Case) -> Found:
+    """g is the true VJP of a part of dy, of a shifted one, or of one that has a factor too many or too few."""
+    for name, v in case.context.dy.items():
+        for changed, word in _cotangents(case.context.dy, name):
+            if case.same(case.g, case.true(changed)):
+                yield word
+        for factor, c in factors(case.context.arrays, case.context, v.shape):
+            if np.iscomplexobj(c) and not np.iscomplexobj(v):
+                continue
+            for power, word in ((-1.0, "missing"), (1.0, "too many")):
+                if case.same(case.g, case.true({**case.context.dy, name: (v * c**power).astype(v.dtype)})):
+                    yield f"a factor {factor} is {word}".replace("is too", "too")
+
+
+def _cotangents(dy: Values, name: str) -> Iterator[tuple[Values, str]]:
+    v, alone = dy[name], _each(dy, np.zeros_like)
+    if len(dy) > 1:
+        yield {**dy, name: alone[name]}, f"the cotangent of the output {name} is lost"
+    if len(dy) > 2:
+        yield {**alone, name: v}, f"only the output {name} counts"
+    for axis, n in enumerate(v.shape[:3]):
+        if n < 2:
+            continue
+        for shift in (1, -1):
+            word = f"the cotangent is shifted by {shift} along axis {axis}"
+            yield {**dy, name: np.roll(v, shift, axis)}, word
+            yield {**dy, name: _shifted(v, shift, axis)}, word
+        yield {**dy, name: np.flip(v, axis)}, f"the cotangent is reversed along axis {axis}"
+        mean = np.broadcast_to(v.mean(axis, keepdims=True), v.shape).astype(v.dtype)
+        yield {**dy, name: mean}, f"the cotangent is averaged over axis {axis}"
+    if v.ndim > 1 and v.shape[-1] == v.shape[-2] > 1:
+        yield {**dy, name: np.swapaxes(v, -1, -2)}, "as if the cotangent were transposed: an index or axis mixed up"
+    yield {**dy, name: np.abs(v)}, "the sign of the cotangent is lost"
+    yield {**dy, name: np.ones_like(v)}, "the cotangent is taken for ones: dy is left out"
+
+
+def _shifted(r: np.ndarray, shift: int, axis: int) -> np.ndarray:
+    """Shifted, zeros moved in."""
+    moved = np.moveaxis(np.roll(r, shift, axis), axis, 0).copy()
+    moved[0 if shift > 0 else -1] = 0
+    return np.moveaxis(moved, 0, axis)
+
+
+def weighted(case: Case) -> Found:
+    """g = sum_i m_i vjp(slice i of dy): slices that are lost, or count more than once."""
+    dy, several = case.context.dy, len(case.context.dy) > 1
+    none = _each(dy, np.zeros_like)
+    for name, v in dy.items():
+        rest = case.true({**dy, name: none[name]}).ravel() if several else 0.0
+        for axis, n in enumerate(v.shape[:3]):
+            if not 2 <= n <= SLICES:
+                continue
+            parts = np.stack([case.true({**none, name: _sliced(v, axis, i)}).ravel() for i in range(n)], 1)
+            for m in (*np.eye(n), *(1 - np.eye(n)), *_solved(parts, case.g.ravel() - rest)):
+                if case.same(parts @ m + rest, case.g.ravel()):
+                    yield _weights(m, f"axis {axis} of the cotangent", f" of {name}" * several)
+
+
+def _solved(parts: np.ndarray, g: np.ndarray) -> list[np.ndarray]:
+    """The weights m for which parts @ m is g, if there are numbers enough to tell."""
+    if not np.isfinite(parts).all() or len(g) < parts.shape[1] + 2:
+        return []
+    m, _, rank, _ = np.linalg.lstsq(parts, g, 1e-9)
+    return [np.real(m)] if rank == parts.shape[1] else []
+
+
+def _weights(m: np.ndarray, axis: str, of: str) -> str:
+    zero, whole = np.abs(m) < 1e-4, np.abs(m - 1) < 1e-4
+    listed = lambda mask: ", ".join(map(str, np.flatnonzero(mask)))
+    if np.ptp(m) < 1e-4:
+        return f"the cotangent{of} counts {m[0]:.4g} times"
+    if (zero | whole).all() and whole.sum() == 1:
+        return f"only index {listed(whole)} of {axis}{of} counts"
+    if (zero | whole).all():
+        return f"index {listed(zero)} of {axis}{of} is lost"
+    return f"the slices along {axis}{of} have the wrong weights {', '.join(f'{v:.4g}' for v in m)} in place of 1"
+
+
+def _sliced(v: np.ndarray, axis: int, index: int) -> np.ndarray:
+    kept = np.zeros_like(v)
+    at = (slice(None),) * axis + (index,)
+    kept[at] = v[at]
+    return kept
+
+
+def other_point(case: Case) -> Found:
+    """g is the true VJP where an argument is transposed, negated, reversed, conjugated, or another array."""
+    values = {name: case.context.arrays[name] for name in case.context.references if name in case.context.arrays}
+    for name, v in values.items():
+        for changed, word in _changes(name, v, case.context):
+            alike = np.iscomplexobj(changed) == np.iscomplexobj(v)
+            if alike and case.same(case.g, case.true(values={**values, name: changed})):
+                yield f"as if {name} were {word}"
+    names = list(values)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            alike = values[a].shape == values[b].shape and np.iscomplexobj(values[a]) == np.iscomplexobj(values[b])
+            if alike and case.same(case.g, case.true(values={**values, a: values[b], b: values[a]})):
+                yield f"as if {a} and {b} were in each other's places"
+
+
+def _changes(name: str, v: np.ndarray, context: Context) -> Iterator[tuple[np.ndarray, str]]:
+    if v.ndim > 1 and v.shape[-1] == v.shape[-2] > 1:
+        yield np.swapaxes(v, -1, -2), "transposed"
+    if np.iscomplexobj(v):
+        yield np.conj(v), "conjugated"
+    yield -v, "negated"
+    for axis in (axis for axis, n in enumerate(v.shape[:3]) if n > 1):
+        yield np.flip(v, axis), f"reversed along axis {axis}"
+    for other, a in context.arrays.items():
+        if other != name and a.shape == v.shape and other not in context.cotangents:
+            yield a, other
+
+
+def turned(case: Case) -> Found:
+    """g is the true gradient seen in a mirror: what runs along an axis runs the other way."""
+    for axis, n in enumerate(case.g.shape[:3]):
+        if n > 2 and all(v.ndim > axis and v.shape[axis] == n for v in case.context.dy.values()):
+            mirrored = case.true(_each(case.context.dy, lambda v, axis=axis: np.flip(v, axis)))
+            if case.same(case.g, np.flip(mirrored, axis)):
+                yield f"it runs along axis {axis} in the wrong direction"
+
+
+def diagonal(case: Case) -> Found:
+    """g_i = dy_i dy_i/dx_i: the terms between different elements are missing."""
+    dy = case.context.dy
+    for name, v in dy.items():
+        if v.shape != case.g.shape or not 3 <= v.size <= JACOBIAN or len(dy) > 1:
+            continue
+        hot = lambda i, v=v: np.eye(1, v.size, i, v.dtype).reshape(v.shape)
+        diagonal = [case.true({name: hot(i)}).ravel()[i] for i in range(v.size)]
+        if case.same(case.g.ravel(), np.array(diagonal) * wide(v).ravel()):
+            yield f"only the diagonal of the Jacobian: what an entry does to the others of {name} is missing"
