@@ -75,7 +75,7 @@ class Shift:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scale:
-    """x_hat and dy [*layers, B, .., F] of a scale [F]."""
+    """x_hat and dy [*layers, B, .., F] of a scale [F]; x_hat can be wider than dy."""
 
     x_hat: Array
     dy: Array

@@ -20,13 +20,13 @@ is exact, x_hat rounded.
 Numerics: in float32 for half precision, rounded once. Layer norm centres twice, so that rows far from zero lose
 nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients: its mean is kept as the two that are
 taken off one after the other. Where x_hat explains nearly all of g, dx is a small difference of large terms: `pulled`
-forms it so that an error of rstd does not enter. It needs rstd^3, which in float32 vanishes, and dx with it, for rows
-larger than 4e12, and overflows for rows smaller than 1e-13 where eps is below 1e-26 as well. A row whose mean square
-overflows, from 2e19 on, gives x_hat = 0, and NaN for dx.
+forms it so that an error of rstd does not enter. A row whose mean square overflows, in float32 from 2e19 on, gives
+x_hat = 0 and dx = 0.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, stateless
 
 
-class Normalised(NamedTuple):
+class Statistics(NamedTuple):
     """Residuals of a norm: x; the means to take off it, one after the other; the mean square of the rest, and rstd."""
 
     x: Array
@@ -47,7 +47,7 @@ class Normalised(NamedTuple):
     rstd: Array
 
 
-def layer_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Normalised]:
+def layer_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
     """y = scale * (x - mean) * rstd + bias over the last axis of x [.., D]; params scale [D] (ones), bias [D] (zeros).
 
     Args:
@@ -59,7 +59,7 @@ def layer_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Normalis
     return _norm("layer_norm", eps, centred=True)
 
 
-def rms_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Normalised]:
+def rms_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
     """y = scale * x * rstd over the last axis of x [.., D], rstd = 1 / sqrt(mean(x^2) + eps); params scale [D] (ones).
 
     Args:
@@ -81,20 +81,20 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         fill = {"scale": jnp.ones, "bias": jnp.zeros}
         return {name: fill[name](x.shape[-1], expect.dtype(x)) for name in names}
 
-    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Normalised]:
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Statistics]:
         expect.float_array(x, features=expect.size(params, "scale"))
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
-        high, saved = normalised(x, x.astype(wide(x.dtype)), eps, centred, _mean)
+        high, saved = statistics(x, x.astype(wide(x.dtype)), 2 * centred, eps, _mean)
         y = high * saved.rstd * in_front(params["scale"].astype(high.dtype), x.ndim)
         if centred:
             y = y + in_front(params["bias"].astype(high.dtype), x.ndim)
         return y.astype(x.dtype), saved
 
     def bwd(params, residuals, dy, contract):
-        x, means, square, rstd = anew(residuals)
+        x, means, square, rstd = unshared(residuals)
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
-        high = centre(x.astype(square.dtype), means)
+        high = centre(x.astype(square.dtype), *means)
         g = dy.astype(square.dtype) * in_front(params["scale"].astype(square.dtype), dy.ndim)
         dx = pulled(g - _mean(g) if centred else g, high, square, rstd, eps, _mean)
         dparams = {"scale": contract(Scale(high * rstd, dy), params["scale"])}
@@ -105,36 +105,36 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
     return stateless(name, init, fwd, bwd)
 
 
-def normalised(
-    x: Array, high: Array, eps: float, centred: bool, mean: Callable[[Array], Array]
-) -> tuple[Array, Normalised]:
-    """`high`, which is x made wide, centred or as it is, and what the backward pass needs of it."""
+def statistics(
+    x: Array, high: Array, centrings: int, eps: float, mean: Callable[[Array], Array]
+) -> tuple[Array, Statistics]:
+    """`high`, which is x made wide, centred, and its statistics."""
     means = ()
-    for _ in range(2 * centred):  # the second takes off the rounding error of the first
+    for _ in range(centrings):  # each takes off the rounding error of the one before
         means += (mean(high),)
-        high = high - means[-1]
+        high = centre(high, means[-1])
     square = mean(jnp.square(high))
-    return high, Normalised(x, means, square, lax.rsqrt(square + eps))
+    return high, Statistics(x, means, square, lax.rsqrt(square + eps))
 
 
-def anew(saved: Normalised) -> Normalised:
-    """The same, but x_hat must be formed anew from it: the compiler would keep that of the forward pass, beside x."""
-    return Normalised(saved.x, *lax.optimization_barrier(saved[1:]))
-
-
-def centre(high: Array, means: tuple[Array, ...]) -> Array:
+def centre(high: Array, *means: Array) -> Array:
     """Take the means off, one after the other."""
-    for mean in means:
-        high = high - mean
-    return high
+    return reduce(jnp.subtract, means, high)
+
+
+def unshared(saved: Statistics) -> Statistics:
+    """The same, behind a barrier: the compiler would find x_hat in the forward pass, and keep that beside x."""
+    return Statistics(saved.x, *lax.optimization_barrier(saved[1:]))
 
 
 def pulled(g: Array, x: Array, square: Array, rstd: Array, eps: float, mean: Callable[[Array], Array]) -> Array:
     """rstd * (g - x_hat * mean(g * x_hat)), where x_hat = x * rstd, rstd = 1 / sqrt(square + eps), square = mean(x^2).
 
-    Written as rstd^3 * (g * eps + (g * square - x * mean(g * x))): no rounding of rstd enters the difference.
+    Written as rstd^3 * (g * eps + (g * square - x * mean(g * x))): no rounding of rstd enters the difference. One rstd
+    is multiplied into the numbers of each row first, so that nothing overflows or vanishes; where square has, dx is 0.
     """
-    return rstd * rstd * rstd * (g * eps + (g * square - x * mean(g * x)))
+    by_rstd = lambda row: jnp.where(rstd > 0, row * rstd, 0.0)
+    return rstd * rstd * (g * by_rstd(eps) + (g * by_rstd(square) - x * by_rstd(mean(g * x))))
 
 
 def _mean(x: Array) -> Array:

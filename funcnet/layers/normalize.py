@@ -29,7 +29,7 @@ from funcnet.arithmetic import in_front, placed, regrouped, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.norm import Normalised, anew, centre, normalised, pulled
+from funcnet.layers.norm import Statistics, centre, pulled, statistics, unshared
 
 
 class Direction(NamedTuple):
@@ -39,7 +39,7 @@ class Direction(NamedTuple):
     length: Array
 
 
-def group_norm(groups: int, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Normalised]:
+def group_norm(groups: int, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
     """Normalise groups of adjacent channels over all positions of an example: x [B, .., C] with params scale, bias [C].
 
     Args:
@@ -53,7 +53,7 @@ def group_norm(groups: int, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[
     return _group_norm("group_norm", expect.count(groups, "groups"), eps)
 
 
-def instance_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Normalised]:
+def instance_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
     """Normalise each channel of an example over its positions: x [B, .., C] with params scale, bias [C].
 
     Without positions, or with one, every value is its own mean: y = bias, and dx = 0.
@@ -87,19 +87,19 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         check(x)
         return {"scale": jnp.ones(x.shape[-1], expect.dtype(x)), "bias": jnp.zeros(x.shape[-1], expect.dtype(x))}
 
-    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Normalised]:
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Statistics]:
         check(x, expect.size(params, "scale"))
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
-        high, saved = normalised(x, grouped(x.astype(wide(x.dtype))), eps, True, _mean)
+        high, saved = statistics(x, grouped(x.astype(wide(x.dtype))), 2, eps, _mean)
         x_hat = regrouped(high * saved.rstd, x.shape)
         scale, bias = (in_front(params[name].astype(high.dtype), x.ndim) for name in ("scale", "bias"))
         return (x_hat * scale + bias).astype(x.dtype), saved
 
     def bwd(params, residuals, dy, contract):
-        x, means, square, rstd = anew(residuals)
+        x, means, square, rstd = unshared(residuals)
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
-        high = centre(grouped(x.astype(square.dtype)), means)
+        high = centre(grouped(x.astype(square.dtype)), *means)
         g = grouped(dy.astype(square.dtype) * in_front(params["scale"].astype(square.dtype), dy.ndim))
         dx = regrouped(pulled(g - _mean(g), high, square, rstd, eps, _mean), dy.shape)
         x_hat = regrouped(high * rstd, dy.shape)

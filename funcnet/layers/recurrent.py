@@ -28,8 +28,8 @@ Lengths: positions t >= length give y = 0 and leave the state alone, so the fina
 step, and `reverse` begins with the last valid position. x there has no influence and the cotangent 0.
 Residuals: the input as given, y [B, T, H], and of each step, time first: lstm the gates i, f, g, o [T, B, 4H] and
 c_prev [T, B, H]; gru r, z, n, q [T, B, 4H]; rnn nothing.  Why these: h_prev is y moved by one step, and c and tanh(c)
-cost next to nothing to form again. In half precision it is what the gates (of rnn: h) are functions of, in
-their place: near 1 a rounded gate has lost the 1 - g^2 or i (1 - i) of its derivative.
+cost next to nothing to form again. In half precision it is what enters the gates in their place, and an rnn's a + u:
+near 1 a rounded gate has lost the 1 - g^2 or i (1 - i) of its derivative.
 Numerics: in half precision the products with x and h, gates, state and sums are computed in float32; what is kept, and
 da, are rounded.
 Initial values: kernel LeCun's normal. Each block of the recurrent kernel is orthogonal by itself, so that each keeps
@@ -83,7 +83,7 @@ class Cell(NamedTuple):
         blocks: how many blocks of H the kernels have.
         states: how many arrays [B, H] the state has, h the first.
         enter: (params, a, u) -> what enters the gates.
-        gates: what enters them -> the gates, of the same shape.
+        gates: what enters them -> all that `step` needs beside the states: also a gru's q, and an rnn's h itself.
         step: (gates, states) -> (states, what the step keeps beside the gates).
         back: (gates, kept, h_prev, dstates) -> (dstates, dz): dh without its part through u; dz is da, and all that
             `split` needs.
@@ -120,7 +120,9 @@ def rnn(
 
     features = expect.count(features, "features")
     inits = kernel_init, recurrent_init, lambda dtype: {"bias": jnp.zeros(features, dtype)}
-    return _recurrent("rnn", features, Cell(1, 1, _sum, jnp.tanh, step, back), inits, reverse, return_state)
+    return _recurrent(
+        "rnn", features, Cell(1, 1, enter=_sum, gates=jnp.tanh, step=step, back=back), inits, reverse, return_state
+    )
 
 
 def gru(
@@ -217,7 +219,9 @@ def lstm(
 
     features = expect.count(features, "features")
     inits = kernel_init, recurrent_init, bias_init
-    return _recurrent("lstm", features, Cell(4, 2, _sum, gates, step, back), inits, reverse, return_state)
+    return _recurrent(
+        "lstm", features, Cell(4, 2, enter=_sum, gates=gates, step=step, back=back), inits, reverse, return_state
+    )
 
 
 def _recurrent(
@@ -262,10 +266,10 @@ def _recurrent(
             entering = cell.enter(params, a, u)
             gates = cell.gates(entering)
             new, kept = cell.step(gates, states)
-            if x.dtype != gates.dtype:
-                kept["entering"] = entering
-            elif gates is not new[0]:
-                kept["gates"] = gates
+            if x.dtype != wide(x.dtype):
+                kept |= {"entering": entering}
+            elif gates is not new[0]:  # an rnn's are h, which is kept as y
+                kept |= {"gates": gates}
             return _where(valid, new, states), (new[0].astype(x.dtype), _cast(kept, x.dtype))
 
         states, (h, steps) = lax.scan(body, states, (a, _columns(valid)), reverse=reverse)

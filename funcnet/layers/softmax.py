@@ -8,9 +8,9 @@ For a loss on class probabilities use `cross_entropy`, a layer over logits: it c
 Residuals: y for softmax; x, max(x) and log(sum(e^(x - max))) for log_softmax, whose y rounded to half precision would
 not give softmax(x) back.
 Numerics: in float32 for half precision, and with the maximum taken off: finite for any finite x. -inf is a masked
-entry, with probability 0; a row of nothing else is NaN. The mean under y is taken off dy twice: where y is near 1, dy
-less its mean is as small as 1 - y, of which nothing is left in a rounded y, and the first mean is off by as much of dy
-as y is; the second is the mean of what that left.
+entry, with probability 0; a row of nothing else is NaN. dy is centred twice: where y is
+near 1, dy less its mean under y is as small as 1 - y, and a rounded y puts more than that into the first mean; the
+second takes it off.
 Source: Bridle 1990, "Probabilistic interpretation of feedforward classification network outputs".
 """
 
@@ -48,7 +48,7 @@ def softmax() -> Layer[dict, tuple[()], Array]:
     def bwd(params, y, dy, contract):
         dy = expect.cotangent(dy, y.shape, y.dtype)
         p, g = y.astype(wide(y.dtype)), dy.astype(wide(y.dtype))
-        for _ in range(2):  # the second takes off what the rounding of y left
+        for _ in range(2):  # the second takes off the error of the first
             g = g - jnp.sum(p * g, axis=-1, keepdims=True)
         return {}, (p * g).astype(y.dtype)
 

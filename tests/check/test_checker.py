@@ -63,18 +63,6 @@ def element(g, *_):
     return g.at[(0,) * g.ndim].multiply(0.9)
 
 
-def without_a_mean(term):
-    """layer_norm's dx with one of its two means left out."""
-
-    def dx(_, params, saved, dy):
-        g = dy * params["scale"][None, None]
-        mean = lambda a: jnp.mean(a, -1, keepdims=True)
-        means = {"g": saved.x_hat * mean(g * saved.x_hat), "g x_hat": mean(g)}[term]
-        return saved.rstd * (g - means)
-
-    return dinput(dx, fn.layer_norm())
-
-
 def kinked(name, slope):
     """relu or relu6 with another derivative."""
     right = {"relu": fn.relu(), "relu6": fn.relu6()}[name]
