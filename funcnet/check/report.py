@@ -18,7 +18,7 @@ class Failure:
     """One thing that is wrong.
 
     Attributes:
-        leaf: the leaf's path, or what else is wrong, such as "residuals.x_hat"; empty for the function as a whole.
+        leaf: the leaf's path, or what else is wrong, such as "residuals.rstd"; empty for the function as a whole.
         oracle: who says so: "autodiff", "numerical", "algebra", "residuals", "laws", or "reference".
         kind: what is wrong: "value", "not finite", "structure", "dtype", "linearity", "vmap", ..
         message: a sentence.
