@@ -23,7 +23,9 @@ and backward p = e^(s - lse), and delta = rowsum(do * o), which is rowsum(dp * p
 adds its own part to dq, dk and dv.
 
 Residuals: the input as given; q, k, v, o and lse; with dropout the key.  Why these: they are linear in T and S. p would
-be T S numbers a head, and takes one more product and exponential to form again; m is drawn again, tile by tile.
+be T S numbers a head, and takes one more product and exponential to form again; m is drawn again, tile by tile. o is
+kept in float32 for half precision: the rows of ds add up to 0, of a delta of rounded o only to its rounding, and dk
+adds up many of them.
 Numerics: scores, weights and all sums in float32 for half precision; what is multiplied is rounded to the input's
 dtype. `top` begins with the lowest finite number, so that a row that sees nothing ends with mass 0, o = 0, p = 0 and no
 gradient: -inf - -inf never occurs.
@@ -63,7 +65,7 @@ class Attended(NamedTuple):
         inputs: the input as given.
         q: [B, K, G, T, d], turned if rotary.
         k, v: [B, K, S, d], k turned if rotary.
-        out: [B, T, H d], o of all heads side by side.
+        out: [B, T, H d], o of all heads side by side, in float32 for half precision.
         lse: [B, K, G, T, 1], log(rowsum(e^s)); the lowest finite number for a row that sees nothing.
         key: None where nothing is dropped.
     """
@@ -186,7 +188,7 @@ def attention(
         q = q.reshape(len(q), kv_heads, -1, *q.shape[2:])
         o, lse = _attend(q, k, v, rule(parts, key))
         out = _side_by_side(o.reshape(len(q), heads, *q.shape[3:]))
-        return project("out", out), Attended(inputs, q, k, v, out, lse, key)
+        return project("out", out.astype(q.dtype)), Attended(inputs, q, k, v, out, lse, key)
 
     @expect.by("attention")
     def apply(params, state, inputs):
@@ -210,7 +212,7 @@ def attention(
                 dparams[name], da = layers[name].bwd(params[name], a, dy, contract)
             return da
 
-        o, do = (_by_head(a, heads).reshape(q.shape) for a in (out, pull("out", out, dy)))
+        o, do = (_by_head(a, heads).reshape(q.shape) for a in (out, pull("out", out.astype(q.dtype), dy)))
         dq, dk, dv, dbias = _pull(q, k, v, o, lse, do, rule(parts, key))
         dx = pull("query", x, _side_by_side(turned(dq.reshape(len(q), heads, *q.shape[3:]), -1)))
         of_context = pull("key", context, _side_by_side(turned(dk, -1))), pull("value", context, _side_by_side(dv))
@@ -310,7 +312,7 @@ class Scores(NamedTuple):
 
 
 def _attend(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]:
-    """o [B, K, G, T, d], and lse [B, K, G, T, 1]."""
+    """o [B, K, G, T, d] and lse [B, K, G, T, 1], both wide."""
 
     def body(carry: tuple[Array, ...], tile: Tile) -> tuple[Array, ...]:
         top, mass, acc = (_rows(a, tile) for a in carry)
@@ -325,7 +327,7 @@ def _attend(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]
     mass = acc[..., :1]
     top, mass, acc = _sweep(body, (jnp.full_like(mass, jnp.finfo(mass.dtype).min), mass, acc), scores)
     mass = jnp.where(mass == 0, 1.0, mass)
-    return (acc / mass).astype(q.dtype), top + jnp.log(mass)
+    return acc / mass, top + jnp.log(mass)
 
 
 def _pull(
@@ -333,7 +335,7 @@ def _pull(
 ) -> tuple[Array, Array, Array, Array | None]:
     """dq, dk, dv, and db, None without a bias. dk and dv are summed as [B, K, d, S]: no tile is transposed for them."""
     high, scale = wide(q.dtype), q.shape[-1] ** -0.5
-    delta = jnp.sum(do.astype(high) * o.astype(high), axis=-1, keepdims=True)
+    delta = jnp.sum(do.astype(high) * o, axis=-1, keepdims=True)
 
     def body(carry: tuple[Any, ...], tile: Tile) -> tuple[Any, ...]:
         dq, dk, dv, db = carry

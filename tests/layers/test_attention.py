@@ -312,6 +312,18 @@ def test_contractions_are_those_of_one_examples_own_gradient(contract, x64):
     assert {name: type(fields["kernel"]) for name, fields in kept.items()} == dict.fromkeys(params, fn.Outer)
 
 
+@pytest.mark.parametrize("block", [None, 2])
+def test_in_half_precision_scores_that_move_together_have_no_gradient(block, x64):
+    """A bias of the keys moves all scores of a row alike: its gradient is 0, and rounding is all that is left of it."""
+    rng = np.random.default_rng(0)
+    layer, x = fn.attention(2, block=block), jnp.asarray(rng.normal(size=(8, 6, 8)), "bfloat16")
+    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), layer.init(jax.random.key(0), x)[0])
+    dy = jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    dparams = pull(layer, params, x, dy)[1]
+    size = float(jnp.abs(dparams["key"]["kernel"]).max())
+    assert float(jnp.abs(dparams["key"]["bias"]).max()) < 0.002 * size
+
+
 def test_residuals_are_linear_in_the_positions_and_init_reads_sizes_off_the_input():
     layer, (x, context) = fn.attention(4, 2, 3, features=5), (jnp.ones((B, T, D)), jnp.ones((B, S, C)))
     inputs = {"x": x, "context": context}
