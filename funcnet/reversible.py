@@ -13,7 +13,8 @@ Residuals: y, and what f and g are called with beside it: their state before the
 the same.  Why: a chain of such blocks needs the output of the last one alone. `repeat` of a reversible layer, and a
 `serial` of nothing else, keep just that, and are reversible themselves: activation memory does not grow with depth.
 Numerics: x comes back to rounding only, of the size of y's own, and what is found wrong by that is wrong for all blocks
-before; where f and g have large derivatives it grows with depth. In half precision keep the sums in float32:
+before; where f and g have large derivatives it grows with depth. Of x in half precision next to nothing may come back,
+so that it is refused; in float32, of which one array is kept, f and g can still compute in half precision:
 reversible(mixed(f), mixed(g)).
 Source: Gomez, Ren, Urtasun and Grosse 2017, arXiv:1707.04585, algorithm 1.
 """
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError, at, describe
 from funcnet.layer import Layer, Made, Undone, a_layer, child, output, without_x
 from funcnet.order import after
@@ -52,7 +54,8 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
         g: maps y1 to an array like x2.
 
     Raises:
-        InputError: if x is no pair and cannot be halved, or f's or g's output is not like the half it is added to.
+        InputError: if x is no pair and cannot be halved, or is in half precision, or f's or g's output is not like the
+            half it is added to.
     """
     parts = {"f": a_layer(f), "g": a_layer(g)}
 
@@ -127,15 +130,23 @@ def _halves(x: Any) -> Pair:
     """x as a pair of floating arrays."""
     if isinstance(x, tuple) and len(x) == 2:
         for half in x:
-            expect.float_array(half)
+            _check_stream(half)
         return jnp.asarray(x[0]), jnp.asarray(x[1])
-    expect.float_array(x)
+    _check_stream(x)
     x = jnp.asarray(x)
     if x.shape[-1] % 2:
         remedy = "give an even number of features, or a pair of arrays"
         raise InputError("an array whose last axis can be halved", describe(x), remedy)
     first, second = jnp.split(x, 2, axis=-1)
     return first, second
+
+
+def _check_stream(x: Any) -> None:
+    """Refuse what does not come back from a sum."""
+    expect.float_array(x)
+    if wide(x.dtype) != x.dtype:
+        remedy = "give x in float32; reversible(mixed(f), mixed(g)) computes f and g in half precision"
+        raise InputError("an x in float32 or float64, which can be computed from y", describe(x), remedy)
 
 
 @expect.by("reversible")

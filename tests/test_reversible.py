@@ -10,6 +10,7 @@ import funcnet as fn
 from tests.trees import normal
 
 KEY = jax.random.key(0)
+S = jax.ShapeDtypeStruct
 F = fn.serial(fn.layer_norm(), fn.dense(5), fn.tanh(), fn.dense(3))
 BLOCK = fn.reversible(F, fn.dense(3))
 
@@ -207,3 +208,26 @@ def test_errors_inside_name_their_place():
     with pytest.raises(fn.InputError) as error:
         fn.serial(body=BLOCK).apply({"body": params}, {"body": state}, jnp.ones((4, 8)))
     assert error.value.path == ("body", "f", "layer_norm")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_does_not_come_back_and_is_refused(dtype):
+    for x in (S((4, 6), dtype), (S((4, 3), dtype), S((4, 3), "float32"))):
+        with pytest.raises(fn.InputError, match="float32 or float64"):
+            fn.reversible(fn.dense(3), fn.dense(3)).init(KEY, x)
+    model, x = fn.mixed(fn.reversible(fn.dense(3), fn.dense(3)), compute=dtype), jnp.ones((4, 6))
+    with pytest.raises(fn.InputError, match=r"reversible\(mixed\(f\), mixed\(g\)\)"):
+        model.apply(*model.init(KEY, x), x)
+
+
+def test_of_half_precision_inside_gradients_are_as_of_the_block_that_keeps_its_inputs():
+    """x comes back to the rounding of float32, and f and g, run again there, to theirs."""
+    inner = fn.mixed(fn.serial(fn.dense(3), fn.tanh()))
+    model = fn.repeat(fn.reversible(inner, inner), 3)
+    params, state, x = drawn(model, S((4, 6), jnp.float32))
+    y, _, residuals = model.fwd(params, state, x, KEY)
+    assert {leaf.dtype for leaf in jax.tree.leaves(y)} == {jnp.dtype("float32")}
+    got = model.bwd(params, residuals, jnp.cos(y))
+    wanted = jax.vjp(lambda params, x: model.apply(params, state, x), params, x)[1](jnp.cos(y))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=0.05 * np.abs(b).max())
