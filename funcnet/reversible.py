@@ -14,8 +14,8 @@ the same.  Why: a chain of such blocks needs the output of the last one alone. `
 `serial` of nothing else, keep just that, and are reversible themselves: activation memory does not grow with depth.
 Numerics: x comes back to rounding only, of the size of y's own, and what is found wrong by that is wrong for all blocks
 before; where f and g have large derivatives it grows with depth. Of x in half precision next to nothing may come back,
-so that it is refused; in float32, of which one array is kept, f and g can still compute in half precision:
-reversible(mixed(f), mixed(g)).
+so that init and fwd refuse it (apply, which keeps nothing, does not); in float32, of which one array is kept, f and g
+can still compute in half precision: reversible(mixed(f), mixed(g)).
 Source: Gomez, Ren, Urtasun and Grosse 2017, arXiv:1707.04585, algorithm 1.
 """
 
@@ -54,8 +54,8 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
         g: maps y1 to an array like x2.
 
     Raises:
-        InputError: if x is no pair and cannot be halved, or is in half precision, or f's or g's output is not like the
-            half it is added to.
+        InputError: if x is no pair and cannot be halved, or f's or g's output is not like the half it is added to; from
+            init and fwd, if x is in half precision.
     """
     parts = {"f": a_layer(f), "g": a_layer(g)}
 
@@ -71,7 +71,7 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
             raise InputError(wanted, describe(y), f"let the last layer of {name} return that shape and dtype")
 
     def init(key, x):
-        halves = jax.eval_shape(_halves, x)
+        halves = jax.eval_shape(_stream, x)
         params, state = {}, {}
         for i, (name, layer) in enumerate(parts.items()):
             given, half = halves[1 - i], halves[i]
@@ -95,7 +95,7 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
 
     def fwd(params, state, x, key):
         check(params=params, state=state)
-        x1, x2 = _halves(x)
+        x1, x2 = _stream(x)
         with at("f"):
             u, state_f, _ = f.fwd(params["f"], state["f"], x2, child(key, 0))
         check_output("f", u, x1)
@@ -130,9 +130,9 @@ def _halves(x: Any) -> Pair:
     """x as a pair of floating arrays."""
     if isinstance(x, tuple) and len(x) == 2:
         for half in x:
-            _check_stream(half)
+            expect.float_array(half)
         return jnp.asarray(x[0]), jnp.asarray(x[1])
-    _check_stream(x)
+    expect.float_array(x)
     x = jnp.asarray(x)
     if x.shape[-1] % 2:
         remedy = "give an even number of features, or a pair of arrays"
@@ -141,12 +141,14 @@ def _halves(x: Any) -> Pair:
     return first, second
 
 
-def _check_stream(x: Any) -> None:
-    """Refuse what does not come back from a sum."""
-    expect.float_array(x)
-    if wide(x.dtype) != x.dtype:
+@expect.by("reversible")
+def _stream(x: Any) -> Pair:
+    """The halves of an x that will have to come back from y."""
+    halves = _halves(x)
+    if any(wide(half.dtype) != half.dtype for half in halves):
         remedy = "give x in float32; reversible(mixed(f), mixed(g)) computes f and g in half precision"
         raise InputError("an x in float32 or float64, which can be computed from y", describe(x), remedy)
+    return halves
 
 
 @expect.by("reversible")

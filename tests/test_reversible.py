@@ -217,7 +217,8 @@ def test_half_precision_does_not_come_back_and_is_refused(dtype):
             fn.reversible(fn.dense(3), fn.dense(3)).init(KEY, x)
     model, x = fn.mixed(fn.reversible(fn.dense(3), fn.dense(3)), compute=dtype), jnp.ones((4, 6))
     with pytest.raises(fn.InputError, match=r"reversible\(mixed\(f\), mixed\(g\)\)"):
-        model.apply(*model.init(KEY, x), x)
+        model.fwd(*model.init(KEY, x), x, KEY)
+    assert model.apply(*model.init(KEY, x), x).shape == x.shape  # keeps nothing, needs nothing back
 
 
 def test_of_half_precision_inside_gradients_are_as_of_the_block_that_keeps_its_inputs():

@@ -120,9 +120,8 @@ def rnn(
 
     features = expect.count(features, "features")
     inits = kernel_init, recurrent_init, lambda dtype: {"bias": jnp.zeros(features, dtype)}
-    return _recurrent(
-        "rnn", features, Cell(1, 1, enter=_sum, gates=jnp.tanh, step=step, back=back), inits, reverse, return_state
-    )
+    cell = Cell(1, 1, _sum, jnp.tanh, step, back)
+    return _recurrent("rnn", features, cell, inits, reverse, return_state)
 
 
 def gru(
@@ -168,7 +167,8 @@ def gru(
 
     features = expect.count(features, "features")
     inits = kernel_init, recurrent_init, bias_init
-    return _recurrent("gru", features, Cell(3, 1, enter, gates, step, back, split), inits, reverse, return_state)
+    cell = Cell(3, 1, enter, gates, step, back, split)
+    return _recurrent("gru", features, cell, inits, reverse, return_state)
 
 
 def lstm(
@@ -219,9 +219,8 @@ def lstm(
 
     features = expect.count(features, "features")
     inits = kernel_init, recurrent_init, bias_init
-    return _recurrent(
-        "lstm", features, Cell(4, 2, enter=_sum, gates=gates, step=step, back=back), inits, reverse, return_state
-    )
+    cell = Cell(4, 2, _sum, gates, step, back)
+    return _recurrent("lstm", features, cell, inits, reverse, return_state)
 
 
 def _recurrent(

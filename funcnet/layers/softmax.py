@@ -8,9 +8,8 @@ For a loss on class probabilities use `cross_entropy`, a layer over logits: it c
 Residuals: y for softmax; x, max(x) and log(sum(e^(x - max))) for log_softmax, whose y rounded to half precision would
 not give softmax(x) back.
 Numerics: in float32 for half precision, and with the maximum taken off: finite for any finite x. -inf is a masked
-entry, with probability 0; a row of nothing else is NaN. dy is centred twice: where y is
-near 1, dy less its mean under y is as small as 1 - y, and a rounded y puts more than that into the first mean; the
-second takes it off.
+entry, with probability 0; a row of nothing else is NaN. dy is centred twice: where y is near 1, dy less its mean under
+y is as small as 1 - y, and a rounded y puts more than that into the first mean; the second takes it off.
 Source: Bridle 1990, "Probabilistic interpretation of feedforward classification network outputs".
 """
 
