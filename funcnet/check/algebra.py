@@ -2,7 +2,7 @@
 and however often; its gradients are like the leaves that they belong to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from funcnet.check.judge import leaves_of, measure, mismatch, tolerance, wide
 from funcnet.check.numerical import Numerical
-from funcnet.check.plain import is_inexact
+from funcnet.check.plain import is_inexact, jaxpr_of
 from funcnet.check.report import Failure, said, values_failure
 from funcnet.check.subject import Point, Values, host, laid, quickly
 
@@ -82,7 +82,7 @@ def _unlike(path: str, got: Any, leaf: Any) -> list[Failure]:
 
 def algebra(point: Point, finder: Numerical) -> list[Failure]:
     """All of it that takes values."""
-    failures = [f for oracle in (output, linearity, repeatable, modes) for f in oracle(point)]
+    failures = [f for oracle in (output, linearity, repeatable, modes, uses) for f in oracle(point)]
     return failures + adjoint(point, finder)
 
 
@@ -111,7 +111,7 @@ def linearity(point: Point) -> list[Failure]:
 def repeatable(point: Point) -> list[Failure]:
     """Two calls agree bit for bit, compiled and eagerly: nothing stale, drawn anew or uninitialised is used. And the
     eager gradients are the compiled ones."""
-    once = lambda: host(point.pull(_arrays(point.values), _arrays(point.dys[0]))[1])
+    once = lambda: host(point.pull(*jax.device_put((point.values, point.dys[0])))[1])
     with point.subject.mode():
         eagerly = [_attempt(once), _attempt(once)]
     if raised := [e for e in eagerly if isinstance(e, Exception)]:
@@ -174,52 +174,68 @@ def _pairing(a: Any, b: Any) -> tuple[float, float]:
 
 
 def modes(point: Point) -> list[Failure]:
-    """The same gradients under vmap over a new axis of examples, in the body of a scan, and where the function is used
-    twice before either use is differentiated: what is kept outside the residuals is another call's by then."""
-    values = [point.values, _elsewhere(point)]
-    failures = []
+    """The same gradients under vmap over a new axis of examples and in the body of a scan: in one program, a scan of a
+    vmap; only where that fails is each tried alone, to tell which.
+    """
+    points = [(point.values, point.dys[0]), (_elsewhere(point), point.dys[1])]
+    pull = lambda v, dy: {k: g for k, g in point.pull(v, dy)[1].items() if k in point.sound}
+    scan = lambda f: lambda *given: jax.lax.scan(lambda carry, each: (carry, f(*each)), None, given)[1]
+
+    def tried(way: str, mapped: Any, places: Any) -> list[Failure]:
+        got = _attempt(lambda: host(quickly(mapped)(*_stacked(points, places))))
+        if isinstance(got, Exception):
+            return [Failure("", ORACLE, way, f"under {way} the rule raises {said(got)}")]
+        at = np.asarray(places)
+        pairs = [(k, g[i], wanted[at[i]][k]) for k, g in got.items() for i in np.ndindex(at.shape)]
+        return _differences(point, way, pairs)
+
     with point.subject.mode():
-        wanted = [point.rule[0], host(point.compiled(values[1], point.dys[1])[1])]
-        stacked = [{k: _stack(a[k], b[k]) for k in a} for a, b in (values, point.dys)]
-        pull = lambda v, dy: {k: g for k, g in point.pull(v, dy)[1].items() if k in point.sound}
-        ways = {
-            "vmap": lambda v, dy: jax.vmap(pull)(v, dy),
-            "scan": lambda v, dy: jax.lax.scan(lambda carry, pair: (carry, pull(*pair)), None, (v, dy))[1],
-            "two uses": lambda v, dy: _twice(point, v, dy),
-        }
-        for way, mapped in list(ways.items()):
-            if isinstance(error := _attempt(lambda mapped=mapped: jax.eval_shape(mapped, *stacked)), Exception):
-                failures += _unmappable(point, way, error, stacked)
-                del ways[way]
-        found = quickly(lambda *pair: {way: mapped(*pair) for way, mapped in ways.items()})(*stacked)
-    for way, got in found.items():
-        got = host(got)
-        pairs = [(k, got[k][i], wanted[i][k]) for k in got for i in range(2)]
-        failures += _differences(point, way, pairs)
-    return failures
+        wanted = [point.rule[0], host(point.compiled(*points[1])[1])]
+        together = tried("scan of vmap", scan(jax.vmap(pull)), ((0, 1), (1, 0)))
+        if not together:
+            return []
+        failures = tried("vmap", jax.vmap(pull), (0, 1)) + tried("scan", scan(pull), (0, 1)) or together
+        raised = [failure for failure in failures if not failure.leaf]
+        plain = jax.vmap(lambda values, dy: point.vjp(values, dy, False)[1])
+        if not raised or not isinstance(_attempt(lambda: jax.eval_shape(plain, *_stacked(points, (0, 1)))), Exception):
+            return failures
+    point.notes += [f"{failure.message}; so does the plain program" for failure in raised]
+    return [failure for failure in failures if failure.leaf]
 
 
-def _stack(a: Any, b: Any) -> Any:
-    return np.stack([a, b]) if isinstance(a, np.ndarray) else jnp.stack([a, b])  # NumPy has nothing to compile
+def _stacked(points: Sequence[Any], places: Any) -> Any:
+    """A tree of arrays with those of the numbered point in each of the places."""
+    if isinstance(places, int):
+        return points[places]
+    stack = lambda *leaves: np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
+    return jax.tree.map(stack, *(_stacked(points, each) for each in places))  # NumPy has nothing to compile
 
 
-def _twice(point: Point, values: dict[str, Any], dys: dict[str, Any]) -> dict[str, Any]:
-    """Both forward passes, then both pullbacks."""
-    at = lambda tree, i: {k: v[i] for k, v in tree.items()}
-    pullbacks = [point.begin(at(values, i))[1] for i in range(2)]
-    first, second = (pullback(at(dys, i)) for i, pullback in enumerate(pullbacks))
-    return {k: jnp.stack([first[k], second[k]]) for k in point.sound}
+def uses(point: Point) -> list[Failure]:
+    """Where the function is used twice before either use is differentiated, no gradient of one use may come from the
+    arguments of the other: what is kept outside the residuals is the other's by then. The traced program tells.
+    """
 
+    def twice(*points):
+        pullbacks = [point.begin(values)[1] for values, _ in points]
+        found = [pullback(dy) for pullback, (_, dy) in zip(pullbacks, points, strict=True)]
+        return [[gradients[path] for path in point.sound] for gradients in found]
 
-def _unmappable(point: Point, way: str, error: Exception, stacked: list[dict[str, Any]]) -> list[Failure]:
-    """It counts against the rule only if the plain program can be mapped."""
-    plain = lambda v, dy: point.vjp(v, dy, False)[1]
-    try:
-        jax.eval_shape(jax.vmap(plain), *stacked)
-    except Exception:
-        point.notes.append(f"neither the rule nor the plain program runs under {way}: {said(error)}")
-        return []
-    return [Failure("", ORACLE, way, f"under {way} the rule raises {said(error)}")]
+    one, way = (point.values, point.dys[0]), "two uses"
+    with point.subject.mode():
+        program = _attempt(lambda: jaxpr_of(twice, one, one))
+    if isinstance(program, Exception):
+        return [Failure("", ORACLE, way, f"used twice, the rule raises {said(program)}")]
+    count, leaves = len(point.sound), len(jax.tree.leaves(one))
+    of_first, of_second = program.reached(range(leaves)), program.reached(range(leaves, 2 * leaves))
+    message = (
+        "of two uses, the gradient of one depends on the arguments of the other: residuals are to hold what it needs"
+    )
+    return [
+        Failure(path, ORACLE, way, message)
+        for i, path in enumerate(point.sound)
+        if i in of_second or count + i in of_first
+    ]
 
 
 def _differences(point: Point, way: str, pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Failure]:
@@ -239,10 +255,6 @@ def _elsewhere(point: Point) -> Values:
     noise = point.draw(point.values)
     moved = {k: wide(v) * (1 + 0.01 * wide(noise[k])) for k, v in point.values.items()}
     return {k: laid(moved[k].astype(v.dtype), v) for k, v in point.values.items()}
-
-
-def _arrays(values: Values) -> dict[str, Any]:
-    return {k: jnp.asarray(v) for k, v in values.items()}
 
 
 def output(point: Point) -> list[Failure]:

@@ -232,7 +232,7 @@ def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: i
     with jax.enable_x64(x64):
         x = cast(jax.tree.map(np.asarray, drawn(x, seed)), dtype)
         params, state = drawn(params, seed), drawn(state, seed)
-        fresh, own_state = quickly(layer.init)(key, x) if params is None or state is None else (None, None)
+        fresh, own_state = _initial(layer, key, x) if params is None or state is None else (None, None)
         params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else params
         params = cast(jax.tree.map(_array, params), dtype)
         # a state keeps the dtype that the layer gave it: statistics may be wider than x
@@ -240,6 +240,12 @@ def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: i
         plain = trace(lambda params, x: layer.fwd(params, state, x, key)[0], params, x)
 
     return Subject(layer.name, (params, x), ("params", "x"), pulling(layer, state, key), plain, x64, layer, state, key)
+
+
+def _initial(layer: Layer, key: Any, x: Tree) -> tuple[Tree, Tree]:
+    """What `init` gives, compiled where that is anything."""
+    empty = jax.eval_shape(layer.init, key, x)
+    return quickly(layer.init)(key, x) if jax.tree.leaves(empty) else empty
 
 
 def pulling(layer: Layer, state: Tree, key: Any) -> Callable[[tuple], tuple[Tree, Callable[[Tree], tuple]]]:

@@ -10,7 +10,7 @@ import numpy as np
 from funcnet.check.judge import leaves_of, measure, tolerance, wide
 from funcnet.check.plain import jaxpr_of
 from funcnet.check.report import Failure, values_failure
-from funcnet.check.subject import Point, Values, host, quickly
+from funcnet.check.subject import Point, Values, host, laid, quickly
 from funcnet.expect import InputError, describe
 from funcnet.factors import Contraction, Rows, is_factor, keep, per_example, rows, squared_norm, total
 
@@ -21,7 +21,7 @@ def residuals(point: Point) -> list[Failure]:
     """Law 6: residuals are arrays, depend on the input, and on no dy. Their bytes are noted."""
     layer, state, key = point.subject.layer, point.subject.state, point.subject.key
     with point.subject.mode():
-        params, x = jax.tree.map(jnp.asarray, point.subject.args)
+        params, x = jax.device_put(point.subject.args)
         if strange := _strange(point):
             return strange
         before = layer.fwd(params, state, x, key)
@@ -116,8 +116,8 @@ def _apply(point: Point) -> list[Failure]:
         return [Failure("", "laws", "apply", f"apply returns {describe(shapes)}, fwd {describe(point.y_shape)}")]
     if jax.tree.leaves(state) or _draws(point):
         return []
-    both = quickly(lambda *args: (layer.apply(*args), layer.fwd(*args, subject.key)[0]))
-    applied, run = (host(leaves_of(y, "y")) for y in both(params, state, x))
+    args = jax.device_put((params, state, x))
+    applied, run = (host(leaves_of(y, "y")) for y in (layer.apply(*args), layer.fwd(*args, subject.key)[0]))
     failures = []
     for path in point.outputs:
         leaf = measure(path, applied[path], run[path], 4 * tolerance(run[path].dtype, point.terms))
@@ -143,17 +143,16 @@ def _contractions(point: Point) -> list[Failure]:
     dy = host(point.dys[0])
     examples = {v.shape[0] for v in dy.values() if v.ndim}
     count = examples.pop() if len(examples) == 1 else 0
-    alone = {k: np.concatenate([np.zeros_like(v[:-1]), v[-1:]]) if v.ndim else v for k, v in dy.items()}
 
     refused: dict[str, InputError] = {}
 
-    def all_of_them(params, x):
+    def others(params, x):
         residuals = layer.fwd(params, point.subject.state, x, point.subject.key)[2]
-        by = lambda contract, dy: layer.bwd(params, residuals, point.cotangent(dy), contract)[0]
-        answers = {"total": by(total, alone)}
+        by = lambda contract: layer.bwd(params, residuals, point.cotangent(dy), contract)[0]
+        answers = {}
         for contract in (keep, per_example, squared_norm, rows):
             try:
-                answers[contract.name] = by(contract, dy)
+                answers[contract.name] = by(contract)
             except InputError as error:
                 refused[contract.name] = error
         if "rows" in answers:
@@ -166,24 +165,28 @@ def _contractions(point: Point) -> list[Failure]:
         return answers
 
     try:
-        trees = quickly(all_of_them)(params, x)
+        trees = quickly(others)(params, x)
         answers = {name: host(leaves_of(tree, "params")) for name, tree in trees.items()}
     except Exception as error:
         message = f"bwd raises {type(error).__name__} for other contractions than total: {error}"
         return [Failure("", "laws", "contractions", message)]
-    failures = _refusals(point, refused, alone, count)
+    last = {k: np.concatenate([np.zeros_like(v[:-1]), v[-1:]]) if v.ndim else v for k, v in dy.items()}
+    of_last = point.gradients({k: laid(v, point.outputs[k]) for k, v in last.items()})
+    failures = _refusals(point, refused, of_last, count)
     for path, wanted in {k: v for k, v in point.rule[0].items() if k.startswith("params")}.items():
         of = {name: tree[path] for name, tree in answers.items()}
         for name, what in {"keep": "keep, then total", "rows": "rows"}.items():
             failures += _contraction(point, path, what, of[name], wanted) if name in of else []
         if count and "per_example" in of:
-            failures += _by_example(point, path, of, wanted, count)
+            failures += _by_example(point, path, of, wanted, of_last[path], count)
     return failures
 
 
-def _by_example(point: Point, path: str, of: dict[str, np.ndarray], wanted: np.ndarray, count: int) -> list[Failure]:
-    """The answers for each example of a leaf whose gradient is `wanted`."""
-    each, last = of["per_example"], of["total"]
+def _by_example(
+    point: Point, path: str, of: dict[str, np.ndarray], wanted: np.ndarray, last: np.ndarray, count: int
+) -> list[Failure]:
+    """The answers for each example of a leaf whose gradient is `wanted`, that of the `last` example's dy alone too."""
+    each = of["per_example"]
     if each.shape != (count, *wanted.shape) or each.dtype != wanted.dtype:
         message = f"per_example gives {describe(each)} for a leaf {describe(wanted)} and {count} examples"
         return [Failure(path, "laws", "contractions", message)]
@@ -209,11 +212,11 @@ def _squares(point: Point, path: str, norms: np.ndarray, each: np.ndarray) -> li
     return [] if leaf.within else [values_failure(leaf, "laws", "contractions", "squared_norm")]
 
 
-def _refusals(point: Point, refused: dict[str, InputError], alone: Values, count: int) -> list[Failure]:
+def _refusals(point: Point, refused: dict[str, InputError], of_last: Values, count: int) -> list[Failure]:
     """What is said of refused contractions: only layers that mix examples, or have no axis of them, may refuse any."""
     for name, error in refused.items():
         point.notes.append(f"{name} is refused: {error.expected}")
-        if error.expected.startswith("an example axis") or _mixes(point, alone, count):
+        if error.expected.startswith("an example axis") or _mixes(of_last, count):
             continue
         message = f"bwd refuses {name} for examples that have no part in each other: {error.expected}"
         return [Failure("", "laws", "contractions", message)]
@@ -233,12 +236,11 @@ def _table(answer: Any, param: Any) -> Any:
     return (jax.vmap(one) if answer.ids.ndim > 1 else one)(answer.ids, answer.rows)
 
 
-def _mixes(point: Point, alone: Values, count: int) -> bool:
+def _mixes(of_last: Values, count: int) -> bool:
     """Whether the last example's cotangent has a gradient in another example, as far as can be seen: not with one."""
     if count < 2:
         return True
-    gradients = {path: g for path, g in point.gradients(alone).items() if path.startswith("x")}
-    seen = [wide(g) for g in gradients.values() if g.ndim > 1 and len(g) == count]
+    seen = [wide(g) for path, g in of_last.items() if path.startswith("x") and g.ndim > 1 and len(g) == count]
     return not seen or any(np.any(g[:-1] != 0) for g in seen)
 
 

@@ -108,23 +108,18 @@ class Numerical:
         point = self.point
 
         def along(values, tangents, dy):
-            move = lambda h: jax.tree.map(lambda x, v: x + jnp.asarray(h, v.dtype) * v, values, tangents)
-            at = lambda h: point.outputs_of(move(h), True)
-            base = at(0.0)
-            dy = {k: jnp.where(jnp.isfinite(base[k]), dy[k], 0.0) for k in dy}
+            def step(base, h):
+                y = point.outputs_of(jax.tree.map(lambda x, v: x + h.astype(v.dtype) * v, values, tangents), True)
+                base = {k: jnp.where(h == 0, y[k], base[k]) for k in y}
+                heard = {k: (dy[k] != 0) & jnp.isfinite(base[k]) for k in y}
+                change = sum(jnp.real(jnp.where(heard[k], dy[k] * (y[k] - base[k]), 0.0)).sum() for k in y)
+                size = sum(jnp.where(heard[k], jnp.abs(dy[k] * y[k]), 0.0).sum() for k in y)
+                return base, (change, size)
 
-            def pair(a, b):
-                terms = [jnp.where(dy[k] == 0, 0.0, dy[k] * (a[k] - b[k])) for k in dy]
-                return sum(jnp.real(t).sum() for t in terms)
-
-            def size(a):
-                return sum(jnp.where(dy[k] == 0, 0.0, jnp.abs(dy[k] * a[k])).sum() for k in dy)
-
-            def one(h):
-                above, below = at(h), at(-h)
-                return pair(above, base), pair(base, below), size(above) + size(below)
-
-            return jax.lax.map(one, jnp.asarray(self.steps))
+            nothing = jax.tree.map(jnp.zeros_like, dy)
+            _, (change, size) = jax.lax.scan(step, nothing, jnp.asarray([0.0, *self.steps, *-self.steps]))
+            (above, below), sizes = (jnp.split(a[1:], 2) for a in (change, size))
+            return above, -below, sum(sizes)
 
         return quickly(along)
 

@@ -22,7 +22,11 @@ Values = dict[str, np.ndarray]
 @cache
 def fast() -> dict[str, Any]:
     """Options by which XLA compiles fast and runs slowly, of those that this version of it knows."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    }
     known = {}
     for name, value in options.items():
         with suppress(jax.errors.JaxRuntimeError):

@@ -1,5 +1,6 @@
 """The table of cases, checked by several processes, and what came of it."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from funcnet.text import aligned
 MOST_JOBS = 8  # by default: each has JAX of its own in memory
 WORST = 5  # leaves listed
 CLEARED = 60  # checks after which JAX's caches are cleared
+RARELY = 100_000, 50, 1000  # when Python is to look for garbage
 _DONE = count(1)  # checks of this process
 
 
@@ -174,7 +176,11 @@ def _started(tasks: Sequence[tuple[int, str]], jobs: int, options: Mapping[str, 
 
 
 def _hurry(options: Mapping[str, Any]) -> None:
-    """Have everything in this process compiled so, the rules and what runs eagerly too; XLA has not started yet."""
+    """Have everything in this process compiled so, the rules and what runs eagerly too; XLA has not started yet.
+
+    Programs are large and seldom garbage: looking for it as often as Python does takes a tenth of the time.
+    """
+    gc.set_threshold(*RARELY)
     flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 

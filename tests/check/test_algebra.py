@@ -22,6 +22,7 @@ LAWS = {
     "linearity": algebra.linearity,
     "repeatable": algebra.repeatable,
     "modes": algebra.modes,
+    "uses": algebra.uses,
     "output": algebra.output,
     "adjoint": lambda point: algebra.adjoint(point, Numerical(point)),
 }
@@ -108,7 +109,7 @@ BROKEN = {
     "none under vmap": (with_rule(lambda g, x, dy: unbatchable(g)), {("modes", "vmap", "")}),
     "kept outside the residuals": (
         with_rule(save=keep, load=lambda saved: kept[-1]),
-        {("modes", "two uses", "[0]"), ("modes", "two uses", "[1]")},
+        {("uses", "two uses", "[0]"), ("uses", "two uses", "[1]")},
     ),
 }
 
