@@ -243,9 +243,24 @@ def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: i
 
 
 def _initial(layer: Layer, key: Any, x: Tree) -> tuple[Tree, Tree]:
-    """What `init` gives, compiled where that is anything."""
-    empty = jax.eval_shape(layer.init, key, x)
-    return quickly(layer.init)(key, x) if jax.tree.leaves(empty) else empty
+    """What `init` gives for x: the values that it gives for x in float32, where it takes that, so that one program
+    serves every dtype.
+    """
+    like = jax.eval_shape(layer.init, key, x)
+    if not jax.tree.leaves(like):
+        return like
+    single, shapes = cast(x, "float32"), lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+    with jax.enable_x64(False):
+        try:
+            alike = shapes(jax.eval_shape(layer.init, key, single)) == shapes(like)
+        except Exception:
+            alike = False
+        values = quickly(layer.init)(key, single) if alike else None
+    return jax.tree.map(_as_like, values, like) if alike else quickly(layer.init)(key, x)
+
+
+def _as_like(leaf: Any, like: Any) -> Any:
+    return leaf if leaf.dtype == like.dtype else jax.device_put(np.asarray(leaf).astype(like.dtype))
 
 
 def pulling(layer: Layer, state: Tree, key: Any) -> Callable[[tuple], tuple[Tree, Callable[[Tree], tuple]]]:

@@ -101,8 +101,9 @@ def _alike(a: Plain, b: Plain) -> bool:
 def _reference(reference: Callable, args: tuple, program: Plain) -> Plain:
     plain = _program(reference, args)
     ours, theirs = ([(a.shape, a.dtype) for a in p.jaxpr.out_avals] for p in (program, plain))
-    if plain.structure != program.structure or ours != theirs:
-        received = f"{theirs} in {plain.structure} for {ours} in {program.structure}"
+    structure, wanted = (jax.tree.structure(p.shape) for p in (plain, program))
+    if structure != wanted or ours != theirs:
+        received = f"{theirs} in {structure} for {ours} in {wanted}"
         raise InputError("a reference with the outputs of the function", received, "return the same tree of arrays")
     return plain
 

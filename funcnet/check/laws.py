@@ -26,7 +26,7 @@ def residuals(point: Point) -> list[Failure]:
             return strange
         before = layer.fwd(params, state, x, key)
         if not point.raises:
-            layer.bwd(params, before[2], point.cotangent(point.dys[1]))
+            layer.bwd(params, before[2], jax.device_put(point.cotangent(point.dys[1])))
         after = layer.fwd(params, state, x, key)
         of_params = _of_params(point, before[2])
     failures = [

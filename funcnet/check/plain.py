@@ -33,7 +33,7 @@ class Plain:
 
     Attributes:
         jaxpr: the program, closed.
-        structure: of the output.
+        shape: the output, as `jax.ShapeDtypeStruct`s.
         rules: each custom rule in it, such as "custom_vjp relu", with the number of its calls.
         stuck: primitives that hold custom rules that cannot be replaced.
         stops: whether it stops gradients.
@@ -41,7 +41,7 @@ class Plain:
     """
 
     jaxpr: Any
-    structure: Any
+    shape: Any
     rules: dict[str, int] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
     stops: bool = False
@@ -60,13 +60,12 @@ class Plain:
     def __call__(self, *leaves: Any, wide: bool) -> Any:
         """The output for the flattened arguments; in float64 if `wide`, else in the dtypes of the program."""
         given = [_widened(leaf) for leaf in leaves] if wide else leaves
-        return jax.tree.unflatten(self.structure, _evaluate(self.jaxpr, given, wide))
+        return jax.tree.unflatten(jax.tree.structure(self.shape), _evaluate(self.jaxpr, given, wide))
 
 
 def trace(f: Callable, *args: Any) -> Plain:
     """The program of f at arguments like `args`."""
-    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-    return Plain(jaxpr, jax.tree.structure(shape))
+    return Plain(*jax.make_jaxpr(f, return_shape=True)(*args))
 
 
 def reduction_length(jaxpr: Any) -> int:

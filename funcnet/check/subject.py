@@ -107,10 +107,8 @@ class Point:
         self.broken: set[str] = set()
         self.bare = self.raises = False
         self.shown: dict[str, int] = {}
-        with self.subject.mode():
-            shape = jax.eval_shape(lambda *a: self.subject.plain(*a, wide=False), *self.leaves)
-        self.outputs = {path: leaf for path, leaf in leaves_of(shape, "y").items() if is_inexact(leaf)}
-        self.y_shape = shape
+        self.y_shape = self.subject.plain.shape
+        self.outputs = {path: leaf for path, leaf in leaves_of(self.y_shape, "y").items() if is_inexact(leaf)}
         self.dys = [self.draw(self.outputs) for _ in range(2)]
 
     def _named(self, args: tuple) -> dict[str, Any]:

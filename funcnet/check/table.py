@@ -135,19 +135,19 @@ def run(cases: Sequence[int], dtype: str, jobs: int | None, options: Mapping[str
         jobs: how many processes; by default as many as there are cores, and one where JAX has an accelerator.
         options: for `check_layer`.
     """
-    tasks = [(i, each) for i in cases for each in CASES[i].dtypes if dtype in ("", each)]
+    tasks = {i: asked for i in cases if (asked := [each for each in CASES[i].dtypes if dtype in ("", each)])}
+    order = [(i, each) for i, asked in tasks.items() for each in asked]
     if not tasks:
         raise InputError(f"cases that are checked in {dtype}", "none of those named", "leave --dtype out")
     jobs, start = min(jobs or _cores(), len(tasks)), time.perf_counter()
-    checks, wrong, lines = [], 0, max(len(tasks) // 10, 1)
-    with _started(tasks, jobs, options) as coming, progress(0, len(tasks), "check", sys.stderr) as report:
+    checks, wrong, lines = [], 0, max(len(order) // 10, 1)
+    with _started(tasks, jobs, options) as coming, progress(0, len(order), "check", sys.stderr) as report:
         for check in coming:
             checks.append(check)
             wrong += not check.report.ok
             due = len(checks) % lines == 0 or not check.report.ok
             report(len(checks), {"wrong": wrong} if due else None)
-    order = {task: place for place, task in enumerate(tasks)}
-    checks.sort(key=lambda check: order[check.case, check.dtype])
+    checks.sort(key=lambda check: order.index((check.case, check.dtype)))
     return Outcome(tuple(checks), time.perf_counter() - start)
 
 
@@ -156,16 +156,19 @@ def _cores() -> int:
 
 
 @contextmanager
-def _started(tasks: Sequence[tuple[int, str]], jobs: int, options: Mapping[str, Any]) -> Iterator[Iterator[Check]]:
-    """The checks as they are done: here for one job, else in processes, which end with the context whatever happens."""
+def _started(tasks: Mapping[int, Sequence[str]], jobs: int, options: Mapping[str, Any]) -> Iterator[Iterator[Check]]:
+    """The checks as they are done: here for one job, else in processes, which end with the context whatever happens.
+
+    A case is checked in all of its dtypes by one process: they share the program of its `init`.
+    """
     if jobs == 1:
-        yield (_check(*task, options) for task in tasks)
+        yield (_check(i, dtype, options) for i, dtypes in tasks.items() for dtype in dtypes)
         return
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _hurry, (fast(),))
     before = set(multiprocessing.active_children())
     try:
         with _deaf():
-            futures = [pool.submit(_check, *task, options) for task in tasks]
+            futures = [pool.submit(_checks, i, dtypes, options) for i, dtypes in tasks.items()]
         yield _results(futures)
     except BaseException:
         for process in set(multiprocessing.active_children()) - before:
@@ -198,10 +201,14 @@ def _deaf() -> Iterator[None]:
 def _results(futures: Sequence[Future]) -> Iterator[Check]:
     try:
         for future in as_completed(futures):
-            yield future.result()
+            yield from future.result()
     except BrokenProcessPool as error:
         received = "one was ended from outside, perhaps for want of memory"
         raise InputError("processes that live until they are done", received, "use --jobs 1") from error
+
+
+def _checks(i: int, dtypes: Sequence[str], options: Mapping[str, Any]) -> list[Check]:
+    return [_check(i, dtype, options) for dtype in dtypes]
 
 
 def _check(i: int, dtype: str, options: Mapping[str, Any]) -> Check:
