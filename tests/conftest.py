@@ -1,17 +1,20 @@
 """Strict dtypes and ranks for every test, and warnings are errors (pyproject.toml).
 
-XLA compiles without much optimisation, for speed; `XLA_FLAGS= python -m pytest` tests what it makes otherwise.
+XLA compiles without much optimisation, for speed; `XLA_FLAGS= python -m pytest` tests what it makes otherwise. Python
+looks for garbage seldom: programs are large and hardly ever garbage.
 """
 
+import gc
 import os
 from importlib.metadata import version
 
-# Compiling is most of what the tests do, and half of it the second flag saves; later versions end at it as unknown.
+# Compiling is most of what the tests do, and half of it the last flag saves; later versions end at it as unknown.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
+gc.set_threshold(100_000, 50, 1000)
 
 import jax
 import pytest

@@ -46,8 +46,8 @@ def check_layer(
 
     autodiff    reverse mode through the output of `fwd`, without custom rules, in float64, element by element
     numerical   extrapolated differences in float64 along random directions, with kinks told apart
-    algebra     adjoint to forward mode, linear in dy, alike eagerly and under jit, vmap and scan, repeatable;
-                structure, shape, dtype, weak type and sharding of every gradient
+    algebra     adjoint to forward mode, linear in dy, alike eagerly and under jit, vmap and scan, repeatable, two uses
+                apart; structure, shape, dtype, weak type and sharding of every gradient
     residuals   law 6: arrays only, dependent on the input, untouched by bwd; their bytes are noted
     laws        laws 2 and 3, and that the contractions agree with each other
 
@@ -55,8 +55,8 @@ def check_layer(
         layer: any `Layer`; a loss is a layer over (prediction, target).
         x: its input: arrays, `jax.ShapeDtypeStruct`s or texts such as "f32[8,16]" and "i32[8]<10" to be drawn
             (`funcnet.check.spec`), or a pytree of them.
-        params, state: given as x is; by default from `init`, the parameters then moved at random, so that no zero bias
-            or unit scale hides a mistake.
+        params, state: given as x is; by default from `init` for x in float32, or as it is where the layer refuses that,
+            and cast; the parameters then moved at random, so that no zero bias or unit scale hides a mistake.
         dtype: floating arrays are cast to it; float64 runs in JAX's 64-bit mode. Half precision is judged against
             float64, and by what autodiff reaches in that dtype. Give "float32" for a layer that takes nothing else.
         oracles: which of the five to ask.
