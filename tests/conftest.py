@@ -14,11 +14,11 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
-gc.set_threshold(100_000, 50, 1000)
 
 import jax
 import pytest
 
+gc.set_threshold(100_000, 50, 1000)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

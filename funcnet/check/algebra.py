@@ -3,6 +3,7 @@ and however often; its gradients are like the leaves that they belong to.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from funcnet.check.plain import is_inexact, jaxpr_of
 from funcnet.check.report import Failure, said, values_failure
 from funcnet.check.subject import Point, Values, host, laid, quickly
 
+Tree = Any
 ORACLE = "algebra"
 
 
@@ -23,38 +25,40 @@ def structure(point: Point) -> list[Failure]:
 
     Leaves whose gradient cannot be compared become the point's `broken` ones.
     """
-    probe = lambda pull: _attempt(lambda: jax.eval_shape(lambda v, dy: pull(v, dy), point.values, point.dys[0]))
+
+    def probe(pull: Callable) -> Any:
+        y, gradients = pull(point.values, point.dys[0])
+        return y, gradients, point.named(gradients)
+
     with point.subject.mode():
-        raised = probe(point.pull)
-        raw = probe(point.raw) if point.subject.raw else None
+        raised = _attempt(lambda: probe(point.compiled.eval_shape))
+        by_rule = partial(jax.eval_shape, lambda *given: point.raw(*given))
+        raw = _attempt(lambda: probe(by_rule)) if point.subject.raw else None
         if isinstance(raised, Exception) and raw is not None:  # JAX refuses what the rule returned: look at it here
             point.bare, raised = True, raw
     if isinstance(raised, Exception):
         point.raises = True
         point.broken |= set(point.values)
         return [Failure("", ORACLE, "structure", f"the rule raises {said(raised)}")]
-    y, got = raised
+    y, gradients, got = raised
     failures = []
     if jax.tree.structure(y) != jax.tree.structure(point.y_shape):
         failures.append(Failure("", ORACLE, "structure", "the rule returns another output than the function"))
-    extra = raw[1] if isinstance(raw, tuple) else {}
+    extra = raw[2] if isinstance(raw, tuple) else {}
     for path in [*point.values, *(p for p in {**got, **extra} if p not in point.values)]:
         leaf = point.values.get(path)
         failures += _unlike(path, got.get(path, extra.get(path)), leaf)
         if path in got and leaf is not None and tuple(got[path].shape) == tuple(leaf.shape):
             continue
         point.broken.add(path)
-    return failures or _tree_unlike(point)
+    return failures or _tree_unlike(point, gradients)
 
 
-def _tree_unlike(point: Point) -> list[Failure]:
+def _tree_unlike(point: Point, gradients: Tree) -> list[Failure]:
     """A layer's gradients as trees: {} where there are no parameters, None for an integer input. JAX asks functions."""
     if not point.subject.layer:
         return []
-    pull = lambda v, dy: point.subject.pull(jax.tree.unflatten(point.structure, point.args(v)))[1](point.cotangent(dy))
-    with point.subject.mode():
-        got = jax.eval_shape(pull, point.values, point.dys[0])
-    got = jax.tree.structure(jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, got))
+    got = jax.tree.structure(jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients))
     wanted = jax.tree.structure(jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, point.subject.args))
     message = f"the gradients (dparams, dx) have the structure {got}, where {wanted} was to be"
     return [] if got == wanted else [Failure("", ORACLE, "structure", message)]
@@ -111,7 +115,7 @@ def linearity(point: Point) -> list[Failure]:
 def repeatable(point: Point) -> list[Failure]:
     """Two calls agree bit for bit, compiled and eagerly: nothing stale, drawn anew or uninitialised is used. And the
     eager gradients are the compiled ones."""
-    once = lambda: host(point.pull(*jax.device_put((point.values, point.dys[0])))[1])
+    once = lambda: host(point.named(point.pull(*jax.device_put((point.values, point.dys[0])))[1]))
     with point.subject.mode():
         eagerly = [_attempt(once), _attempt(once)]
     if raised := [e for e in eagerly if isinstance(e, Exception)]:
@@ -178,7 +182,7 @@ def modes(point: Point) -> list[Failure]:
     vmap; only where that fails is each tried alone, to tell which.
     """
     points = [(point.values, point.dys[0]), (_elsewhere(point), point.dys[1])]
-    pull = lambda v, dy: {k: g for k, g in point.pull(v, dy)[1].items() if k in point.sound}
+    pull = lambda v, dy: {k: g for k, g in point.named(point.pull(v, dy)[1]).items() if k in point.sound}
     scan = lambda f: lambda *given: jax.lax.scan(lambda carry, each: (carry, f(*each)), None, given)[1]
 
     def tried(way: str, mapped: Any, places: Any) -> list[Failure]:
@@ -190,7 +194,7 @@ def modes(point: Point) -> list[Failure]:
         return _differences(point, way, pairs)
 
     with point.subject.mode():
-        wanted = [point.rule[0], host(point.compiled(*points[1])[1])]
+        wanted = [point.rule[0], host(point.named(point.compiled(*points[1])[1]))]
         together = tried("scan of vmap", scan(jax.vmap(pull)), ((0, 1), (1, 0)))
         if not together:
             return []
@@ -218,7 +222,7 @@ def uses(point: Point) -> list[Failure]:
 
     def twice(*points):
         pullbacks = [point.begin(values)[1] for values, _ in points]
-        found = [pullback(dy) for pullback, (_, dy) in zip(pullbacks, points, strict=True)]
+        found = [point.named(pullback(dy)) for pullback, (_, dy) in zip(pullbacks, points, strict=True)]
         return [[gradients[path] for path in point.sound] for gradients in found]
 
     one, way = (point.values, point.dys[0]), "two uses"

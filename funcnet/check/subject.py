@@ -101,7 +101,7 @@ class Point:
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng([self.seed, 1])
         self.leaves, self.structure = jax.tree.flatten(self.subject.args)
-        named = self._named(self.subject.args)
+        named = self.named(self.subject.args)
         self.places = {path: i for i, (path, leaf) in enumerate(named.items()) if is_inexact(leaf)}
         self.values: Values = {path: self.leaves[i] for path, i in self.places.items()}
         self.broken: set[str] = set()
@@ -111,7 +111,8 @@ class Point:
         self.outputs = {path: leaf for path, leaf in leaves_of(self.y_shape, "y").items() if is_inexact(leaf)}
         self.dys = [self.draw(self.outputs) for _ in range(2)]
 
-    def _named(self, args: tuple) -> dict[str, Any]:
+    def named(self, args: tuple) -> dict[str, Any]:
+        """By path, the leaves of the arguments, or of a tuple like them."""
         return {
             k: v for root, arg in zip(self.subject.roots, args, strict=True) for k, v in leaves_of(arg, root).items()
         }
@@ -153,23 +154,26 @@ class Point:
             [dy[name] if name in dy else none(leaf) for name, (_, leaf) in zip(names, with_path, strict=True)],
         )
 
-    def begin(self, values: Values) -> tuple[Tree, Callable[[Values], Values]]:
-        """The rule's forward pass: y, and the pullback from cotangents to gradients, both by path. Traceable."""
+    def begin(self, values: Values) -> tuple[Tree, Callable[[Values], tuple]]:
+        """The rule's forward pass: y, and the pullback from cotangents by path to gradients, a tuple like the args.
+
+        Traceable, as are the next two.
+        """
         return self._begin(self.subject.raw if self.bare else self.subject.pull, values)
 
-    def pull(self, values: Values, dy: Values) -> tuple[Tree, Values]:
-        """The rule: y, and the gradients by path. Traceable."""
+    def pull(self, values: Values, dy: Values) -> tuple[Tree, tuple]:
+        """The rule: y, and the gradients, a tuple like the args."""
         y, pullback = self.begin(values)
         return y, pullback(dy)
 
-    def raw(self, values: Values, dy: Values) -> tuple[Tree, Values]:
+    def raw(self, values: Values, dy: Values) -> tuple[Tree, tuple]:
         """The same, before JAX has looked at it."""
         y, pullback = self._begin(self.subject.raw, values)
         return y, pullback(dy)
 
-    def _begin(self, pull: Any, values: Values) -> tuple[Tree, Callable[[Values], Values]]:
+    def _begin(self, pull: Any, values: Values) -> tuple[Tree, Callable[[Values], tuple]]:
         y, pullback = pull(jax.tree.unflatten(self.structure, self.args(values)))
-        return y, lambda dy: self._named(pullback(self.cotangent(dy)))
+        return y, lambda dy: pullback(self.cotangent(dy))
 
     def vjp(self, values: Values, dy: Values, wide: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """The plain program's outputs and gradients, by reverse mode."""
@@ -184,7 +188,7 @@ class Point:
     def gradients(self, dy: Values) -> Values:
         """By the rule, compiled."""
         with self.subject.mode():
-            return host(self.compiled(self.values, dy)[1])
+            return host(self.named(self.compiled(self.values, dy)[1]))
 
     def reference(self, dy: Values, values: Values | None = None) -> Values:
         """By reverse mode through the plain program in float64."""
@@ -230,7 +234,7 @@ class Point:
     def gotten(self) -> list[Values]:
         """The rule's gradients for each dy, those of broken leaves too; none if it raises."""
         with self.subject.mode():
-            return [{} if self.raises else host(self.compiled(self.values, dy)[1]) for dy in self.dys]
+            return [{} if self.raises else self.gradients(dy) for dy in self.dys]
 
     @cached_property
     def references(self) -> list[Values]:
