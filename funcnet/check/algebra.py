@@ -12,7 +12,7 @@ import numpy as np
 
 from funcnet.check.judge import leaves_of, measure, mismatch, tolerance, wide
 from funcnet.check.numerical import Numerical
-from funcnet.check.plain import is_inexact, jaxpr_of
+from funcnet.check.plain import Program, is_inexact, jaxpr_of
 from funcnet.check.report import Failure, said, values_failure
 from funcnet.check.subject import Point, Values, host, laid, quickly
 
@@ -32,8 +32,7 @@ def structure(point: Point) -> list[Failure]:
 
     with point.subject.mode():
         raised = _attempt(lambda: probe(point.compiled.eval_shape))
-        by_rule = partial(jax.eval_shape, lambda *given: point.raw(*given))
-        raw = _attempt(lambda: probe(by_rule)) if point.subject.raw else None
+        raw = _attempt(lambda: probe(partial(jax.eval_shape, point.raw))) if point.subject.raw else None
         if isinstance(raised, Exception) and raw is not None:  # JAX refuses what the rule returned: look at it here
             point.bare, raised = True, raw
     if isinstance(raised, Exception):
@@ -48,7 +47,7 @@ def structure(point: Point) -> list[Failure]:
     for path in [*point.values, *(p for p in {**got, **extra} if p not in point.values)]:
         leaf = point.values.get(path)
         failures += _unlike(path, got.get(path, extra.get(path)), leaf)
-        if path in got and leaf is not None and tuple(got[path].shape) == tuple(leaf.shape):
+        if path in got and leaf is not None and tuple(got[path].shape) == tuple(leaf.shape) and is_inexact(got[path]):
             continue
         point.broken.add(path)
     return failures or _tree_unlike(point, gradients)
@@ -174,37 +173,40 @@ def _pairing(a: Any, b: Any) -> tuple[float, float]:
     a, b = wide(a), wide(b)
     with np.errstate(all="ignore"):
         terms = np.where((a == 0) | (b == 0), 0, a * b)
-    return float(np.real(terms.sum())), float(np.abs(terms).sum())
+        return float(np.real(terms.sum())), float(np.abs(terms).sum())
 
 
 def modes(point: Point) -> list[Failure]:
     """The same gradients under vmap over a new axis of examples and in the body of a scan: in one program, a scan of a
     vmap; only where that fails is each tried alone, to tell which.
     """
-    points = [(point.values, point.dys[0]), (_elsewhere(point), point.dys[1])]
     pull = lambda v, dy: {k: g for k, g in point.named(point.pull(v, dy)[1]).items() if k in point.sound}
     scan = lambda f: lambda *given: jax.lax.scan(lambda carry, each: (carry, f(*each)), None, given)[1]
 
     def tried(way: str, mapped: Any, places: Any) -> list[Failure]:
-        got = _attempt(lambda: host(quickly(mapped)(*_stacked(points, places))))
+        given, at = _stacked(point.pair, places), np.asarray(places)
+        got = _attempt(lambda: host(quickly(mapped)(*given)))
         if isinstance(got, Exception):
             return [Failure("", ORACLE, way, f"under {way} the rule raises {said(got)}")]
-        at = np.asarray(places)
-        pairs = [(k, g[i], wanted[at[i]][k]) for k, g in got.items() for i in np.ndindex(at.shape)]
+        pairs = [(k, g[i], point.of_pair[at[i]][k]) for k, g in got.items() for i in np.ndindex(at.shape)]
         return _differences(point, way, pairs)
 
     with point.subject.mode():
-        wanted = [point.rule[0], host(point.named(point.compiled(*points[1])[1]))]
         together = tried("scan of vmap", scan(jax.vmap(pull)), ((0, 1), (1, 0)))
         if not together:
             return []
-        failures = tried("vmap", jax.vmap(pull), (0, 1)) + tried("scan", scan(pull), (0, 1)) or together
+        failures = (tried("vmap", jax.vmap(pull), (0, 1)) + tried("scan", scan(pull), (0, 1))) or together
         raised = [failure for failure in failures if not failure.leaf]
-        plain = jax.vmap(lambda values, dy: point.vjp(values, dy, False)[1])
-        if not raised or not isinstance(_attempt(lambda: jax.eval_shape(plain, *_stacked(points, (0, 1)))), Exception):
+        if not raised or _mappable(point):
             return failures
-    point.notes += [f"{failure.message}; so does the plain program" for failure in raised]
+    point.notes += [f"{failure.message}; the plain program does not run under vmap either" for failure in raised]
     return [failure for failure in failures if failure.leaf]
+
+
+def _mappable(point: Point) -> bool:
+    """Whether the plain program runs under vmap: a rule need not if that does not."""
+    plain = jax.vmap(lambda values, dy: point.vjp(values, dy, False)[1])
+    return not isinstance(_attempt(lambda: jax.eval_shape(plain, *_stacked(point.pair, (0, 1)))), Exception)
 
 
 def _stacked(points: Sequence[Any], places: Any) -> Any:
@@ -217,29 +219,38 @@ def _stacked(points: Sequence[Any], places: Any) -> Any:
 
 def uses(point: Point) -> list[Failure]:
     """Where the function is used twice before either use is differentiated, no gradient of one use may come from the
-    arguments of the other: what is kept outside the residuals is the other's by then. The traced program tells.
+    arguments of the other: what is kept outside the residuals is the other's by then. The traced program tells, and
+    where that is in order, the values without jit: what is kept on the host is in no program.
     """
+    way, sound = "two uses", point.sound
+    pull = point.subject.raw if point.bare else point.subject.pull
 
-    def twice(*points):
-        pullbacks = [point.begin(values)[1] for values, _ in points]
-        found = [point.named(pullback(dy)) for pullback, (_, dy) in zip(pullbacks, points, strict=True)]
-        return [[gradients[path] for path in point.sound] for gradients in found]
+    def used(*points):
+        pullbacks = [pull(jax.tree.unflatten(point.structure, leaves))[1] for leaves, _ in points]
+        found = [pullback(point.cotangent(dy)) for pullback, (_, dy) in zip(pullbacks, points, strict=True)]
+        return [{path: point.named(gradients)[path] for path in sound} for gradients in found]
 
-    one, way = (point.values, point.dys[0]), "two uses"
+    def unlike(wanted: Sequence[Values]) -> list[Failure]:
+        pairs = [(path, np.asarray(g[path]), of[path]) for g, of in zip(got, wanted, strict=True) for path in sound]
+        return _differences(point, way, pairs)
+
     with point.subject.mode():
-        program = _attempt(lambda: jaxpr_of(twice, one, one))
-    if isinstance(program, Exception):
-        return [Failure("", ORACLE, way, f"used twice, the rule raises {said(program)}")]
-    count, leaves = len(point.sound), len(jax.tree.leaves(one))
+        pair = jax.device_put([(point.args(values), dy) for values, dy in point.pair])
+        program, got = _attempt(lambda: jaxpr_of(used, *pair)), _attempt(lambda: used(*pair))
+        for error in (program, got):
+            if isinstance(error, Exception):
+                return [Failure("", ORACLE, way, f"used twice, the rule raises {said(error)}")]
+        if mixed := _mixed(program, sound, len(jax.tree.leaves(pair[0]))):
+            message = "used twice, its gradient depends on the arguments of the other use: keep them in the residuals"
+            return [Failure(path, ORACLE, way, message) for path in mixed]
+        return unlike(point.of_pair) and unlike([host(used(each)[0]) for each in pair])
+
+
+def _mixed(program: Program, sound: Sequence[str], leaves: int) -> list[str]:
+    """Paths of the gradients of either of two uses, one after the other, that depend on the other's `leaves`."""
     of_first, of_second = program.reached(range(leaves)), program.reached(range(leaves, 2 * leaves))
-    message = (
-        "of two uses, the gradient of one depends on the arguments of the other: residuals are to hold what it needs"
-    )
-    return [
-        Failure(path, ORACLE, way, message)
-        for i, path in enumerate(point.sound)
-        if i in of_second or count + i in of_first
-    ]
+    places = {path: i for i, path in enumerate(sorted(sound))}  # as a dict is flattened
+    return [path for path, i in places.items() if i in of_second or len(sound) + i in of_first]
 
 
 def _differences(point: Point, way: str, pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Failure]:
@@ -252,13 +263,6 @@ def _differences(point: Point, way: str, pairs: list[tuple[str, np.ndarray, np.n
         if not leaf.within:
             failures.setdefault(path, values_failure(leaf, ORACLE, way, f"by {way} the gradient"))
     return list(failures.values())
-
-
-def _elsewhere(point: Point) -> Values:
-    """Other values nearby."""
-    noise = point.draw(point.values)
-    moved = {k: wide(v) * (1 + 0.01 * wide(noise[k])) for k, v in point.values.items()}
-    return {k: laid(moved[k].astype(v.dtype), v) for k, v in point.values.items()}
 
 
 def output(point: Point) -> list[Failure]:

@@ -1,5 +1,6 @@
 """`check_layer` and `check_vjp`: a rule at a random point, before every oracle."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,8 +56,8 @@ def check_layer(
         layer: any `Layer`; a loss is a layer over (prediction, target).
         x: its input: arrays, `jax.ShapeDtypeStruct`s or texts such as "f32[8,16]" and "i32[8]<10" to be drawn
             (`funcnet.check.spec`), or a pytree of them.
-        params, state: given as x is; by default from `init` for x in float32, or as it is where the layer refuses that,
-            and cast; the parameters then moved at random, so that no zero bias or unit scale hides a mistake.
+        params, state: given as x is; by default from `init`, the parameters for x in float32, where the layer takes it,
+            and then cast and moved at random, so that no zero bias or unit scale hides a mistake.
         dtype: floating arrays are cast to it; float64 runs in JAX's 64-bit mode. Half precision is judged against
             float64, and by what autodiff reaches in that dtype. Give "float32" for a layer that takes nothing else.
         oracles: which of the five to ask.
@@ -243,24 +244,27 @@ def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: i
 
 
 def _initial(layer: Layer, key: Any, x: Tree) -> tuple[Tree, Tree]:
-    """What `init` gives for x: the values that it gives for x in float32, where it takes that, so that one program
-    serves every dtype.
+    """What `init` gives for x. The parameters, which are moved at random anyway, are those for x in float32, where the
+    layer takes that and they fit: one program serves every dtype.
     """
-    like = jax.eval_shape(layer.init, key, x)
-    if not jax.tree.leaves(like):
-        return like
-    single, shapes = cast(x, "float32"), lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
-    with jax.enable_x64(False):
-        try:
-            alike = shapes(jax.eval_shape(layer.init, key, single)) == shapes(like)
-        except Exception:
-            alike = False
-        values = quickly(layer.init)(key, single) if alike else None
-    return jax.tree.map(_as_like, values, like) if alike else quickly(layer.init)(key, x)
+    params, state = jax.eval_shape(layer.init, key, x)
+    if jax.tree.leaves(state):
+        state = quickly(lambda key, x: layer.init(key, x)[1])(key, x)
+    if not jax.tree.leaves(params):
+        return params, state
+    try:
+        with jax.enable_x64(False), warnings.catch_warnings(), np.errstate(over="raise", under="raise"):
+            warnings.simplefilter("error")
+            found = quickly(layer.init)(key, cast(x, "float32"))[0]
+            return jax.tree.map(_like, found, params), state
+    except Exception:
+        return quickly(layer.init)(key, x)[0], state
 
 
-def _as_like(leaf: Any, like: Any) -> Any:
-    return leaf if leaf.dtype == like.dtype else jax.device_put(np.asarray(leaf).astype(like.dtype))
+def _like(leaf: Any, like: Any) -> np.ndarray:
+    if leaf.shape != like.shape:
+        raise ValueError(f"of shape {list(leaf.shape)} in float32, {list(like.shape)} in {like.dtype}")
+    return np.asarray(leaf).astype(like.dtype)
 
 
 def pulling(layer: Layer, state: Tree, key: Any) -> Callable[[tuple], tuple[Tree, Callable[[Tree], tuple]]]:

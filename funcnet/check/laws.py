@@ -116,8 +116,8 @@ def _apply(point: Point) -> list[Failure]:
         return [Failure("", "laws", "apply", f"apply returns {describe(shapes)}, fwd {describe(point.y_shape)}")]
     if jax.tree.leaves(state) or _draws(point):
         return []
-    args = jax.device_put((params, state, x))
-    applied, run = (host(leaves_of(y, "y")) for y in (layer.apply(*args), layer.fwd(*args, subject.key)[0]))
+    both = quickly(lambda *args: (layer.apply(*args), layer.fwd(*args, subject.key)[0]))
+    applied, run = (host(leaves_of(y, "y")) for y in both(params, state, x))
     failures = []
     for path in point.outputs:
         leaf = measure(path, applied[path], run[path], 4 * tolerance(run[path].dtype, point.terms))

@@ -231,6 +231,20 @@ class Point:
         return [self.gradients(dy) for dy in self.dys]
 
     @cached_property
+    def pair(self) -> list[tuple[Values, Values]]:
+        """The point with its first dy, and another nearby with its second."""
+        noise = self.draw(self.values)
+        moved = {k: wide(v) * (1 + 0.01 * wide(noise[k])) for k, v in self.values.items()}
+        other = {k: laid(moved[k].astype(v.dtype), v) for k, v in self.values.items()}
+        return [(self.values, self.dys[0]), (other, self.dys[1])]
+
+    @cached_property
+    def of_pair(self) -> list[Values]:
+        """The rule's gradients at each of the pair."""
+        with self.subject.mode():
+            return [self.rule[0], host(self.named(self.compiled(*self.pair[1])[1]))]
+
+    @cached_property
     def gotten(self) -> list[Values]:
         """The rule's gradients for each dy, those of broken leaves too; none if it raises."""
         with self.subject.mode():

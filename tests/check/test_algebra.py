@@ -49,7 +49,7 @@ def broken_by(rule):
     return {(name, failure.kind, failure.leaf) for name, law in LAWS.items() for failure in law(point)}
 
 
-calls, kept = count(1), []
+calls, kept, depth = count(1), [], []
 
 
 def keep(x):
@@ -118,6 +118,32 @@ BROKEN = {
 def test_the_law_that_is_broken_is_named_with_the_leaf(name):
     rule, wanted = BROKEN[name]
     assert broken_by(rule) == wanted
+
+
+def test_what_is_kept_on_the_host_is_told_by_two_uses():
+    """The second pullback of a pair finds the first one's number, in no traced program."""
+
+    def fwd(x):
+        depth.append(1.0)
+        return x**2, x
+
+    def bwd(x, dy):
+        depth.pop()
+        return (2 * x * dy * (1.1 if depth else 1.0),)
+
+    point = point_of(ruled(lambda x: x**2, fwd, bwd), X)
+    depth.clear()
+    assert [(failure.kind, failure.leaf) for failure in algebra.uses(point)] == [("two uses", "[0]")]
+
+
+def test_integers_kept_outside_the_residuals_are_told_too():
+    def fwd(x, i):
+        kept.append(i)
+        return x[i], jnp.zeros_like(x)
+
+    table = ruled(lambda x, i: x[i], fwd, lambda nothing, dy: (nothing.at[kept[-1]].add(dy), None))
+    point = point_of(table, X[0], np.int32([2, 0]))
+    assert [(failure.kind, failure.leaf) for failure in algebra.uses(point)] == [("two uses", "[0]")]
 
 
 def test_forward_mode_is_no_judge_at_a_kink():
