@@ -237,13 +237,16 @@ def uses(point: Point) -> list[Failure]:
     with point.subject.mode():
         pair = jax.device_put([(point.args(values), dy) for values, dy in point.pair])
         program, got = _attempt(lambda: jaxpr_of(used, *pair)), _attempt(lambda: used(*pair))
+        alone = _attempt(lambda: [host(used(each)[0]) for each in pair]) if isinstance(got, Exception) else None
+        if isinstance(alone, Exception):
+            got = []  # out of bounds, or in need of jit: not for being used twice
         for error in (program, got):
             if isinstance(error, Exception):
                 return [Failure("", ORACLE, way, f"used twice, the rule raises {said(error)}")]
         if mixed := _mixed(program, sound, len(jax.tree.leaves(pair[0]))):
             message = "used twice, its gradient depends on the arguments of the other use: keep them in the residuals"
             return [Failure(path, ORACLE, way, message) for path in mixed]
-        return unlike(point.of_pair) and unlike([host(used(each)[0]) for each in pair])
+        return unlike(point.of_pair) and unlike([host(used(each)[0]) for each in pair]) if got else []
 
 
 def _mixed(program: Program, sound: Sequence[str], leaves: int) -> list[str]:

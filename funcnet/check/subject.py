@@ -232,9 +232,9 @@ class Point:
 
     @cached_property
     def pair(self) -> list[tuple[Values, Values]]:
-        """The point with its first dy, and another nearby with its second."""
+        """The point with its first dy, and one with its second: nearby, and nearer to 0, as probabilities may be."""
         noise = self.draw(self.values)
-        moved = {k: wide(v) * (1 + 0.01 * wide(noise[k])) for k, v in self.values.items()}
+        moved = {k: wide(v) * (1 - 0.01 * np.abs(wide(noise[k]))) for k, v in self.values.items()}
         other = {k: laid(moved[k].astype(v.dtype), v) for k, v in self.values.items()}
         return [(self.values, self.dys[0]), (other, self.dys[1])]
 
