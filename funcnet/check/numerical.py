@@ -110,16 +110,16 @@ class Numerical:
         def along(values, tangents, dy):
             def step(base, h):
                 y = point.outputs_of(jax.tree.map(lambda x, v: x + h.astype(v.dtype) * v, values, tangents), True)
-                base = {k: jnp.where(h == 0, y[k], base[k]) for k in y}
+                base = {k: jnp.where(h == 0, y[k], base[k]) for k in y}  # h = 0 comes first
                 heard = {k: (dy[k] != 0) & jnp.isfinite(base[k]) for k in y}
                 change = sum(jnp.real(jnp.where(heard[k], dy[k] * (y[k] - base[k]), 0.0)).sum() for k in y)
                 size = sum(jnp.where(heard[k], jnp.abs(dy[k] * y[k]), 0.0).sum() for k in y)
                 return base, (change, size)
 
             nothing = jax.tree.map(jnp.zeros_like, dy)
-            _, (change, size) = jax.lax.scan(step, nothing, jnp.asarray([0.0, *self.steps, *-self.steps]))
-            (above, below), sizes = (jnp.split(a[1:], 2) for a in (change, size))
-            return above, -below, sum(sizes)
+            _, found = jax.lax.scan(step, nothing, jnp.asarray([0.0, *self.steps, *-self.steps]))
+            (above, below), sizes = (jnp.split(jnp.asarray(a)[1:], 2) for a in found)
+            return above, -below, sizes[0] + sizes[1]
 
         return quickly(along)
 
