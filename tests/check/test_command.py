@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -303,8 +302,9 @@ def lives(group):
 def test_ctrl_c_ends_every_process_in_silence():
     words = [*COMMAND, "dense", "--jobs", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test in the background would not hear it
-    with subprocess.Popen(words, cwd=ROOT, start_new_session=True, preexec_fn=heard, **pipes) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it would not hear what is ignored here
+    with subprocess.Popen(words, cwd=ROOT, start_new_session=True, **pipes) as process:
+        signal.signal(signal.SIGINT, before)
         process.stderr.readline()  # the first of them are done
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate()
