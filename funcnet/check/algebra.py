@@ -188,9 +188,10 @@ def modes(point: Point) -> list[Failure]:
         got = _attempt(lambda: host(quickly(mapped)(*given)))
         if isinstance(got, Exception):
             return [Failure("", ORACLE, way, f"under {way} the rule raises {said(got)}")]
-        pairs = [(k, g[i], point.of_pair[at[i]][k]) for k, g in got.items() for i in np.ndindex(at.shape)]
+        pairs = [(k, g[i], wanted[at[i]][k]) for k, g in got.items() for i in np.ndindex(at.shape)]
         return _differences(point, way, pairs)
 
+    wanted = [point.gradients(dy, values) for values, dy in point.pair]
     with point.subject.mode():
         together = tried("scan of vmap", scan(jax.vmap(pull)), ((0, 1), (1, 0)))
         if not together:
@@ -222,31 +223,28 @@ def uses(point: Point) -> list[Failure]:
     arguments of the other: what is kept outside the residuals is the other's by then. The traced program tells, and
     where that is in order, the values without jit: what is kept on the host is in no program.
     """
-    way, sound = "two uses", point.sound
-    pull = point.subject.raw if point.bare else point.subject.pull
+    way, rule = "two uses", point.by_rule
 
     def used(*points):
-        pullbacks = [pull(jax.tree.unflatten(point.structure, leaves))[1] for leaves, _ in points]
-        found = [pullback(point.cotangent(dy)) for pullback, (_, dy) in zip(pullbacks, points, strict=True)]
-        return [{path: point.named(gradients)[path] for path in sound} for gradients in found]
-
-    def unlike(wanted: Sequence[Values]) -> list[Failure]:
-        pairs = [(path, np.asarray(g[path]), of[path]) for g, of in zip(got, wanted, strict=True) for path in sound]
-        return _differences(point, way, pairs)
+        pullbacks = [rule(jax.tree.unflatten(point.structure, leaves))[1] for leaves, _ in points]
+        named = [point.named(pull(point.cotangent(dy))) for pull, (_, dy) in zip(pullbacks, points, strict=True)]
+        return [{path: gradients[path] for path in point.sound} for gradients in named]
 
     with point.subject.mode():
         pair = jax.device_put([(point.args(values), dy) for values, dy in point.pair])
-        program, got = _attempt(lambda: jaxpr_of(used, *pair)), _attempt(lambda: used(*pair))
-        alone = _attempt(lambda: [host(used(each)[0]) for each in pair]) if isinstance(got, Exception) else None
-        if isinstance(alone, Exception):
-            got = []  # out of bounds, or in need of jit: not for being used twice
-        for error in (program, got):
-            if isinstance(error, Exception):
-                return [Failure("", ORACLE, way, f"used twice, the rule raises {said(error)}")]
-        if mixed := _mixed(program, sound, len(jax.tree.leaves(pair[0]))):
-            message = "used twice, its gradient depends on the arguments of the other use: keep them in the residuals"
+        program = _attempt(lambda: jaxpr_of(used, *pair))
+        alone = _attempt(lambda: [host(used(each)[0]) for each in pair])
+        got = _attempt(lambda: used(*pair))
+    if not isinstance(program, Exception):
+        message = "used twice, its gradient depends on the arguments of the other use: keep them in the residuals"
+        if mixed := _mixed(program, point.sound, len(jax.tree.leaves(pair[0]))):
             return [Failure(path, ORACLE, way, message) for path in mixed]
-        return unlike(point.of_pair) and unlike([host(used(each)[0]) for each in pair]) if got else []
+        if isinstance(alone, Exception):  # out of bounds, or in need of jit: not for being used twice
+            return []
+    for error in (program, got):
+        if isinstance(error, Exception):
+            return [Failure("", ORACLE, way, f"used twice, the rule raises {said(error)}")]
+    return _differences(point, way, [(k, np.asarray(g[k]), of[k]) for g, of in zip(got, alone, strict=True) for k in g])
 
 
 def _mixed(program: Program, sound: Sequence[str], leaves: int) -> list[str]:

@@ -146,10 +146,10 @@ def _contractions(point: Point) -> list[Failure]:
 
     refused: dict[str, InputError] = {}
 
-    def others(params, x):
+    def all_of_them(params, x):
         residuals = layer.fwd(params, point.subject.state, x, point.subject.key)[2]
         by = lambda contract: layer.bwd(params, residuals, point.cotangent(dy), contract)[0]
-        answers = {}
+        answers = {"total": by(total)}
         for contract in (keep, per_example, squared_norm, rows):
             try:
                 answers[contract.name] = by(contract)
@@ -165,7 +165,7 @@ def _contractions(point: Point) -> list[Failure]:
         return answers
 
     try:
-        trees = quickly(others)(params, x)
+        trees = quickly(all_of_them)(params, x)
         answers = {name: host(leaves_of(tree, "params")) for name, tree in trees.items()}
     except Exception as error:
         message = f"bwd raises {type(error).__name__} for other contractions than total: {error}"
@@ -175,7 +175,7 @@ def _contractions(point: Point) -> list[Failure]:
     failures = _refusals(point, refused, of_last, count)
     for path, wanted in {k: v for k, v in point.rule[0].items() if k.startswith("params")}.items():
         of = {name: tree[path] for name, tree in answers.items()}
-        for name, what in {"keep": "keep, then total", "rows": "rows"}.items():
+        for name, what in {"total": "total", "keep": "keep, then total", "rows": "rows"}.items():
             failures += _contraction(point, path, what, of[name], wanted) if name in of else []
         if count and "per_example" in of:
             failures += _by_example(point, path, of, wanted, of_last[path], count)

@@ -154,26 +154,22 @@ class Point:
             [dy[name] if name in dy else none(leaf) for name, (_, leaf) in zip(names, with_path, strict=True)],
         )
 
-    def begin(self, values: Values) -> tuple[Tree, Callable[[Values], tuple]]:
-        """The rule's forward pass: y, and the pullback from cotangents by path to gradients, a tuple like the args.
-
-        Traceable, as are the next two.
-        """
-        return self._begin(self.subject.raw if self.bare else self.subject.pull, values)
+    @property
+    def by_rule(self) -> Callable[[tuple], tuple[Tree, Callable[[Tree], tuple]]]:
+        """The rule as it is called: past JAX where that refuses what it returns."""
+        return self.subject.raw if self.bare else self.subject.pull
 
     def pull(self, values: Values, dy: Values) -> tuple[Tree, tuple]:
-        """The rule: y, and the gradients, a tuple like the args."""
-        y, pullback = self.begin(values)
-        return y, pullback(dy)
+        """The rule: y, and the gradients, a tuple like the args. Traceable."""
+        return self._pulled(self.by_rule, values, dy)
 
     def raw(self, values: Values, dy: Values) -> tuple[Tree, tuple]:
         """The same, before JAX has looked at it."""
-        y, pullback = self._begin(self.subject.raw, values)
-        return y, pullback(dy)
+        return self._pulled(self.subject.raw, values, dy)
 
-    def _begin(self, pull: Any, values: Values) -> tuple[Tree, Callable[[Values], tuple]]:
-        y, pullback = pull(jax.tree.unflatten(self.structure, self.args(values)))
-        return y, lambda dy: pullback(self.cotangent(dy))
+    def _pulled(self, rule: Any, values: Values, dy: Values) -> tuple[Tree, tuple]:
+        y, pullback = rule(jax.tree.unflatten(self.structure, self.args(values)))
+        return y, pullback(self.cotangent(dy))
 
     def vjp(self, values: Values, dy: Values, wide: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """The plain program's outputs and gradients, by reverse mode."""
@@ -185,10 +181,10 @@ class Point:
         y = leaves_of(self.subject.plain(*self.args(values), wide=wide), "y")
         return {path: y[path] for path in self.outputs}
 
-    def gradients(self, dy: Values) -> Values:
+    def gradients(self, dy: Values, values: Values | None = None) -> Values:
         """By the rule, compiled."""
         with self.subject.mode():
-            return host(self.named(self.compiled(self.values, dy)[1]))
+            return host(self.named(self.compiled(self.values if values is None else values, dy)[1]))
 
     def reference(self, dy: Values, values: Values | None = None) -> Values:
         """By reverse mode through the plain program in float64."""
@@ -239,16 +235,9 @@ class Point:
         return [(self.values, self.dys[0]), (other, self.dys[1])]
 
     @cached_property
-    def of_pair(self) -> list[Values]:
-        """The rule's gradients at each of the pair."""
-        with self.subject.mode():
-            return [self.rule[0], host(self.named(self.compiled(*self.pair[1])[1]))]
-
-    @cached_property
     def gotten(self) -> list[Values]:
         """The rule's gradients for each dy, those of broken leaves too; none if it raises."""
-        with self.subject.mode():
-            return [{} if self.raises else self.gradients(dy) for dy in self.dys]
+        return [{}, {}] if self.raises else self.rule
 
     @cached_property
     def references(self) -> list[Values]:

@@ -146,6 +146,51 @@ def test_integers_kept_outside_the_residuals_are_told_too():
     assert [(failure.kind, failure.leaf) for failure in algebra.uses(point)] == [("two uses", "[0]")]
 
 
+def test_a_rule_that_raises_when_it_is_used_twice_is_told():
+    def fwd(x):
+        depth.append(1.0)
+        if len(depth) > 1:
+            raise RuntimeError("one at a time")
+        return x**2, x
+
+    def bwd(x, dy):
+        depth.pop()
+        return (2 * x * dy,)
+
+    point = point_of(ruled(lambda x: x**2, fwd, bwd), X)
+    depth.clear()
+    (failure,) = algebra.uses(point)
+    assert (failure.kind, failure.leaf) == ("two uses", "")
+    assert "one at a time" in failure.message
+
+
+def test_bounds_that_the_second_point_is_beyond_are_not_of_two_uses():
+    """The nearby point is nearer to 0; without jit this rule looks at the values."""
+
+    def fwd(x):
+        if not traced(x) and (np.abs(x) < 1).any():
+            raise ValueError("at least 1")
+        return x**2, x
+
+    point = point_of(ruled(lambda x: x**2, fwd, lambda x, dy: (2 * x * dy,)), np.float32([1, 2]))
+    assert algebra.repeatable(point) == algebra.uses(point) == []
+
+
+def test_a_rule_need_not_run_under_vmap_if_its_function_does_not():
+    rule = ruled(unbatchable, lambda x: (unbatchable(x), None), lambda _, dy: (dy,))
+    point = point_of(rule, X)
+    assert algebra.modes(point) == []
+    (note,) = [note for note in point.notes if "under vmap" in note]
+    assert note.endswith("the plain program does not run under vmap either")
+
+
+def test_a_layer_s_gradient_of_integers_is_taken_out():
+    relu = fn.relu()
+    point = layer_point(replace(relu, bwd=lambda *args: ({}, relu.bwd(*args)[1].astype(jnp.int32))), X)
+    assert [(failure.kind, failure.leaf) for failure in algebra.structure(point)] == [("dtype", "x")]
+    assert point.broken == {"x"}
+
+
 def test_forward_mode_is_no_judge_at_a_kink():
     """At 0 it gives the slope 0, the rule 0.3, and both are between the sides."""
     bwd = lambda x, dy: (dy * jnp.where(x == 0, 0.3, jnp.sign(x)),)
