@@ -18,7 +18,9 @@ os.environ.setdefault(
 import jax
 import pytest
 
-gc.set_threshold(100_000, 50, 1000)
+from funcnet.check.table import RARELY
+
+gc.set_threshold(*RARELY)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

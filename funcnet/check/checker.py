@@ -1,11 +1,9 @@
 """`check_layer` and `check_vjp`: a rule at a random point, before every oracle."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,15 +13,14 @@ from funcnet.check.diagnosis.case import Context
 from funcnet.check.diagnosis.diagnose import diagnose
 from funcnet.check.function import function
 from funcnet.check.judge import Leaf, blank, leaves_of, wide
+from funcnet.check.layer import layer_at
 from funcnet.check.numerical import Numerical, numerical
-from funcnet.check.plain import trace
 from funcnet.check.report import Report
 from funcnet.check.shrink import as_code, smallest
-from funcnet.check.spec import drawn, settled, specs
-from funcnet.check.subject import Point, Subject, quickly
-from funcnet.expect import InputError, count, floating_dtype, is_floating
+from funcnet.check.spec import settled, specs
+from funcnet.check.subject import Point, Subject
+from funcnet.expect import InputError, count, floating_dtype
 from funcnet.layer import Layer, a_layer
-from funcnet.transform import cast
 
 Tree = Any
 ORACLES = ("autodiff", "numerical", "algebra", "residuals", "laws")
@@ -75,7 +72,7 @@ def check_layer(
     dtype = floating_dtype(dtype)
 
     def build(tree):
-        return _layer(layer, tree["x"], tree.get("params"), tree.get("state"), dtype, seed)
+        return layer_at(layer, tree["x"], tree.get("params"), tree.get("state"), dtype, seed)
 
     def line(tree):
         given = "".join(f", {name}={as_code(tree[name], name)}" for name in ("params", "state") if name in tree)
@@ -224,63 +221,3 @@ def _explained(point: Point, leaves: list[Leaf], unsteady: set[str]) -> list[Lea
             leaf = replace(leaf, diagnosis=diagnose(leaf, got[leaf.leaf], known[leaf.leaf], context))
         explained.append(leaf)
     return explained
-
-
-def _layer(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed: int) -> Subject:
-    """The layer at a point: what is not given is drawn or initialised."""
-    x64 = dtype == jnp.float64 or jax.config.read("jax_enable_x64")
-    key, rng = jax.random.key(seed), np.random.default_rng([seed, 3])
-    with jax.enable_x64(x64):
-        x = cast(jax.tree.map(np.asarray, drawn(x, seed)), dtype)
-        params, state = drawn(params, seed), drawn(state, seed)
-        fresh, own_state = _initial(layer, key, x) if params is None or state is None else (None, None)
-        params = jax.tree.map(lambda p: _moved(p, rng), fresh) if params is None else params
-        params = cast(jax.tree.map(_array, params), dtype)
-        # a state keeps the dtype that the layer gave it: statistics may be wider than x
-        state = own_state if state is None else cast(jax.tree.map(_array, state), dtype)
-        plain = trace(lambda params, x: layer.fwd(params, state, x, key)[0], params, x)
-
-    return Subject(layer.name, (params, x), ("params", "x"), pulling(layer, state, key), plain, x64, layer, state, key)
-
-
-def _initial(layer: Layer, key: Any, x: Tree) -> tuple[Tree, Tree]:
-    """What `init` gives for x. The parameters, which are moved at random anyway, are those for x in float32, where the
-    layer takes that and they fit: one program serves every dtype.
-    """
-    params, state = jax.eval_shape(layer.init, key, x)
-    if jax.tree.leaves(state):
-        state = quickly(lambda key, x: layer.init(key, x)[1])(key, x)
-    if not jax.tree.leaves(params):
-        return params, state
-    try:
-        with jax.enable_x64(False), warnings.catch_warnings(), np.errstate(over="raise", under="raise"):
-            warnings.simplefilter("error")
-            found = quickly(layer.init)(key, cast(x, "float32"))[0]
-            return jax.tree.map(_like, found, params), state
-    except Exception:
-        return quickly(layer.init)(key, x)[0], state
-
-
-def _like(leaf: Any, like: Any) -> np.ndarray:
-    if leaf.shape != like.shape:
-        raise ValueError(f"of shape {list(leaf.shape)} in float32, {list(like.shape)} in {like.dtype}")
-    return np.asarray(leaf).astype(like.dtype)
-
-
-def pulling(layer: Layer, state: Tree, key: Any) -> Callable[[tuple], tuple[Tree, Callable[[Tree], tuple]]]:
-    """(params, x) -> (y, pullback), by the layer's own rule."""
-
-    def pull(args):
-        params, x = args
-        y, _, residuals = layer.fwd(params, state, x, key)
-        return y, lambda dy: layer.bwd(params, residuals, dy)
-
-    return pull
-
-
-def _array(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def _moved(leaf: Any, rng: np.random.Generator) -> Any:
-    return np.asarray(leaf) + (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype) if is_floating(leaf) else leaf

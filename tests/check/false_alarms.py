@@ -23,8 +23,8 @@ import numpy as np
 from funcnet.check import algebra
 from funcnet.check.autodiff import autodiff
 from funcnet.check.cases import CASES, DTYPES, Case
-from funcnet.check.checker import _layer, _moved
 from funcnet.check.judge import leaves_of, wide
+from funcnet.check.layer import layer_at, moved
 from funcnet.check.numerical import Numerical, numerical
 from funcnet.check.report import Failure
 from funcnet.check.spec import drawn, settled, specs
@@ -74,7 +74,7 @@ def tally(name: str, dtype: str, seeds: int) -> Tally:
 def _points(case: Case, dtype: str) -> Iterator[tuple[Point, Numerical]]:
     """A case at one point after another; all of them run what is compiled for the first."""
     x = settled(specs(case.x), 0)
-    first = Point(_layer(case.layer, x, None, None, jnp.dtype(dtype), 0), 0, 3)
+    first = Point(layer_at(case.layer, x, None, None, jnp.dtype(dtype), 0), 0, 3)
     if failures := algebra.structure(first):
         raise AssertionError(f"{case.name}: {failures[0]}")
     for name in (*VARY - {"honest"}, "_honest"):
@@ -87,7 +87,7 @@ def _points(case: Case, dtype: str) -> Iterator[tuple[Point, Numerical]]:
         point.rng, point.notes = np.random.default_rng([seed, 1]), []
         with first.subject.mode():
             values = cast(drawn(x, seed), dtype)
-            params = jax.tree.map(lambda p, rng=point.rng: _moved(p, rng), init(jax.random.key(seed), values)[0])
+            params = jax.tree.map(lambda p, rng=point.rng: moved(p, rng), init(jax.random.key(seed), values)[0])
             named = {**leaves_of(cast(params, dtype), "params"), **leaves_of(values, "x")}
         point.values = {path: np.asarray(named[path]) for path in first.values}
         point.dys = [point.draw(point.outputs) for _ in range(2)]

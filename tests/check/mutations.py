@@ -33,7 +33,7 @@ import funcnet as fn
 from funcnet.check.algebra import structure
 from funcnet.check.autodiff import autodiff
 from funcnet.check.cases import Case
-from funcnet.check.checker import pulling
+from funcnet.check.layer import pulling
 from funcnet.check.numerical import Numerical
 from funcnet.check.spec import drawn, settled, specs
 from funcnet.check.subject import Point, quickly
@@ -197,7 +197,7 @@ def subject_of(given: Library, name: str, dtype: str, seed: int = 0) -> Any:
     """A case at a point."""
     checker, case = given.checker, given.cases[name]
     x = checker.settled(checker.specs(case.x), seed)
-    return checker._layer(case.layer, x, None, None, jnp.dtype(dtype), seed)
+    return checker.layer_at(case.layer, x, None, None, jnp.dtype(dtype), seed)
 
 
 @cache

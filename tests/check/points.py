@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from funcnet.check.algebra import structure
-from funcnet.check.checker import _layer
 from funcnet.check.function import function
+from funcnet.check.layer import layer_at
 from funcnet.check.subject import Point
 
 
@@ -28,6 +28,6 @@ def layer_point(layer, x, seed=0):
     params, state = jax.eval_shape(layer.init, jax.random.key(0), x)
     rng = np.random.default_rng(1)
     params, state = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), (params, state))
-    point = Point(_layer(layer, x, params, state, np.dtype("float64"), seed), seed, 2)
+    point = Point(layer_at(layer, x, params, state, np.dtype("float64"), seed), seed, 2)
     structure(point)
     return point
