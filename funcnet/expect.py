@@ -126,6 +126,14 @@ def fraction(value: Any, what: str, remedy: str) -> float:
     raise InputError(f"a {what} of at least 0 and less than 1", f"{what}={value!r}", remedy)
 
 
+def number(value: Any, what: str) -> float:
+    """`value`, a real number, as Python's own: NumPy's and JAX's would turn what they meet into their own dtype."""
+    scalar = is_concrete(value) and value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
+    if isinstance(value, bool) or not (isinstance(value, Real) or scalar) or jnp.iscomplexobj(value):
+        raise InputError(f"{what} as a real number", f"{what}={value!r}", "give one, such as 0.5")
+    return float(value)
+
+
 def floating_dtype(given: Any) -> Any:
     """`given`, a dtype or the name of one, as a floating dtype."""
     try:

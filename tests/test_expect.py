@@ -232,3 +232,23 @@ def test_cotangent_refuses_another_shape_or_dtype(dy):
     with pytest.raises(InputError, match="cotangent like the output") as error:
         expect.cotangent(dy, (2, 3), F32)
     assert "float32[2, 3]" in error.value.expected
+
+
+@pytest.mark.parametrize("value", [0.5, 1, np.float32(0.5), np.float64(0.5), np.int8(1), np.array(0.5)])
+def test_a_number_is_pythons_own(value):
+    assert type(expect.number(value, "slope")) is float
+
+
+def test_a_number_of_jax_is_pythons_own():
+    assert type(expect.number(jnp.float32(0.5), "slope")) is float
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, 1j, np.ones(1), [0.5], np.bool_(True)])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(InputError, match="slope as a real number"):
+        expect.number(value, "slope")
+
+
+def test_a_traced_number_is_refused():
+    with pytest.raises(InputError, match="slope as a real number"):
+        jax.jit(lambda value: expect.number(value, "slope"))(0.5)

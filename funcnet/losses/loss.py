@@ -42,6 +42,8 @@ class Loss(Layer):
 
     Attributes:
         counted: target -> a boolean for each value: whether it counts in a mean.
+        mass: target -> what each value adds to the divisor of a mean; None for 1 where it counts, which is the number
+            of those that do. Values of classes with weights of their own are divided by the sum of these.
         metrics: name -> (prediction, target) -> one number for each value, to be averaged as the loss is.
         check: (prediction, target) raises `InputError` for shapes, dtypes and, where the target is not traced, values
             that do not fit. Only shape and dtype of the prediction are read.
@@ -52,6 +54,7 @@ class Loss(Layer):
     metrics: Mapping[str, Callable[[Any, Any], Array]] = field(default_factory=dict)
     check: Callable[[Any, Any], None] = lambda prediction, target: None
     ahead: Ahead | None = None
+    mass: Callable[[Any], Array] | None = None
 
     @property
     def at_once(self) -> Callable[[Any, Any, Any], tuple[Array, tuple[Any, Any]]] | None:

@@ -19,7 +19,7 @@ from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_floating
 from funcnet.progress import progress
 from funcnet.train.finite import WATCHED, Record, is_finite, not_finite
-from funcnet.train.objective import Batch, Objective, check_batch, split, weighted_sums
+from funcnet.train.objective import Batch, Objective, check_batch, mass, split, weighted_sums
 from funcnet.train.run import append_metrics, start_run
 from funcnet.train.step import TrainState, TrainStep, jitted, one_step, scan_steps
 
@@ -44,8 +44,8 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums:
         raise InputError("at least one batch", "none", "pass a list of (inputs, targets)")
-    weight = sums.pop("weight")
-    return {name: value / weight for name, value in sums.items()}
+    weight, divisor = sums.pop("weight"), sums.pop("mass")
+    return {name: value / (divisor if name == "loss" else weight) for name, value in sums.items()}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -55,7 +55,9 @@ def _sums(objective: Objective, params: Tree, state: Tree, batch: Batch) -> dict
     prediction = objective.model.apply(own.model, states.model, inputs)
     with at(objective.loss.name):
         values = objective.loss.apply(own.loss, states.loss, (prediction, targets))
-    return weighted_sums(objective, prediction, targets, values, objective.loss.counted(targets).astype(values.dtype))
+    counted = objective.loss.counted(targets).astype(values.dtype)
+    divisor = jnp.sum(mass(objective.loss, targets))
+    return weighted_sums(objective, prediction, targets, values, counted) | {"mass": divisor}
 
 
 def fit(

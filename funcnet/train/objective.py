@@ -86,19 +86,31 @@ class Pass(NamedTuple):
 
 
 def as_weights(objective: Objective, targets: Any, weights: Any) -> Array:
-    """The weights of the values of the loss: those given, or those of a mean, 1 / count for each value that counts.
+    """The weights of the values of the loss: those given, or those of a mean, for each value that counts 1 / mass.
 
     Where nothing counts they are all zero, and so are loss and gradients.
     """
     counted = objective.loss.counted(targets)
     if weights is None:
-        counted = counted.astype(jnp.result_type(float))
-        return counted / jnp.maximum(jnp.sum(counted), 1)
+        divisor = jnp.sum(mass(objective.loss, targets))
+        return counted.astype(divisor.dtype) / jnp.where(divisor == 0, 1.0, divisor)
     weights = jnp.asarray(weights)
     if weights.shape != counted.shape or not is_floating(weights):
         wanted = f"floating weights {list(counted.shape)}, one for each value of the loss"
         raise InputError(wanted, describe(weights), "give one weight for each value of the loss")
     return weights
+
+
+def mass(loss: Loss, targets: Any) -> Array:
+    """What each value of the loss adds to the divisor of a mean."""
+    each = loss.counted(targets) if loss.mass is None else loss.mass(targets)
+    return each.astype(jnp.result_type(float))
+
+
+def weighted(weights: Array, values: Array) -> Array:
+    """sum(weights * values), where a weight of 0 silences any value, also one that is infinite."""
+    weights = weights.astype(values.dtype)
+    return jnp.sum(weights * jnp.where(weights == 0, 0.0, values))
 
 
 class Both(NamedTuple):
@@ -214,13 +226,13 @@ def weighted_sums(
         remedy = "let the loss's `counted` have the shape of its values, one an example"
         raise InputError(f"values of the loss {list(counted.shape)}", describe(values), remedy)
     counting = jnp.where(counted, weights, jnp.zeros_like(weights))
-    sums = {"loss": jnp.sum(weights * values), "weight": jnp.sum(counting)}
+    sums = {"loss": weighted(weights, values), "weight": jnp.sum(counting)}
     for name, metric in objective.metrics.items():
         value = jnp.asarray(metric(prediction, target))
         if value.shape != values.shape:
             remedy = "return one number for each value of the loss; they are averaged as the loss is"
             raise InputError(f"the metric {name!r} of shape {list(values.shape)}", describe(value), remedy)
-        sums[name] = jnp.sum(jnp.where(counted, counting * value.astype(values.dtype), 0.0))
+        sums[name] = weighted(counting, value.astype(values.dtype))
     return sums
 
 

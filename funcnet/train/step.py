@@ -20,7 +20,7 @@ from funcnet import expect
 from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe, is_array
 from funcnet.factors import total
-from funcnet.train.objective import Batch, Objective, Pass, as_weights, averages, check_batch, forward, run
+from funcnet.train.objective import Batch, Objective, Pass, as_weights, averages, check_batch, forward, run, weighted
 
 Tree = Any
 Metrics = dict[str, Array]
@@ -185,7 +185,7 @@ def one_step(
 
         def value_fn(params):
             values = forward(objective, params, train_state.state, batch, key)[1]
-            return jnp.sum(weights.astype(values.dtype) * values)
+            return weighted(weights, values)
 
         updates, opt_state = optimizer.update(
             passed.grads, train_state.opt_state, params, value=passed.sums["loss"], grad=passed.grads, value_fn=value_fn
