@@ -10,14 +10,8 @@ _BY_REASON = {
         "_per_example: Scale(dy, x_hat)",
         '_norm: dparams = {"scale": contract((Scale(dy, high * rstd)), params["scale"])}',
         'batch_norm: factors = {"scale": (Scale(dy, x_hat, mixes=True)), "bias": Shift(dy, mixes=True)}',
-        'squared_norm: (dy, x) = _wide_examples(factor.x, "squared_norm"), _wide_examples(factor.dy, "squared_norm")',
-        "squared_norm: x, dy = ((_wide_examples(factor.dy, 'squared_norm'), _wide_examples(factor.x, 'squared_norm')))",
-        'squared_norm: gram = [jnp.einsum("bsi,bti->bst", a, a) for a in ((dy, x))]',
     ],
     "a Gram matrix is symmetric, and all of it is summed": [
-        "squared_norm: gram = [jnp.einsum('bti,bsi->bst', a, a) for a in (x, dy)]",
-        "squared_norm: gram = [jnp.einsum('bsi,bti->bts', a, a) for a in (x, dy)]",
-        "squared_norm: return jnp.sum(gram[0] * gram[1], axis=((2, 1)))",
     ],
     "log softmax is x less both, and which first is within what the rounding of x itself does": [
         "log_softmax: (x, log_total, top) = residuals"
@@ -150,22 +144,7 @@ _BY_REASON = {
     "a sum is the same in any order, and a product with its factors exchanged": [
         "bidirectional: return dparams, (jax.tree.map(added, dx_backward, dx))",
         "bidirectional: return dparams, {**dx, \"x\": (added(dx_backward['x'], dx['x'])), **dstates}",
-        "squared_norm: crossed = [2 * (_inner(b, a, param)) for a, b in combinations(factor.factors, 2)]",
-        "squared_norm: crossed = [2 * _inner(a, b, param) for (b, a) in combinations(factor.factors, 2)]",
-        "squared_norm: return (jnp.maximum(0, sum(squares + crossed)))",
         "squared_norm: return jnp.sum(jnp.square(sums), axis=((2, 1)))",
-        '_inner: match ((b, a)): case Gather(), Outer(): return _inner(b, a, param) case Outer(), Gather(): x, dy = (_wide_examples(leaf, "squared_norm") for leaf in (a.x, a.dy)) ids, rows = _examples_in_table(b, "squared_norm") picked = jax.vmap(lambda x, ids: x.at[:, ids].get(mode="fill", fill_value=0))(x, ids) # [B, t, s] return jnp.sum(picked * jnp.einsum("btj,bsj->bts", dy, rows), axis=(1, 2)) case Gather(), Gather(): (ids, rows), (others, other_rows) = (_examples_in_table(each, "squared_norm") for each in (a, b)) same = (ids[:, :, None] == others[:, None]) & (ids[:, :, None] < a.size) return jnp.sum(jnp.where(same, jnp.einsum("bsj,btj->bst", rows, other_rows), 0), axis=(1, 2)) case Outer(), Outer(): x, dy, other_x, other_dy = (_wide_examples(leaf, "squared_norm") for leaf in (a.x, a.dy, b.x, b.dy)) if 2 * x.shape[1] * other_x.shape[1] <= x.shape[2] * dy.shape[2]: grams = (jnp.einsum("bsi,bti->bst", *pair) for pair in ((x, other_x), (dy, other_dy))) return jnp.sum(jnp.multiply(*grams), axis=(1, 2))',
-        '_inner: return jnp.sum(picked * jnp.einsum("btj,bsj->bts", dy, rows), axis=((2, 1)))',
-        '_inner: (ids, rows), (others, other_rows) = (_examples_in_table(each, "squared_norm") for each in ((b, a)))',
-        "_inner: return jnp.sum(jnp.where(same, (jnp.einsum('bsj,btj->bst', other_rows, rows)), 0), axis=(1, 2))",
-        "_inner: return jnp.sum(jnp.where(same, jnp.einsum('btj,bsj->bst', rows, other_rows), 0), axis=(1, 2))",
-        "_inner: return jnp.sum(jnp.where(same, jnp.einsum('bsj,btj->bts', rows, other_rows), 0), axis=(1, 2))",
-        '_inner: return jnp.sum(jnp.where(same, jnp.einsum("bsj,btj->bst", rows, other_rows), 0), axis=((2, 1)))',
-        "_inner: grams = (jnp.einsum('bti,bsi->bst', *pair) for pair in ((x, other_x), (dy, other_dy)))",
-        "_inner: grams = (jnp.einsum('bsi,bti->bts', *pair) for pair in ((x, other_x), (dy, other_dy)))",
-        '_inner: grams = (jnp.einsum("bsi,bti->bst", *pair) for pair in (((dy, other_dy), (x, other_x))))',
-        "_inner: return jnp.sum(jnp.multiply(*grams), axis=((2, 1)))",
-        '_inner: gradients = (_per_example(each, param, "squared_norm") for each in ((b, a)))',
         "_by_channels: products = (a * b for (b, a) in zip(parts(entry), parts(dy), strict=True))",
         "_by_channels: products = (a * b for a, b in (zip(parts(dy), parts(entry), strict=True)))",
         '_group_norm: dparams = { "scale": contract((Scale(dy, x_hat)), params["scale"]), "bias": contract(Shift(dy), params["bias"]), }',
@@ -263,19 +242,8 @@ _BY_REASON = {
         "_by_channels: missing = rows * count - windows.outputs[-1]",
     ],
     "a squared norm is below 0 by rounding only": [
-        "squared_norm: return (sum(squares + crossed))",
-        "squared_norm: return jnp.maximum(sum(squares + crossed), -1)",
     ],
     "no case has ids out of range, or a head whose kernel is looked up afterwards; test_embedding.py and test_factors.py have": [
-        "_inner: return (_inner(b, param, a))",
-        "_inner: lambda x, ids: (x.at[:, ids].get(fill_value=0))",
-        "_inner: lambda x, ids: (x.at[:, ids].get(mode='fill'))",
-        '_inner: lambda x, ids: x.at[:, ids].get(mode="fill", fill_value=1)',
-        '_inner: lambda x, ids: x.at[:, ids].get(mode="fill", fill_value=-1)',
-        '_inner: ((others, other_rows), (ids, rows)) = (_examples_in_table(each, "squared_norm") for each in (a, b))',
-        "_inner: same = (ids[:, :, None] == others[:, None])",
-        "_inner: same = (ids[:, :, None] == others[:, None]) & ((ids[:, :, None] <= a.size))",
-        "_inner: same = (ids[:, :, None] == others[:, None]) & (ids[:, None, :] < a.size)",
         "_table: return (zeros.at[ids].add(dy.astype(zeros.dtype), out_sharding=cut_as(dy, 0)))",
         "_in_table: inside = ((ids >= 0) | (ids < factor.size))",
         "_in_table: inside = (ids >= 0)",
@@ -370,8 +338,6 @@ EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys
 
 # Conditions, and what they are made of, that choose between two formulas for the same number.
 CHOICES = {
-    "squared_norm: 2 * x.shape[1] ** 2 <= x.shape[2] * dy.shape[2]",
-    "_inner: 2 * x.shape[1] * other_x.shape[1] <= x.shape[2] * dy.shape[2]",
     "correlation: x.shape[-1] != kernel.shape[-2] or max(windows.window) == 1",
     "correlation_by_taps: groups == x.shape[-1] == dy.shape[-1]",
     "correlation_by_taps: groups == 1",

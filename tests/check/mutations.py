@@ -47,6 +47,7 @@ FILES = [
     "factors.py",
     "arithmetic.py",
     "columns.py",
+    "gram.py",
     "correlation.py",
     "bridge.py",
     "combine.py",

@@ -1,0 +1,144 @@
+"""The squared norm of each example's gradient of a kernel, by Gram matrices, and right where they cancel.
+
+An example's gradient is G = X^T dY with X [T, D] and dY [T, F], and
+
+    |G|^2 = sum_st (X X^T)[s, t] (dY dY^T)[s, t]
+
+which never forms G. The terms have signs: where the shares of positions cancel, |G|^2 is a small difference of large
+terms, of which rounding can make anything, also a negative number. With u the unit roundoff, the inner product of two
+vectors of n entries has an error of about sqrt(n) u times their lengths, so that of the sum is at most about
+
+    2 u sum_st (sqrt(D) |x_s| |x_t| |dY dY^T|[s, t] + sqrt(F) |X X^T|[s, t] |dy_s| |dy_t|)
+
+Where that is more than 1e-3 of the sum, G is formed for that example after all. Its own error is about
+2 sqrt(T) u sum_t |x_t| |dy_t|; where that is too much of |G| as well, G is summed in twice the digits: the numbers are
+cut into halves, whose products are exact, and what each addition loses is added up beside the sum. So |G|^2 has a
+relative error below 1e-3, unless |G| is below some 1e-11 (float32) of sum_t |x_t| |dy_t|.
+
+A parameter that is used several times has the positions of all its uses. A row that is looked up in a table is an outer
+product too, of a row of the identity with dy. Derivatives are those of the sum of products.
+
+Source: Li et al. 2021, arXiv:2110.05679, section 4, and Bu et al. 2022, arXiv:2205.10683 (Gram matrices); Higham and
+Mary 2019, doi:10.1137/18M1226312 (errors of inner products); Ogita, Rump and Oishi 2005, doi:10.1137/030601818 (inner
+products in twice the digits).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from itertools import combinations_with_replacement
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from funcnet.arithmetic import cut_as, placed
+
+ERROR = 1e-3  # the relative error of a squared norm
+
+Use = tuple[Array, Array]  # x [B, T, D], or ids [B, T], which stand for rows of the identity; and dy [B, T, F]
+
+
+def squared_norms(uses: Sequence[Use], size: int) -> Array:
+    """|sum of X^T dY over the uses|^2 for each example, [B]; `size` is D, and an id of that size is no row."""
+    square, error = _by_grams(uses, size)
+    if square.shape[0] == 0 or sum(dy.shape[1] for _, dy in uses) == 1:  # of one position nothing cancels
+        return square
+    trusted = jnp.isfinite(square) & (error <= ERROR * square)
+    numbers = jnp.arange(square.shape[0], dtype=jnp.int32)
+    constant = lax.stop_gradient([(_together(x), _together(dy)) for x, dy in uses])
+
+    def form_one(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        squares, trusted = carry
+        i = jnp.max(jnp.where(trusted, 0, numbers))
+        pairs = [(_rows(x[i], size, dy.dtype), dy[i]) for x, dy in constant]
+        x, dy = (jnp.concatenate(parts) for parts in zip(*pairs, strict=True))
+        return jnp.where(numbers == i, _formed(x, dy), squares), trusted | (numbers == i)
+
+    # A loop that mostly has no turn: under `vmap`, where `lax.cond` would take both branches, it has none either.
+    start = _together(lax.stop_gradient(square)), _together(trusted)
+    found, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), form_one, start)
+    moving = jnp.where(jnp.isfinite(square), square, 0.0)
+    return placed(found, square) + (moving - lax.stop_gradient(moving))
+
+
+def _by_grams(uses: Sequence[Use], size: int) -> tuple[Array, Array]:
+    """The squared norms by Gram matrices, and bounds of their errors, both [B]."""
+    lengths = [(_lengths(x, size, dy.dtype), _lengths(dy, size, dy.dtype)) for x, dy in uses]
+    squares, errors = [], []
+    for i, j in combinations_with_replacement(range(len(uses)), 2):
+        (x, dy), (other_x, other_dy) = uses[i], uses[j]
+        grams = _gram(x, other_x, size, dy.dtype), _gram(dy, other_dy, size, dy.dtype)
+        bounds = [a[:, :, None] * b[:, None] for a, b in zip(lengths[i], lengths[j], strict=True)]
+        roots = math.sqrt(size), math.sqrt(dy.shape[-1])
+        doubt = roots[0] * bounds[0] * jnp.abs(grams[1]) + roots[1] * jnp.abs(grams[0]) * bounds[1]
+        times = 1 if i == j else 2
+        squares.append(times * jnp.sum(grams[0] * grams[1], axis=(1, 2)))
+        errors.append(times * 2 * _roundoff(dy) * jnp.sum(doubt, axis=(1, 2)))
+    return reduce(jnp.add, squares), reduce(jnp.add, errors)
+
+
+def _gram(a: Array, b: Array, size: int, dtype: np.dtype) -> Array:
+    """The inner products of all rows of a with all of b, [B, S, T]."""
+    match jnp.issubdtype(a.dtype, jnp.integer), jnp.issubdtype(b.dtype, jnp.integer):
+        case True, True:
+            return ((a[:, :, None] == b[:, None]) & (a[:, :, None] < size)).astype(dtype)
+        case True, False:
+            return jax.vmap(lambda a, b: b.T.at[a].get(mode="fill", fill_value=0))(a, b)
+        case False, True:
+            return jnp.swapaxes(_gram(b, a, size, dtype), 1, 2)
+    return jnp.einsum("bsi,bti->bst", a, b, precision="highest")
+
+
+def _lengths(a: Array, size: int, dtype: np.dtype) -> Array:
+    """The lengths of all rows, [B, T]."""
+    if jnp.issubdtype(a.dtype, jnp.integer):
+        return (a < size).astype(dtype)
+    return jnp.sqrt(jnp.sum(jnp.square(a), axis=-1))
+
+
+def _rows(x: Array, size: int, dtype: np.dtype) -> Array:
+    """x [T, D], or the rows of the identity that ids [T] stand for."""
+    return jax.nn.one_hot(x, size, dtype=dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
+def _formed(x: Array, dy: Array) -> Array:
+    """|X^T dY|^2 of one example, X^T dY in twice the digits where rounding would be too much of it."""
+    square = jnp.sum(jnp.square(jnp.dot(x.T, dy, precision="highest")))
+    lengths = [jnp.sqrt(jnp.sum(jnp.square(a), axis=-1)) for a in (x, dy)]
+    error = 2 * math.sqrt(len(x)) * _roundoff(dy) * jnp.sum(lengths[0] * lengths[1])
+    trusted = jnp.isfinite(square) & (2 * error <= ERROR * jnp.sqrt(square))
+    return lax.cond(trusted, lambda: square, lambda: jnp.sum(jnp.square(careful_product(x, dy))))
+
+
+def careful_product(x: Array, dy: Array) -> Array:
+    """X^T dY of x [T, D] and dy [T, F], as in twice the digits of their dtype, and rounded once."""
+    (x_high, x_low), (dy_high, dy_low) = _halves(x), _halves(dy)
+    rows = jnp.concatenate([x_high, x_high, x_low, x_low]), jnp.concatenate([dy_high, dy_low, dy_high, dy_low])
+
+    def add(carry: tuple[Array, Array], row: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        total, lost = carry
+        term = row[0][:, None] * row[1][None]  # exact, of numbers of half of the digits
+        new = total + term
+        back = new - total
+        return (new, lost + ((total - (new - back)) + (term - back))), None
+
+    zero = jnp.zeros((x.shape[1], dy.shape[1]), dy.dtype)
+    return reduce(jnp.add, lax.scan(add, (zero, zero), rows)[0])
+
+
+def _halves(a: Array) -> tuple[Array, Array]:
+    """Two arrays of half of the digits each, whose sum is a."""
+    kind = jnp.finfo(a.dtype)
+    high = lax.reduce_precision(a, kind.nexp, (kind.nmant + 1) // 2 - 1)
+    return high, a - high
+
+
+def _roundoff(a: Array) -> float:
+    return float(jnp.finfo(a.dtype).eps) / 2
+
+
+def _together(a: Array) -> Array:
+    """`a` with its first axis whole, where explicit axes of a mesh cut it."""
+    return jax.sharding.reshard(a, cut_as(a, 0)) if any(jax.typeof(a).sharding.spec) else a

@@ -1,0 +1,214 @@
+"""Squared norms where the shares of positions cancel, against the same factors in float64."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+from funcnet import gram
+from tests.trees import normal
+
+HALF_AND_SINGLE = ["float32", "bfloat16", "float16"]
+squared_norm = jax.jit(lambda factor, param: fn.squared_norm(factor, param))  # once for each shape and dtype
+
+
+def cancelling(seed, shape, dtype="float32", left=0.0):
+    """x that is the same at all positions, and dy [B, T, F] whose sum over positions is `left` of its terms' size."""
+    batch, steps, inputs, outputs = shape
+    rng = np.random.default_rng(seed)
+    x = np.repeat(rng.standard_normal((batch, 1, inputs)), steps, 1)
+    dy = rng.standard_normal((batch, steps, outputs))
+    dy = dy - dy.mean(1, keepdims=True) + left * rng.standard_normal((batch, 1, outputs))
+    return jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
+
+
+def gradients(factor, size):
+    """One gradient an example, in float64, by NumPy."""
+    match factor:
+        case fn.Sum(factors):
+            return sum(gradients(each, size) for each in factors)
+        case fn.Gather(ids, dy):
+            x = np.eye(size + 1)[np.where((ids < 0) | (ids >= size), size, ids), :size]
+        case fn.Outer(x, dy):
+            pass
+    x, dy = (np.asarray(a, np.float64).reshape(len(a), -1, a.shape[-1]) for a in (x, dy))
+    return np.einsum("bti,btj->bij", x, dy)
+
+
+def assert_right(factor, param):
+    wanted = np.square(gradients(factor, param.shape[0])).sum((1, 2))
+    got = np.asarray(squared_norm(factor, param))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3)
+    return wanted
+
+
+def test_positions_that_cancel_to_nothing_have_next_to_no_norm():
+    x = jnp.repeat(jax.random.normal(jax.random.key(3), (1, 1, 64)), 7, 1)
+    layer, dy = fn.dense(7, use_bias=False), 1 / 7 - jnp.eye(7)[None]
+    params = {"kernel": jnp.zeros((64, 7))}
+    residuals = layer.fwd(params, (), x, None)[2]
+    squares = layer.bwd(params, residuals, dy, fn.squared_norm)[0]["kernel"]
+    assert 0 <= squares[0] < 1e-12
+    assert_right(layer.bwd(params, residuals, dy, fn.keep)[0]["kernel"], params["kernel"])
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("left", [0.0, 1e-8, 1e-6, 1e-4, 1.0])
+@pytest.mark.parametrize("shape", [(2, 7, 64, 7), (2, 2, 5, 3), (1, 16, 24, 40), (2, 1, 5, 3)], ids=str)
+def test_a_norm_is_right_however_much_cancels(shape, left, dtype):
+    x, dy = cancelling(1, shape, dtype, left)
+    assert_right(fn.Outer(x, dy), jnp.zeros((shape[2], shape[3]), dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_uses_that_cancel(dtype):
+    x, dy = cancelling(2, (2, 3, 40, 30), dtype, 1.0)
+    other = normal(3, jax.ShapeDtypeStruct((2, 3, 40), jnp.dtype(dtype)))
+    against = fn.Sum((fn.Outer(x, dy), fn.Outer(x, -dy), fn.Outer(1e-3 * other, dy)))
+    assert_right(against, jnp.zeros((40, 30), dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_a_table_and_a_head_that_cancel(dtype):
+    """The head takes off at its one-hot positions what the lookup adds, but for a little."""
+    ids = jnp.array([[3, 1, 3], [0, 40, 2]])  # 40 is no row
+    dy = normal(4, jax.ShapeDtypeStruct((2, 3, 30), jnp.dtype(dtype)))
+    head = fn.Outer(jax.nn.one_hot(ids, 40, dtype=dtype), -dy.at[:, 0].multiply(1 + 2**-6))
+    assert_right(fn.Sum((fn.Gather(ids, dy, 40), head)), jnp.zeros((40, 30), dtype))
+
+
+def models():
+    x = jnp.repeat(normal(6, jax.ShapeDtypeStruct((2, 1, 24), jnp.float32)), 4, 1)
+    head = fn.serial(embedding=fn.embedding(24, 24), head=fn.dense(24, use_bias=False))
+    return {
+        "dense": (fn.dense(30), x),
+        "attention": (fn.attention(2), x),
+        "mlp": (fn.mlp(32, 24), x),
+        "repeat": (fn.repeat(fn.dense(24), 2), x),
+        "nested repeat": (fn.repeat(fn.repeat(fn.dense(24), 2), 2), x),
+        "lstm": (fn.lstm(12), x),
+        "lru": (fn.lru(24, 24), x),
+        "conv of one entry": (fn.conv(24, 1), x),
+        "tied": (fn.tied(head, {"head/kernel": "embedding/embedding.T"}), jnp.zeros((2, 4), jnp.int32)),
+        "mixed": (fn.mixed(fn.dense(24)), x),
+        "weight_norm": (fn.weight_norm(fn.dense(24)), x),
+    }
+
+
+@pytest.mark.parametrize("name", models())
+def test_no_layer_has_a_norm_that_is_off(name):
+    """The same input at all positions, and cotangents that cancel over them: squared_norm is that of per_example."""
+    layer, x = models()[name]
+    params, state = layer.init(jax.random.key(0), x)
+    y, _, residuals = jax.jit(layer.fwd)(params, state, x, None)
+    dy = normal(7, y)
+    dy = dy - dy.mean(1, keepdims=True)
+    squares, kept = jax.jit(
+        lambda params, residuals, dy: [layer.bwd(params, residuals, dy, how)[0] for how in (fn.squared_norm, fn.keep)]
+    )(params, residuals, dy)
+
+    def check(square, factor, param):
+        if isinstance(factor, fn.Outer) and not factor.layers:
+            assert_right(factor, param)
+        assert np.all(np.asarray(square) >= 0)
+        later = np.asarray(fn.squared_norm(factor, param))
+        np.testing.assert_allclose(square, later, rtol=1e-3, atol=1e-12)
+
+    jax.tree.map(check, squares, kept, params)
+
+
+def test_the_head_of_a_language_model_has_no_norm_that_is_off():
+    """Features that are the same everywhere, and weights that cancel: each block of the vocabulary by itself."""
+    loss = fn.linear_cross_entropy(300, chunk=400)
+    features = jnp.repeat(normal(8, jax.ShapeDtypeStruct((2, 1, 64), jnp.float32)), 4, 1)
+    labels = jnp.ones((2, 4), jnp.int32)
+    params, _ = loss.init(jax.random.key(0), (features, labels))
+    _, _, residuals = loss.fwd(params, (), (features, labels), None)
+    dy = jnp.array([[1.0, -1.0, 2.0, -2.0], [0.5, 0.25, -0.25, -0.5 + 2**-20]])
+    squares = loss.bwd(params, residuals, dy, fn.squared_norm)[0]["kernel"]
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: a.astype(float), (params, features, dy))
+        _, _, residuals = loss.fwd(wide[0], (), (wide[1], labels), None)
+        wanted = np.square(loss.bwd(wide[0], residuals, wide[2], fn.per_example)[0]["kernel"]).sum((1, 2))
+    assert squares[0] >= 0
+    np.testing.assert_allclose(squares, wanted, rtol=1e-3, atol=1e-12)
+
+
+def test_the_loop_of_one_example_at_a_time_goes_under_jit_vmap_and_scan():
+    x, dy = (
+        jnp.stack(pair) for pair in zip(*(cancelling(i, (3, 4, 24, 20), left=10.0**-i) for i in range(9)), strict=True)
+    )
+    param = jnp.zeros((24, 20))
+    one = lambda x, dy: fn.squared_norm(fn.Outer(x, dy), param)
+    wanted = np.square(np.stack([gradients(fn.Outer(*pair), 24) for pair in zip(x, dy, strict=True)])).sum((2, 3))
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(x, dy), wanted, rtol=1e-3)
+    np.testing.assert_allclose(jax.lax.map(lambda pair: one(*pair), (x, dy)), wanted, rtol=1e-3)
+    layers = fn.Outer(x, dy, layers=1)
+    np.testing.assert_allclose(fn.squared_norm(layers, jnp.zeros((9, 24, 20))), wanted.sum(0), rtol=1e-3)
+
+
+def test_numbers_whose_squares_overflow_have_their_norm():
+    x, dy = cancelling(1, (2, 3, 8, 8), left=1.0)
+    assert_right(fn.Outer(x * 2.0**66, dy * 2.0**-66), jnp.zeros((8, 8)))
+
+
+def test_numbers_that_are_not_finite_have_no_finite_norm():
+    x, dy = cancelling(1, (2, 3, 8, 8), left=1.0)
+    for bad in (jnp.nan, jnp.inf):
+        squares = fn.squared_norm(fn.Outer(x.at[0, 0, 0].set(bad), dy), jnp.zeros((8, 8)))
+        assert np.isfinite(np.asarray(squares)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("steps", "size"), [(1, 8), (5, 8), (22, 32), (180, 256)])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_ordinary_numbers_are_left_to_the_gram_matrices(monkeypatch, steps, size, mean):
+    monkeypatch.setattr(gram, "_formed", lambda x, dy: jnp.array(jnp.nan))
+    x, dy = (normal(i, jax.ShapeDtypeStruct((2, steps, size), jnp.float32)) for i in (1, 2))
+    factor = fn.Outer(jnp.maximum(x + mean, 0), dy)
+    wanted = np.square(gradients(factor, size)).sum((1, 2))
+    np.testing.assert_allclose(fn.squared_norm(factor, jnp.zeros((size, size))), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [1.0, 1e-4])
+def test_derivatives_are_those_of_the_sum_of_squares(left):
+    x, dy = cancelling(3, (2, 3, 8, 8), left=left)
+    param = jnp.zeros((8, 8))
+    gram_form = lambda x, dy: jnp.sum(fn.squared_norm(fn.Outer(x, dy), param))
+    plain = lambda x, dy: jnp.sum(jnp.square(jnp.einsum("bti,btj->bij", x, dy)))
+    for got, wanted in zip(jax.grad(gram_form, (0, 1))(x, dy), jax.grad(plain, (0, 1))(x, dy), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    tangents = (jnp.ones_like(x), dy)
+    got, wanted = (jax.jvp(f, (x, dy), tangents)[1] for f in (gram_form, plain))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("steps", [1, 3, 300])
+def test_a_careful_product_is_right_to_its_last_digits(steps, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        rng = np.random.default_rng(steps)
+        x, dy = (rng.standard_normal((steps, n)).astype(dtype) * 10.0 ** np.arange(n).astype(dtype) for n in (3, 2))
+        x, dy = np.concatenate([x, x]), np.concatenate([dy, -dy * dtype_one_more(dtype)])
+        exact = [
+            [
+                sum(Fraction(a) * Fraction(b) for a, b in zip(x[:, i].tolist(), dy[:, j].tolist(), strict=True))
+                for j in range(2)
+            ]
+            for i in range(3)
+        ]
+        got = jax.jit(gram.careful_product)(x, dy)
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got, np.array(exact, float), rtol=4e-6 if dtype == "float32" else 1e-12)
+
+
+def dtype_one_more(dtype):
+    """1 and two units in its last place."""
+    return np.asarray(1 + 2 * np.finfo(dtype).eps, dtype)
+
+
+def test_no_examples_have_no_norms():
+    empty = jnp.zeros((0, 2, 8))
+    assert fn.squared_norm(fn.Outer(empty, empty), jnp.zeros((8, 8))).shape == (0,)
