@@ -45,7 +45,7 @@ from funcnet.layer import Layer, a_layer
 from funcnet.pytorch.kinds import is_left_out, kind_of, known, levelled, require_convertible, require_names
 from funcnet.pytorch.modules import WHOLE
 from funcnet.pytorch.tensors import COUNTER, arrays_of, renamed_by
-from funcnet.saved import Arrays, named_leaves, require_arrays, require_same
+from funcnet.saved import Arrays, as_loaded, named_leaves, native, require_arrays, require_same
 from funcnet.tie import Tied
 from funcnet.transform import Frozen
 
@@ -60,7 +60,7 @@ def to_torch(layer: Layer, params: Tree, state: Tree = (), names: Mapping[str, s
 
         module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(layer, params).items()})
 
-    The arrays are copies. `torch.from_numpy` knows no bfloat16: give it array.astype("float32"), which holds the same
+    The arrays are copies, each in memory row by row, as what writes files expects. `torch.from_numpy` knows no bfloat16: give it array.astype("float32"), which holds the same
     values. `load_state_dict` converts to the dtypes of the module.
 
     Args:
@@ -77,11 +77,12 @@ def to_torch(layer: Layer, params: Tree, state: Tree = (), names: Mapping[str, s
     require_convertible(a_layer(layer))
     for what, tree in {"params": params, "state": state}.items():
         require_arrays(tree, f"arrays with values as {what}", expect.is_concrete)
-    arrays = _there(layer, params, state, ())
+    with jax.enable_x64(True):  # else NumPy's float64 would be float32 on the way
+        arrays = _there(layer, *jax.tree.map(native, (params, state)), ())
     renamed = renamed_by(arrays, names)
     counted = [name.removesuffix("running_mean") for name in renamed.values() if name.endswith("running_mean")]
     counters = {name + COUNTER: np.zeros((), np.int64) for name in counted}
-    return {renamed[name]: np.array(array) for name, array in arrays.items()} | counters
+    return {renamed[name]: native(array) for name, array in arrays.items()} | counters
 
 
 @expect.by("from_torch")
@@ -103,6 +104,7 @@ def from_torch(
     require_convertible(a_layer(layer))
     for what, tree in {"params": params, "state": state}.items():
         require_arrays(tree, f"arrays as {what}")
+    params, state = as_loaded((params, state))
     wanted = jax.eval_shape(lambda params, state: _there(layer, params, state, ()), params, state)
     renamed = renamed_by(wanted, names)
     given = arrays_of(tensors)
