@@ -110,10 +110,16 @@ def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
         yield "/".join(names), leaf
 
 
-def require_arrays(tree: Tree, wanted: str, is_one: Callable[[Any], bool] = is_array) -> None:
-    """Refuse leaves that are not what is wanted, all of them at once."""
-    if others := [f"{describe(leaf)} at {name or 'the top'}" for name, leaf in named_leaves(tree) if not is_one(leaf)]:
-        raise InputError(wanted, ", ".join(others), "pass what this model's init returned")
+def require_arrays(
+    tree: Tree,
+    wanted: str,
+    is_one: Callable[[Any], bool] = is_array,
+    remedy: str = "pass what this model's init returned",
+) -> None:
+    """Refuse leaves that are not what is wanted, all of them at once; PyTorch's tensors never are."""
+    bad = [(name, leaf) for name, leaf in named_leaves(tree) if not is_one(leaf) or hasattr(leaf, "detach")]
+    if others := [f"{describe(leaf)} at {name or 'the top'}" for name, leaf in bad]:
+        raise InputError(wanted, ", ".join(others), remedy)
 
 
 def require_same(given: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:

@@ -39,6 +39,7 @@ from funcnet.expect import InputError
 from funcnet.layer import Layer
 from funcnet.observe import observe
 from funcnet.pytorch.kinds import is_left_out, kind_of
+from funcnet.saved import as_loaded
 
 Tree = Any
 Path = tuple[str, ...]
@@ -173,6 +174,12 @@ def found_of(layer: Layer, params: Tree, state: Tree, x: Tree, channels: str | N
     return Found(orders, output, channels or ("first" if firsts else "any"))
 
 
+def stated(layer: Layer, state: Tree, x: Tree) -> Tree:
+    """A state that may have been left out, where it holds no arrays, as the layer wants it."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(layer.init, key, as_loaded(x))[1] if is_left_out(state) else state
+
+
 def _shapes(layer: Layer, params: Tree, state: Tree, x: Tree) -> dict[Path, tuple[Tree, Tree]]:
     """Input and output of each layer, as shapes, by path."""
     seen = {}
@@ -181,8 +188,6 @@ def _shapes(layer: Layer, params: Tree, state: Tree, x: Tree) -> dict[Path, tupl
         seen[path] = x, out[0]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    if is_left_out(state):
-        state = jax.eval_shape(layer.init, key, x)[1]
     jax.eval_shape(observe(layer, see).fwd, params, state, x, key)
     return {path: expect.shapes(both) for path, both in seen.items()}
 

@@ -44,7 +44,7 @@ import numpy as np
 from funcnet import expect
 from funcnet.expect import InputError, describe
 from funcnet.layer import Layer, a_layer
-from funcnet.pytorch.axes import Found, found_of, reordering
+from funcnet.pytorch.axes import Found, found_of, reordering, stated
 from funcnet.pytorch.kinds import is_left_out, kind_of, known, levelled, require_convertible, require_names
 from funcnet.pytorch.modules import WHOLE
 from funcnet.pytorch.probe import is_module, require_equal, require_values
@@ -97,7 +97,7 @@ def to_torch(
         require_arrays(tree, f"arrays with values as {what}", expect.is_concrete)
     params, state = jax.tree.map(native, (params, state))
     with jax.enable_x64(True):  # else NumPy's float64 would be float32 on the way
-        arrays = _there(layer, params, state, ())
+        arrays = {name: native(array) for name, array in _there(layer, params, state, ()).items()}
     for name, order in _found(layer, params, state, x, channels, arrays).orders.items():
         arrays[name] = arrays[name][..., order]
     renamed = renamed_by(arrays, names)
@@ -159,7 +159,7 @@ def from_torch(
     if module is not None:
         in_order = {name: other for name, other in renamed.items() if name not in found.orders}
         modules = {tuple(name.split(".")[:-1]): other.rpartition(".")[0] for name, other in in_order.items()}
-        require_equal(layer, new, new_state, x, module, found, modules)
+        require_equal(layer, new, stated(layer, new_state, x), x, module, found, modules)
     return new, new_state
 
 
@@ -168,8 +168,9 @@ def _found(layer: Layer, params: Tree, state: Tree, x: Tree, channels: str | Non
     if channels not in (None, "first", "last"):
         raise InputError('channels="first" or "last"', repr(channels), "say where the module has the channels of x")
     if x is not None:
-        require_arrays(x, "arrays as x, or their shapes and dtypes")
-        params, state, x = as_loaded((params, state, x))
+        remedy = "pass an array of NumPy or JAX, the channels last, or a jax.ShapeDtypeStruct"
+        require_arrays(x, "arrays as x, or their shapes and dtypes", remedy=remedy)
+        params, state, x = as_loaded((params, stated(layer, state, x), x))
         return found_of(layer, params, state, x, channels, names)
     if name := reordering(layer):
         remedy = "pass an input or its shape: x=jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)"

@@ -19,6 +19,7 @@ from funcnet.expect import InputError, describe, is_concrete, is_floating
 from funcnet.layer import Layer
 from funcnet.pytorch.axes import Found
 from funcnet.pytorch.tensors import as_array
+from funcnet.saved import require_arrays
 
 Tree = Any
 Path = tuple[str, ...]
@@ -35,9 +36,10 @@ def is_module(given: Any) -> bool:
 
 def require_values(x: Tree) -> None:
     """Refuse what is no input to compare outputs for."""
-    if not jax.tree.leaves(x) or not all(map(is_concrete, jax.tree.leaves(x))):
-        remedy = f"pass one, such as a batch of two examples, or {_UNCOMPARED}"
-        raise InputError("an input with values as x, to compare the module's outputs", describe(x), remedy)
+    wanted, remedy = "an input with values as x, to compare the module's outputs", f"pass one, or {_UNCOMPARED}"
+    if not jax.tree.leaves(x):
+        raise InputError(wanted, describe(x), remedy)
+    require_arrays(x, wanted, is_concrete, f"{remedy}; an array of NumPy or JAX, the channels last")
 
 
 def require_equal(

@@ -1,11 +1,15 @@
 """Models with a flatten, there and back: PyTorch's channels are first, ours last, and both compute the same."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import funcnet as fn
+from funcnet.pytorch import axes
 from tests.trees import assert_same, normal
 
 KEY = jax.random.key(0)
@@ -460,3 +464,46 @@ def test_views_of_features_are_the_same_there(torch):
     with torch.no_grad():
         theirs = b(gru(a(torch.from_numpy(x)).view(2, 4, 3))[0].flatten(1)).numpy()
     np.testing.assert_allclose(layer.apply(params, state, x), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_every_layer_there_is_is_known():
+    """One that is not would be taken for a function that nothing is known of."""
+    layers = Path(fn.__file__).parent / "layers"
+    made = re.compile(r"(?:stateless|elementwise|Layer|_group_norm|_gated|_dropping|_recurrent|_norm)\(\s*\"(\w+)\"")
+    kinds = {kind for file in layers.glob("*.py") for kind in made.findall(file.read_text())}
+    assert {"dense", "relu", "attention", "batch_norm", "dropout", "glu", "lstm", "group_norm", "rms_norm"} <= kinds
+    assert kinds <= {*axes._KNOWN, *axes._RESHAPES}
+
+
+def test_float64_keeps_its_digits_behind_a_flatten_without_64_bits_in_jax():
+    layer, x = fn.serial(fn.conv(2, 1), fn.flatten(), fn.dense(2)), S((1, 3, 2), jnp.float32)
+    params = jax.tree.map(lambda a: np.full(a.shape, np.pi), jax.eval_shape(layer.init, KEY, x)[0])
+    arrays = fn.to_torch(layer, params, x=x)
+    assert all(array.dtype == np.float64 and np.all(array == np.pi) for array in arrays.values())
+    assert all(array.flags.c_contiguous and array.flags.owndata for array in arrays.values())
+    with pytest.raises(fn.InputError):  # an input of another dtype
+        fn.to_torch(layer, params, x=S((1, 3, 2), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("given", ["tensor", "text", None])
+def test_an_input_that_is_no_array_is_refused(torch, given):
+    x = {"tensor": torch.ones(1, 2, 3), "text": "x", None: {"x": 1.0}}[given]
+    layer = fn.serial(fn.conv(2, 1), fn.flatten(), fn.dense(2))
+    like = jax.eval_shape(layer.init, KEY, S((1, 3, 2), jnp.float32))
+    with pytest.raises(fn.InputError, match="arrays as x"):
+        fn.to_torch(layer, normal(1, like[0]), x=x)
+    with pytest.raises(fn.InputError, match="with values as x"):
+        fn.from_torch(layer, torch.nn.Linear(1, 1), *like, x=x)
+    with pytest.raises(fn.InputError, match="arrays as params"):
+        fn.from_torch(layer, {}, {"w": torch.ones(1)}, x=x)
+
+
+def test_a_state_that_is_left_out_is_the_layers(torch):
+    layer = fn.serial(fn.conv(2, 1), fn.flatten(), fn.dense(2))
+    x = np.random.default_rng(1).normal(size=(2, 3, 2)).astype(np.float32)
+    params = normal(1, jax.eval_shape(layer.init, KEY, x)[0])
+    module = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1), torch.nn.Flatten(), torch.nn.Linear(6, 2))
+    names = {"conv": "0", "dense": "2"}
+    arrays = fn.to_torch(layer, params, names=names, x=x)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    assert_same(fn.from_torch(layer, module, params, names=names, x=x), (params, ()))
