@@ -60,7 +60,7 @@ def require_equal(
     ours = [y if order is None else y[..., order] for y, order in zip(ours, orders, strict=True)]
     error = max(map(_error, ours, theirs))
     if not error <= ALLOWED:
-        places = [(path, modules[path]) for path in inside if modules[path] in theirs_inside]
+        places = [(path, modules[path]) for path in inside if path and modules[path] in theirs_inside]
         others = [place for place in places if not _error(inside[place[0]], theirs_inside[place[1]]) <= ALLOWED]
         where = f"; the first layer to differ is {'/'.join(others[0][0])}, there {others[0][1]}" if others else ""
         wanted = f"outputs like the module's, to {ALLOWED} of their largest"

@@ -76,6 +76,14 @@ def test_layers_in_another_order_are_refused(torch):
         fn.from_torch(LAYER, module, *LIKE, NAMES | {"dense_1": "9"}, x=X)
 
 
+def test_of_one_layer_no_part_is_named(torch):
+    layer, module = fn.dense(2), torch.nn.Linear(3, 2)
+    module.register_forward_hook(lambda module, args, y: y + 1)
+    x = np.ones((1, 3), np.float32)
+    with pytest.raises(fn.InputError, match=r"outputs that differ by \S+ of their largest\n"):
+        fn.from_torch(layer, module, *jax.eval_shape(layer.init, KEY, x), x=x)
+
+
 def test_outputs_of_another_shape_or_number_are_refused(torch):
     module = torch.nn.Sequential(*right(torch), torch.nn.Unflatten(1, (4, 4)))
     with pytest.raises(fn.InputError, match=r"\[2, 16\]\n.*\[2, 4, 4\]"):
