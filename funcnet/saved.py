@@ -58,9 +58,7 @@ def load_params(path: str | os.PathLike, like: Tree) -> Tree:
         arrays = {name: _decoded(**view) for name, view in package.deserialize(content)}
     except (package.SafetensorError, KeyError) as error:
         raise InputError("a safetensors file", f"{path}: {error}", "write it with save_params") from error
-    require_same(
-        arrays, {name: expect.shapes(leaf) for name, leaf in named_leaves(like)}, "load params for the same model"
-    )
+    require_same(arrays, dict(named_leaves(as_loaded(like))), "load params for the same model")
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name, _ in named_leaves(like)])
 
 
@@ -85,10 +83,22 @@ def _decoded(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
 
 def _by_path(tree: Tree) -> Arrays:
     for name, leaf in named_leaves(tree):
-        if not is_array(leaf) or str(leaf.dtype) not in _DTYPES.values():
+        if not is_array(leaf) or getattr(leaf.dtype, "name", "") not in _DTYPES.values():
             wanted = f"arrays of the dtypes {', '.join(sorted(_DTYPES.values()))}"
             raise InputError(wanted, f"{describe(leaf)} at {name}", "leave keys and other objects out")
-    return {name: np.array(leaf, order="C") for name, leaf in named_leaves(tree)}
+    return {name: native(leaf) for name, leaf in named_leaves(tree)}
+
+
+def as_loaded(like: Tree) -> Tree:
+    """Shapes and dtypes of a tree as JAX will have them, whatever the order of bytes."""
+    turned = lambda leaf: leaf.dtype.newbyteorder("=") if isinstance(leaf.dtype, np.dtype) else leaf.dtype
+    return expect.shapes(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, turned(leaf)), like))
+
+
+def native(array: Any) -> np.ndarray:
+    """A copy, row by row and in this machine's order of bytes: what is written as it lies in memory."""
+    array = np.asarray(array)
+    return np.array(array, array.dtype.newbyteorder("="), order="C")
 
 
 def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
@@ -100,10 +110,16 @@ def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
         yield "/".join(names), leaf
 
 
-def require_arrays(tree: Tree, wanted: str, is_one: Callable[[Any], bool] = is_array) -> None:
-    """Refuse leaves that are not what is wanted, all of them at once."""
-    if others := [f"{describe(leaf)} at {name or 'the top'}" for name, leaf in named_leaves(tree) if not is_one(leaf)]:
-        raise InputError(wanted, ", ".join(others), "pass what this model's init returned")
+def require_arrays(
+    tree: Tree,
+    wanted: str,
+    is_one: Callable[[Any], bool] = is_array,
+    remedy: str = "pass what this model's init returned",
+) -> None:
+    """Refuse leaves that are not what is wanted, all of them at once; PyTorch's tensors never are."""
+    bad = [(name, leaf) for name, leaf in named_leaves(tree) if not is_one(leaf) or hasattr(leaf, "detach")]
+    if others := [f"{describe(leaf)} at {name or 'the top'}" for name, leaf in bad]:
+        raise InputError(wanted, ", ".join(others), remedy)
 
 
 def require_same(given: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
@@ -112,6 +128,14 @@ def require_same(given: Mapping[str, Any], wanted: Mapping[str, Any], remedy: st
     other = [name for name in wanted if name in given and describe(given[name]) != describe(wanted[name])]
     complaints = [f"{name} missing" for name in missing] + [f"{name} superfluous" for name in superfluous]
     complaints += [f"{name}: {describe(given[name])}" for name in other]
+    if any(_is_cut(given[name].dtype, wanted[name].dtype) for name in other):
+        switch = 'jax.config.update("jax_enable_x64", True), or work inside "with jax.enable_x64(True):"'
+        remedy = f"JAX makes 32 bits of 64 here: {switch}; or {remedy}"
     if complaints:
         expected = [f"{name}: {describe(wanted[name])}" for name in [*missing, *other]] or [f"{len(wanted)} arrays"]
         raise InputError(", ".join(expected), ", ".join(complaints), remedy)
+
+
+def _is_cut(given: Any, wanted: Any) -> bool:
+    """Whether the wanted dtype is what JAX without 64 bits makes of the given one."""
+    return given != wanted and jax.dtypes.canonicalize_dtype(given) == wanted

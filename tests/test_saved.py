@@ -52,6 +52,51 @@ def test_any_tree_of_arrays_goes_into_a_file_a_state_and_transposed_arrays_too(t
     np.testing.assert_array_equal(got["a"][1]["b"], tree["a"][1]["b"])
 
 
+LAYOUTS = {
+    "columns first": lambda a: np.asfortranarray(a),
+    "every second": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "backwards": lambda a: a[::-1, ::-1][::-1, ::-1],
+    "turned": lambda a: np.ascontiguousarray(np.swapaxes(a, -1, -2)).swapaxes(-1, -2),
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "read only": lambda a: np.broadcast_to(a[None], (1, *a.shape))[0],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "float16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_lies_otherwise_in_memory_comes_back_as_it_was(name, dtype, tmp_path, safetensors):
+    values = np.arange(6).reshape(2, 3).astype(dtype)
+    tree = {"a": LAYOUTS[name](values), "number": np.array(3, dtype)}
+    fn.save_params(tree, tmp_path / "tree")
+    for like in (tree, {"a": values, "number": np.array(3, dtype)}):
+        got = fn.load_params(tmp_path / "tree", like)
+        assert_same(got, {"a": jnp.asarray(values), "number": jnp.asarray(3, dtype)})
+    if dtype != "bfloat16":  # which the reader for NumPy does not know
+        np.testing.assert_array_equal(safetensors.load_file(tmp_path / "tree")["a"], values)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "uint64"])
+def test_without_64_bits_the_error_names_the_switch(dtype, tmp_path, safetensors):
+    tree = {"a": np.arange(3).astype(dtype), "b": np.ones(2, np.float32)}
+    fn.save_params(tree, tmp_path / "tree")
+    for like in (tree, {"a": S((3,), dtype), "b": S((2,), "float32")}):
+        with pytest.raises(fn.InputError, match=rf"a: {dtype}\[3\]") as error:
+            fn.load_params(tmp_path / "tree", like)
+        assert "jax_enable_x64" in error.value.remedy
+        assert "jax.enable_x64" in error.value.remedy
+        with jax.enable_x64(True):
+            assert_same(fn.load_params(tmp_path / "tree", like), jax.tree.map(jnp.asarray, tree))
+    with jax.enable_x64(True), pytest.raises(fn.InputError, match="load params for the same model") as error:
+        fn.load_params(tmp_path / "tree", {"a": S((3,), "float32"), "b": S((2,), "float32")})
+    assert "x64" not in error.value.remedy
+
+
+def test_complex128_is_refused_before_anything_is_written(tmp_path, safetensors):
+    with pytest.raises(fn.InputError, match="complex128"):
+        fn.save_params({"a": np.ones(2, complex)}, tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()
+
+
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, safetensors, monkeypatch):
     path = tmp_path / "model"
     fn.save_params({"w": jnp.zeros(3)}, path)

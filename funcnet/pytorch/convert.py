@@ -26,6 +26,8 @@ Gates are in the same order, i f g o and r z n. PyTorch adds two biases in every
 second zeros, but for a gru's n, where only the second one is inside the reset. A batch norm's `num_batches_tracked`,
 which PyTorch reads for momentum=None alone, is 0 on the way there, and left aside on the way back.
 
+Behind a flatten of positions the features are in another order there: `funcnet.pytorch.axes` says which.
+
 PyTorch has no recurrent layer that runs in reverse alone, no bidirectional one but of one kind, forward and then in
 reverse, no stack of several kinds or sizes, and no rotary attention. These are refused, though their params would fit.
 """
@@ -42,10 +44,12 @@ import numpy as np
 from funcnet import expect
 from funcnet.expect import InputError, describe
 from funcnet.layer import Layer, a_layer
+from funcnet.pytorch.axes import Found, found_of, reordering, stated
 from funcnet.pytorch.kinds import is_left_out, kind_of, known, levelled, require_convertible, require_names
 from funcnet.pytorch.modules import WHOLE
+from funcnet.pytorch.probe import is_module, require_equal, require_values
 from funcnet.pytorch.tensors import COUNTER, arrays_of, renamed_by
-from funcnet.saved import Arrays, named_leaves, require_arrays, require_same
+from funcnet.saved import Arrays, as_loaded, named_leaves, native, require_arrays, require_same
 from funcnet.tie import Tied
 from funcnet.transform import Frozen
 
@@ -55,13 +59,22 @@ _REVERSE = "_reverse"
 
 
 @expect.by("to_torch")
-def to_torch(layer: Layer, params: Tree, state: Tree = (), names: Mapping[str, str] | None = None) -> Arrays:
+def to_torch(
+    layer: Layer,
+    params: Tree,
+    state: Tree = (),
+    names: Mapping[str, str] | None = None,
+    *,
+    x: Tree = None,
+    channels: str | None = None,
+) -> Arrays:
     """The state dict of the PyTorch module that a layer is, as NumPy arrays; the module's docstring says how.
 
         module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(layer, params).items()})
 
-    The arrays are copies. `torch.from_numpy` knows no bfloat16: give it array.astype("float32"), which holds the same
-    values. `load_state_dict` converts to the dtypes of the module.
+    The arrays are copies, each in memory row by row, as what writes files expects. `torch.from_numpy` knows no
+    bfloat16: give it array.astype("float32"), which holds the same values. `load_state_dict` converts to the dtypes of
+    the module.
 
     Args:
         layer: made of layers that PyTorch has too. A layer is known by its kind and the names of its params.
@@ -69,47 +82,100 @@ def to_torch(layer: Layer, params: Tree, state: Tree = (), names: Mapping[str, s
         names: what other modules are called: {"dense": "0", "blocks.*.dense": "encoder.layers.*.linear"}. A name is the
             beginning of a path with dots, or all of it; of those that fit the longest one is taken, and "*" is any
             part, such as a number, and the same in the other name. A copy that is `tied` has a name too.
+        x: an input, or its shape and dtype. It is needed where a `flatten`, a `reshape` or a layer of one's own could
+            make features of positions: of a dense layer behind a flatten of [*spatial, C] the columns of PyTorch's
+            weight are in the order of [C, *spatial], and likewise what a norm in between has for each feature.
+        channels: where the module has the channels of x, "first" or "last", for a flatten that no layer with an opinion
+            stands in front of.
 
     Raises:
         InputError: for a layer with params that is none of PyTorch's, for params or a state that are not the layer's,
-            and for names that nothing has, or two have.
+            for names that nothing has, or two have, and where features are in an order that cannot be told.
     """
     require_convertible(a_layer(layer))
     for what, tree in {"params": params, "state": state}.items():
         require_arrays(tree, f"arrays with values as {what}", expect.is_concrete)
-    arrays = _there(layer, params, state, ())
+    params, state = jax.tree.map(native, (params, state))
+    with jax.enable_x64(True):  # else NumPy's float64 would be float32 on the way
+        arrays = {name: native(array) for name, array in _there(layer, params, state, ()).items()}
+    for name, order in _found(layer, params, state, x, channels, arrays).orders.items():
+        arrays[name] = arrays[name][..., order]
     renamed = renamed_by(arrays, names)
     counted = [name.removesuffix("running_mean") for name in renamed.values() if name.endswith("running_mean")]
     counters = {name + COUNTER: np.zeros((), np.int64) for name in counted}
-    return {renamed[name]: np.array(array) for name, array in arrays.items()} | counters
+    return {renamed[name]: native(array) for name, array in arrays.items()} | counters
 
 
 @expect.by("from_torch")
 def from_torch(
-    layer: Layer, tensors: Mapping[str, Any], params: Tree, state: Tree = (), names: Mapping[str, str] | None = None
+    layer: Layer,
+    tensors: Any,
+    params: Tree,
+    state: Tree = (),
+    names: Mapping[str, str] | None = None,
+    *,
+    x: Tree = None,
+    channels: str | None = None,
 ) -> tuple[Tree, Tree]:
-    """(params, state) of a layer, of the state dict of a PyTorch module; nothing is changed in what is given.
+    """(params, state) of a layer, of a PyTorch module or its state dict; nothing is changed in what is given.
+
+    Of a module with an input x, its outputs are compared with the layer's, both in evaluation and in float64 (`mixed`
+    left out), and what differs is refused: `load_state_dict` and shapes cannot tell another padding, eps or activation,
+    or layers in another order. A state dict computes nothing: there the options are yours to compare.
 
     Args:
         layer: as in `to_torch`.
-        tensors: by name, also parameters; arrays do as well.
+        tensors: a `torch.nn.Module`, or tensors by name, also parameters; arrays do as well. The module is run in a
+            copy, so that its mode, buffers and PyTorch's random numbers stay as they are. A tuple x goes to it as
+            several arguments, a dict by keyword. Of a tuple that it returns, where the layer returns an array, the
+            first counts; its channels may be first or last.
         params, state: what init returned, or their shapes and dtypes (`jax.eval_shape(layer.init, key, x)`).
         names: as in `to_torch`.
+        x: as in `to_torch`; of a module an input with values, our way, with the channels last.
+        channels: as in `to_torch`; where x has positions, "first" also hands it to the module so. By default that is
+            done where the first layer that tells is a convolution, a pool or a norm of channels.
 
     Raises:
-        InputError: if a tensor is missing or superfluous, or its shape or dtype is not that of its parameter; and where
-            `to_torch` refuses.
+        InputError: if a tensor is missing or superfluous, or its shape or dtype is not that of its parameter; where
+            `to_torch` refuses; and if a module's outputs are not the layer's: by more than 1e-6 of their largest value.
     """
     require_convertible(a_layer(layer))
     for what, tree in {"params": params, "state": state}.items():
         require_arrays(tree, f"arrays as {what}")
+    module = tensors if is_module(tensors) else None
+    if module is not None:
+        require_values(x)
+    params, state = as_loaded((params, state))
     wanted = jax.eval_shape(lambda params, state: _there(layer, params, state, ()), params, state)
+    found = _found(layer, params, state, x, channels, wanted)
     renamed = renamed_by(wanted, names)
-    given = arrays_of(tensors)
+    given = arrays_of(tensors if module is None else module.state_dict())
     shapes = {renamed[name]: leaf for name, leaf in wanted.items()}
     require_same(given, shapes, "load it into the module's twin; convert dtypes and leave other tensors out first")
     arrays = {name: jnp.array(given[other]) for name, other in renamed.items()}
-    return _back(layer, params, state, (), arrays)
+    for name, order in found.orders.items():
+        arrays[name] = arrays[name][..., np.argsort(order)]
+    new, new_state = _back(layer, params, state, (), arrays)
+    if module is not None:
+        in_order = {name: other for name, other in renamed.items() if name not in found.orders}
+        modules = {tuple(name.split(".")[:-1]): other.rpartition(".")[0] for name, other in in_order.items()}
+        require_equal(layer, new, stated(layer, new_state, x), x, module, found, modules)
+    return new, new_state
+
+
+def _found(layer: Layer, params: Tree, state: Tree, x: Tree, channels: str | None, names: Iterable[str]) -> Found:
+    """What the input x tells of the module's axes; without one nothing, where no layer needs it."""
+    if channels not in (None, "first", "last"):
+        raise InputError('channels="first" or "last"', repr(channels), "say where the module has the channels of x")
+    if x is not None:
+        remedy = "pass an array of NumPy or JAX, the channels last, or a jax.ShapeDtypeStruct"
+        require_arrays(x, "arrays as x, or their shapes and dtypes", remedy=remedy)
+        params, state, x = as_loaded((params, stated(layer, state, x), x))
+        return found_of(layer, params, state, x, channels, names)
+    if name := reordering(layer):
+        remedy = "pass an input or its shape: x=jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)"
+        raise InputError("an input as x", f"none, for a model with {name}, whose features PyTorch orders", remedy)
+    return Found({}, None, "any")
 
 
 def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> dict[str, Any]:

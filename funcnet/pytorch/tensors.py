@@ -1,12 +1,14 @@
 """Tensors by name: as arrays, and under other names."""
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from funcnet import expect
 from funcnet.expect import InputError, describe
 from funcnet.saved import Arrays
 
@@ -17,16 +19,47 @@ def arrays_of(tensors: Mapping[str, Any]) -> Arrays:
     """Tensors by name as arrays, without counters."""
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
         raise InputError("tensors by name, in a dict", describe(tensors), "pass module.state_dict()")
-    return {name: as_array(value) for name, value in tensors.items() if name.split(".")[-1] != COUNTER}
+    arrays = {}
+    for name, tensor in tensors.items():
+        with expect.at(name):
+            if isinstance(tensor, Mapping):
+                remedy = f"pass tensors[{name!r}] where that is the module's state dict"
+                raise InputError("tensors by name", "a dict by this name", remedy)
+            arrays[name] = as_array(tensor)
+            if arrays[name].dtype == object:
+                raise InputError("a tensor or an array", describe(tensor), "leave it out")
+    return {name: array for name, array in arrays.items() if name.split(".")[-1] != COUNTER}
 
 
 def as_array(tensor: Any) -> np.ndarray:
-    """A tensor as an array, or what is one already; bfloat16, for which PyTorch has no array, by float32."""
+    """A tensor as an array, or what is one already; a sparse one with its zeros, which is the same tensor."""
     if not hasattr(tensor, "detach"):
-        return np.asarray(tensor)
-    tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":
-        return tensor.float().numpy().astype(jnp.bfloat16)
+        array = np.asarray(tensor)
+        return np.asarray(array, array.dtype.newbyteorder("="))
+    for is_one, received, remedy in _WITHOUT_ARRAY:
+        if is_one(tensor):
+            raise InputError("a tensor that is one array with values", received, remedy)
+    try:
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+        return _numpy(tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense())
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        received = f"{type(tensor).__name__}: {str(error).splitlines()[0]}"
+        raise InputError("a tensor that is one array with values", received, "make it a plain tensor first") from error
+
+
+_WITHOUT_ARRAY = (
+    (lambda t: t.is_nested, "a nested tensor", "pass the tensors in it one by one"),
+    (lambda t: t.is_quantized, "a quantized tensor", "pass tensor.dequantize(), of the module's own precision"),
+    (lambda t: t.is_meta, "a meta tensor", "load the module's values first: on the device meta it has shapes alone"),
+)
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    """By its bits where PyTorch has no array for its dtype and NumPy, through JAX, has one: bfloat16 and eight bits."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name == "bfloat16" or name.startswith("float8"):
+        bits = {1: "uint8", 2: "int16"}[tensor.element_size()]
+        return tensor.contiguous().view(getattr(sys.modules["torch"], bits)).numpy().view(jnp.dtype(name))
     return tensor.numpy()
 
 

@@ -139,3 +139,37 @@ def test_attention_of_other_sizes_is_refused(options):
     params, _ = layer.init(KEY, jnp.ones((1, 3, 4)))
     with pytest.raises(fn.InputError, match=r"kernels \[D, D\] alone"):
         fn.to_torch(layer, params)
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray, lambda a: np.asfortranarray(np.asarray(a))])
+def test_every_array_is_ones_own_row_by_row_and_comes_back_from_a_file(torch, tmp_path, of):
+    """A writer takes memory as it lies: what lies column by column would be read back scrambled."""
+    files = [(pytest.importorskip("safetensors.numpy"), lambda a: a)]
+    files += [(pytest.importorskip("safetensors.torch"), torch.from_numpy)]
+    more = {
+        "batch_norm": (fn.batch_norm(), (2, 3)),
+        "embedding": (fn.embedding(5, 3), None),
+        "position_embedding": (fn.position_embedding(4), (2, 4, 3)),
+        "tied": (fn.tied(fn.serial(fn.dense(3), head=fn.dense(3)), {"head/kernel": "dense/kernel.T"}), (2, 3)),
+    }
+    every = {name: (layer, shape) for name, (layer, _, shape, *_) in modules(torch).items()} | more
+    for name, (layer, shape) in every.items():
+        x = S((2, 3), jnp.int32) if shape is None else S(shape, jnp.float32)
+        params, state = jax.tree.map(of, normal(4, jax.eval_shape(layer.init, KEY, x)))
+        arrays = fn.to_torch(layer, params, state)
+        for array in arrays.values():
+            assert array.flags.c_contiguous, name
+            assert array.flags.writeable, name
+            assert array.flags.owndata, name
+            assert not any(np.shares_memory(array, leaf) for leaf in jax.tree.leaves((params, state))), name
+        for package, to in files:
+            package.save_file({key: to(array) for key, array in arrays.items()}, tmp_path / "file")
+            assert_same(fn.from_torch(layer, package.load_file(tmp_path / "file"), params, state)[0], params)
+
+
+def test_numbers_of_64_bits_stay_such_without_64_bits_in_jax():
+    params = {"kernel": np.full((3, 2), np.pi), "bias": np.full(2, np.pi)}
+    arrays = fn.to_torch(fn.dense(2), params)
+    assert all(array.dtype == np.float64 and np.all(array == np.pi) for array in arrays.values())
+    turned = fn.to_torch(fn.dense(2), {name: a.astype(">f4") for name, a in params.items()})
+    assert all(array.dtype == np.dtype("=f4") and array.dtype.isnative for array in turned.values())
