@@ -163,7 +163,7 @@ def ignored(index: Any) -> int | None:
     return int(index)
 
 
-def counts(label: Array, ignore_index: int | None) -> Array:
+def counts(label: Any, ignore_index: int | None) -> Array:
     """Which integer labels count; an `ignore_index` that their dtype does not hold is none of them."""
     held = jnp.iinfo(label.dtype)
     if ignore_index is None or not held.min <= ignore_index <= held.max:
