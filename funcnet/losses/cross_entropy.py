@@ -202,7 +202,10 @@ def label_weights(class_weights: np.ndarray, label: Array, dtype: Any) -> Array:
 
 
 def label_mass(class_weights: np.ndarray | None, ignore_index: int | None) -> Callable[[Any], Array] | None:
-    """`Loss.mass` for weights of classes: that of its label's, and for soft labels 1. None without weights."""
+    """`Loss.mass` for weights of classes: that of the label's, 1 for soft labels; None without weights.
+
+    It is 1 for a label out of range, whose value is NaN: only a weight of 0 is to silence that.
+    """
     if class_weights is None:
         return None
 
@@ -210,9 +213,9 @@ def label_mass(class_weights: np.ndarray | None, ignore_index: int | None) -> Ca
         target = jnp.asarray(target)
         if expect.is_floating(target):
             return jnp.ones(target.shape[:-1], target.dtype)
-        dtype = jnp.result_type(float)
-        weights = label_weights(class_weights, target, dtype)
-        return weights * standing(target, len(class_weights), ignore_index).astype(dtype)
+        weights = label_weights(class_weights, target, jnp.result_type(float))
+        factor = standing(target, len(class_weights), ignore_index).astype(weights.dtype)
+        return jnp.where(jnp.isnan(factor), 1.0, factor * weights)
 
     return mass
 

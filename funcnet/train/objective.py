@@ -93,7 +93,7 @@ def as_weights(objective: Objective, targets: Any, weights: Any) -> Array:
     counted = objective.loss.counted(targets)
     if weights is None:
         divisor = jnp.sum(mass(objective.loss, targets))
-        return counted.astype(divisor.dtype) / jnp.where(divisor == 0, jnp.inf, divisor)
+        return counted.astype(divisor.dtype) / jnp.where(divisor == 0, 1.0, divisor)
     weights = jnp.asarray(weights)
     if weights.shape != counted.shape or not is_floating(weights):
         wanted = f"floating weights {list(counted.shape)}, one for each value of the loss"
