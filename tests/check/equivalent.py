@@ -91,8 +91,8 @@ _BY_REASON = {
         "ctc: slope = softmax.at[place].add(-(jnp.swapaxes(shares, 1, 0)), out_sharding=cut_as(logits, 1))",
     ],
     "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
-        "cross_entropy: dlogits = jnp.where(factor == -1, 0.0, factor * dy * slope)",
-        "cross_entropy: dlogits = jnp.where(factor == 0, 0.0, (dy) * slope)",
+        "cross_entropy: g = jnp.where(factor == -1, 0.0, dy * silenced(dy, factor))",
+        "cross_entropy: g = jnp.where(factor == 0, 0.0, (dy))",
     ],
     "a floating target of another dtype than the prediction is refused": [
         "binary_cross_entropy: return {}, (dz, (-g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
@@ -213,9 +213,9 @@ _BY_REASON = {
     ],
     "both of a pair have one dtype": [
         "focal: return {}, (dz, dt.astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
-        "kl_divergence: return {}, ((-g * t).astype(x[1].dtype), dt.astype(x[1].dtype))",
-        "kl_divergence: return {}, ((-g * t).astype(x[-1].dtype), dt.astype(x[1].dtype))",
-        "kl_divergence: return {}, ((-g * t).astype(x[0].dtype), dt.astype(x[0].dtype))",
+        "kl_divergence: return {}, ((-g * silenced(g, t)).astype(x[1].dtype), dt.astype(x[1].dtype))",
+        "kl_divergence: return {}, ((-g * silenced(g, t)).astype(x[-1].dtype), dt.astype(x[1].dtype))",
+        "kl_divergence: return {}, ((-g * silenced(g, t)).astype(x[0].dtype), dt.astype(x[0].dtype))",
         "hinge: return {}, ((g * t).astype(x[0].dtype), (g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
         "cosine: return {}, (dp.astype(x[1].dtype), dt.astype(x[1].dtype))",
         "cosine: return {}, (dp.astype(x[-1].dtype), dt.astype(x[1].dtype))",
@@ -225,13 +225,13 @@ _BY_REASON = {
         "contrastive: return {}, (da.astype(x[0].dtype), db.astype(x[0].dtype))",
     ],
     "no case has a class that cannot be; test_cross_entropy.py has": [
-        "cross_entropy: dtarget = (1 - label_smoothing) * dy * (jnp.log(total) - shifted)",
+        "cross_entropy: dtarget = (1 - label_smoothing) * dy * silenced(dy, w * (jnp.log(total) - shifted))",
     ],
     "no case has a target of exactly 0; test_divergence.py has": [
-        "kl_divergence: dt = g * (log_t - p + jnp.where(t == 1, 0.0, 1.0))",
-        "kl_divergence: dt = g * (log_t - p + jnp.where(t == -1, 0.0, 1.0))",
-        "kl_divergence: dt = g * (log_t - p + jnp.where(t == 0, 1, 1.0))",
-        "kl_divergence: dt = g * (log_t - p + jnp.where(t == 0, -1, 1.0))",
+        "kl_divergence: dt = g * silenced(g, log_t - p + jnp.where(t == 1, 0.0, 1.0))",
+        "kl_divergence: dt = g * silenced(g, log_t - p + jnp.where(t == -1, 0.0, 1.0))",
+        "kl_divergence: dt = g * silenced(g, log_t - p + jnp.where(t == 0, 1, 1.0))",
+        "kl_divergence: dt = g * silenced(g, log_t - p + jnp.where(t == 0, -1, 1.0))",
     ],
     "a weak type becomes that of its neighbour, and any integers will do for places": [
         "ctc: end = (jnp.where(of.last, 0.0, -jnp.inf))",
