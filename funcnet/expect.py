@@ -121,17 +121,22 @@ def sequences(x: Any, features: int | None = None, what: str = "x") -> None:
 
 def fraction(value: Any, what: str, remedy: str) -> float:
     """`value` if it is a number of at least 0 and less than 1."""
-    if isinstance(value, Real) and 0 <= float(value) < 1:
+    if _is_real(value) and 0 <= float(value) < 1:
         return float(value)
     raise InputError(f"a {what} of at least 0 and less than 1", f"{what}={value!r}", remedy)
 
 
 def number(value: Any, what: str) -> float:
     """`value`, a real number, as Python's own: NumPy's and JAX's would turn what they meet into their own dtype."""
-    scalar = is_concrete(value) and value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
-    if isinstance(value, bool) or not (isinstance(value, Real) or scalar) or jnp.iscomplexobj(value):
+    if not _is_real(value):
         raise InputError(f"{what} as a real number", f"{what}={value!r}", "give one, such as 0.5")
     return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether `value` is a real number, Python's, NumPy's or JAX's, and no boolean."""
+    scalar = is_concrete(value) and value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
+    return not isinstance(value, bool) and (isinstance(value, Real) or scalar) and not jnp.iscomplexobj(value)
 
 
 def floating_dtype(given: Any) -> Any:

@@ -128,6 +128,8 @@ def _aligned(labels: str, label_lengths: str, logit_lengths: str) -> dict[str, s
     return {"labels": labels, "label_lengths": label_lengths, "logit_lengths": logit_lengths}
 
 
+_WEIGHTS = [0.5, 2.0, 0.0, 1.0, 3.0]  # of classes
+
 _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
 
 _TRANSPOSED = {"head/kernel": "embedding/embedding.T"}
@@ -352,6 +354,9 @@ CASES: tuple[Case, ...] = (
     Case("cross_entropy/ignored", cross_entropy(ignore_index=2), ("f32[6,5]", "i32[6]<5")),
     Case("cross_entropy/smoothing, ignored", cross_entropy(0.2, ignore_index=-1), ("f32[6,5]", "i8[6]>-1<5")),
     Case("cross_entropy/soft labels", cross_entropy(), ("f32[6,5]", "f32[6,5]>0<1")),
+    Case("cross_entropy/class weights", cross_entropy(0.1, 2, class_weights=_WEIGHTS), ("f32[6,5]", "i32[6]<5")),
+    Case("cross_entropy/weighted soft labels", cross_entropy(class_weights=_WEIGHTS), ("f32[6,5]", "f32[6,5]>0<1")),
+    Case("cross_entropy/unsigned labels", cross_entropy(ignore_index=2**32 - 1), ("f32[6,5]", "u32[6]<5")),
     Case("cross_entropy/smoothed soft labels", cross_entropy(0.1), ("f32[2,3,5]", "f32[2,3,5]>0<1")),
     Case("binary_cross_entropy", binary_cross_entropy(), ("f32[6,5]", "f32[6,5]>0<1")),
     Case("binary_cross_entropy/integers", binary_cross_entropy(), ("f32[6,1]", "i32[6,1]<2")),
@@ -387,8 +392,19 @@ CASES: tuple[Case, ...] = (
     Case("ctc/blank", ctc(3), ("f32[2,4,4]", _aligned("u8[2,2]<3", "i8[2]<3", "i32[2]>3<5"))),
     Case("ctc/repeats", ctc(), ("f32[2,5,2]", _aligned("i32[2,3]>1<2", "i32[2]>1<4", "i32[2]>5<6"))),
     Case("ctc/no labels", ctc(), ("f32[2,3,2]", _aligned("i32[2,1]>1<2", "i32[2]<1", "i32[2]<4"))),
+    Case(
+        "ctc/too few steps",
+        ctc(zero_infinity=True),
+        ("f32[3,4,4]", _aligned("i32[3,3]>1<2", "i32[3]>1<4", "i32[3]>1<5")),
+    ),
     Case("linear_cross_entropy", linear_cross_entropy(7), ("f32[4,5]", "i32[4]<7")),
     Case("linear_cross_entropy/blocks", linear_cross_entropy(7, chunk=20), ("f32[2,3,4]", "i32[2,3]<7")),
+    Case("linear_cross_entropy/unsigned", linear_cross_entropy(7, ignore_index=2**32 - 1), ("f32[4,5]", "u32[4]<7")),
+    Case(
+        "linear_cross_entropy/class weights",
+        linear_cross_entropy(5, 0.1, ignore_index=2, z_loss=0.02, class_weights=_WEIGHTS, chunk=12),
+        ("f32[6,3]", "i32[6]<5"),
+    ),
     Case("linear_cross_entropy/one position", linear_cross_entropy(5, chunk=2), ("f32[3]", "i32[]<5")),
     Case("linear_cross_entropy/one class", linear_cross_entropy(1, z_loss=0.1), ("f32[3,2]", "u8[3]<1")),
     Case(

@@ -1,15 +1,19 @@
 """Cross-entropy of logits, with integer or soft labels.
 
-With p = softmax(z), q the label's distribution and g = dy of that value:
+With p = softmax(z), q the label's distribution, times the weights of the classes if they have any, and g = dy of that
+value:
 
     l = -sum_v q_v log p_v        dz = g (p sum_v q_v - q)        dq = -g log p
 
 Residuals: z, and its row's maximum and sum of exponentials; softmax is formed again in `bwd`.
-Numerics: in float32 for half precision; the maximum is taken out of every exponential.
+Numerics: in float32 for half precision; the maximum is taken out of every exponential. The logits of an ignored label
+are not looked at, and a value without weight, g = 0, has a gradient of 0 also where it is infinite or NaN.
 Source: Bridle 1990, "Probabilistic interpretation of feedforward classification network outputs"; label smoothing:
-Szegedy et al. 2016, arXiv:1512.00567, section 7.
+Szegedy et al. 2016, arXiv:1512.00567, section 7; class weights: as PyTorch's `CrossEntropyLoss`.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +22,9 @@ import numpy as np
 from jax import Array
 
 from funcnet import expect
-from funcnet.arithmetic import in_front, whole, wide
+from funcnet.arithmetic import cut_as, in_front, whole, wide
 from funcnet.expect import InputError, describe
-from funcnet.losses.loss import Loss, stateless_loss
+from funcnet.losses.loss import Loss, silenced, stateless_loss
 
 
 class Softmax(NamedTuple):
@@ -32,8 +36,13 @@ class Softmax(NamedTuple):
     target: Array
 
 
-def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None) -> Loss:
-    """-sum_v q_v log softmax(logits)_v over the last axis of logits [.., V]: one value for each entry of [..].
+def cross_entropy(
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    *,
+    class_weights: Sequence[float] | np.ndarray | Array | None = None,
+) -> Loss:
+    """-sum_v w_v q_v log softmax(logits)_v over the last axis of logits [.., V]: one value for each entry of [..].
 
     q is the one-hot vector of an integer label, or the soft label itself, mixed with the uniform distribution:
     q <- (1 - s) q + s / V. With top = max_v z_v and total = sum_v exp(z_v - top), -log softmax_v is
@@ -44,38 +53,54 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
 
     Args:
         label_smoothing: s, 0 <= s < 1. A positive one asks for a share of every class, so a masked class (a logit of
-            -inf) makes the loss infinite.
-        ignore_index: integer labels of this value have loss 0 and do not count in a mean.
+            -inf) makes the loss infinite, unless its weight is 0.
+        ignore_index: integer labels of this value have loss 0 and do not count in a mean. A value that the labels'
+            dtype does not hold, such as -1 of unsigned ones, is no label's.
+        class_weights: w [V], finite and not negative; None for ones. As in PyTorch's `CrossEntropyLoss(weight=w)`, the
+            mean over integer labels y is divided by the sum of their w_y, the mean over soft labels by their number.
+            Metrics are not weighted.
 
     Target: integers [..] in [0, V), or floats [.., V], non-negative. Integer labels out of range are refused where they
     can be read; under `jit` they give NaN. Metric: accuracy.
 
-    Source: Bridle 1990; label smoothing: Szegedy et al. 2016, arXiv:1512.00567, section 7.
+    Source: Bridle 1990; label smoothing: Szegedy et al. 2016, arXiv:1512.00567, section 7; class weights: PyTorch.
     """
     label_smoothing = expect.fraction(label_smoothing, "label_smoothing", "use 0 for plain labels")
-    ignore_index = ignored(ignore_index)
+    ignore_index, class_weights = ignored(ignore_index), weights_of_classes(class_weights)
 
     def check(logits, target):
         expect.float_array(logits)
+        if class_weights is not None and len(class_weights) != logits.shape[-1]:
+            wanted = f"logits of {len(class_weights)} classes, one for each of class_weights"
+            raise InputError(wanted, describe(logits), "give a weight for each class")
         _labels(logits, target, ignore_index)
 
+    def scores(logits, target):
+        """The logits, wide; of an ignored label, 0."""
+        z = logits.astype(wide(logits.dtype))
+        if ignore_index is None or expect.is_floating(target):
+            return z
+        return jnp.where(counts(target, ignore_index)[..., None], z, 0.0)
+
     def distribution(logits, target):
-        """q [.., V], and for each value a factor: 1, 0 where ignored, NaN for a label out of range."""
+        """w q [.., V], and for each value a factor: 1, 0 where ignored, NaN for a label out of range."""
         classes, dtype = logits.shape[-1], wide(logits.dtype)
         if expect.is_floating(target):
             q, factor = target.astype(dtype), jnp.ones((*target.shape[:-1], 1), dtype)
         else:
             label = whole(target)[..., None]
-            factor = jnp.where((label >= 0) & (label < classes), 1.0, jnp.nan).astype(dtype)
-            if ignore_index is not None:
-                factor = jnp.where(label == ignore_index, 0.0, factor)
+            factor = standing(label, classes, ignore_index).astype(dtype)
             q = (label == in_front(jnp.arange(classes, dtype=label.dtype), logits.ndim)).astype(dtype)
-        return (1 - label_smoothing) * q + label_smoothing / classes, factor
+        return weights(dtype, q.ndim) * ((1 - label_smoothing) * q + label_smoothing / classes), factor
+
+    def weights(dtype, rank):
+        """w, for what has the classes on the last of `rank` axes."""
+        return 1.0 if class_weights is None else in_front(jnp.asarray(class_weights, dtype), rank)
 
     def fwd(params, x):
         logits, target = x
         check(logits, target)
-        z = logits.astype(wide(logits.dtype))
+        z = scores(logits, target)
         top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
         total = jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True)
         q, factor = distribution(logits, target)
@@ -87,22 +112,24 @@ def cross_entropy(label_smoothing: float = 0.0, ignore_index: int | None = None)
         logits, top, total, target = residuals
         floating = expect.is_floating(target)
         dy = expect.cotangent(dy, logits.shape[:-1], top.dtype)[..., None]
-        shifted = logits.astype(top.dtype) - top
+        shifted = scores(logits, target) - top
         q, factor = distribution(logits, target)
-        mass = jnp.sum(q, axis=-1, keepdims=True) if floating else 1.0
-        slope = jnp.exp(shifted) / total * mass - q
-        dlogits = jnp.where(factor == 0, 0.0, factor * dy * slope)
-        dtarget = (1 - label_smoothing) * dy * _finite_where_zero(jnp.log(total) - shifted, q)
+        g = jnp.where(factor == 0, 0.0, dy * silenced(dy, factor))
+        mass = jnp.sum(q, axis=-1, keepdims=True) if floating or class_weights is not None else 1.0
+        dlogits = g * silenced(g, jnp.exp(shifted) / total * mass - q)
+        w = weights(top.dtype, logits.ndim)
+        dtarget = (1 - label_smoothing) * dy * silenced(dy, w * _finite_where_zero(jnp.log(total) - shifted, q))
         return {}, (dlogits.astype(logits.dtype), dtarget.astype(target.dtype) if floating else None)
 
     def counted(target):
         return jnp.ones(target.shape[:-1], bool) if expect.is_floating(target) else counts(target, ignore_index)
 
     def accuracy(logits, target):
-        label = jnp.argmax(target, axis=-1) if expect.is_floating(target) else jnp.asarray(target)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32) == label.astype(jnp.int32)
+        label = jnp.argmax(target, axis=-1) if expect.is_floating(target) else whole(jnp.asarray(target))
+        return jnp.argmax(logits, axis=-1).astype(label.dtype) == label
 
-    return stateless_loss("cross_entropy", fwd, bwd, counted, {"accuracy": accuracy}, check)
+    loss = stateless_loss("cross_entropy", fwd, bwd, counted, {"accuracy": accuracy}, check)
+    return replace(loss, mass=label_mass(class_weights, ignore_index))
 
 
 def _finite_where_zero(minus_log_p: Array, q: Array) -> Array:
@@ -136,9 +163,61 @@ def ignored(index: Any) -> int | None:
     return int(index)
 
 
-def counts(label: Array, ignore_index: int | None) -> Array:
-    """Which integer labels count."""
-    return jnp.ones(label.shape, bool) if ignore_index is None else whole(label) != ignore_index
+def counts(label: Any, ignore_index: int | None) -> Array:
+    """Which integer labels count; an `ignore_index` that their dtype does not hold is none of them."""
+    held = jnp.iinfo(label.dtype)
+    if ignore_index is None or not held.min <= ignore_index <= held.max:
+        return jnp.ones(label.shape, bool)
+    return label != np.asarray(ignore_index, label.dtype)
+
+
+def standing(label: Array, classes: int, ignore_index: int | None) -> Array:
+    """For each integer label 1, 0 where it is ignored, NaN where it is out of range: a factor of its value."""
+    counted, wrong = counts(label, ignore_index), (whole(label) < 0) | (whole(label) >= classes)
+    return jnp.where(counted & wrong, jnp.nan, counted.astype(jnp.float32))
+
+
+def weights_of_classes(given: Any) -> np.ndarray | None:
+    """`given` if it is one finite weight for each class that is not negative, as float64, or None."""
+    if given is None:
+        return None
+    wanted, remedy = "class_weights as finite numbers, none negative, one for each class", "give them as [V]"
+    try:
+        weights = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise InputError(wanted, describe(given), remedy) from error
+    number = jnp.issubdtype(weights.dtype, jnp.integer) or jnp.issubdtype(weights.dtype, jnp.floating)
+    if not number or weights.ndim != 1 or weights.size == 0:
+        raise InputError(wanted, describe(weights), remedy)
+    weights = weights.astype(np.float64)
+    if bad := np.flatnonzero(~((weights >= 0) & (weights <= jnp.finfo(jnp.float32).max))).tolist():
+        raise InputError(wanted, f"{weights[bad[0]]} for class {bad[0]}", "give 0 for a class without weight")
+    return weights
+
+
+def label_weights(class_weights: np.ndarray, label: Array, dtype: Any) -> Array:
+    """The weight of each label's class; of a label out of range, that of the class nearest to it."""
+    table = jnp.asarray(class_weights, dtype).at[whole(label)]
+    return table.get(mode="clip", wrap_negative_indices=False, out_sharding=cut_as(label, label.ndim))
+
+
+def label_mass(class_weights: np.ndarray | None, ignore_index: int | None) -> Callable[[Any], Array] | None:
+    """`Loss.mass` for weights of classes: that of the label's, 1 for soft labels; None without weights.
+
+    It is 1 for a label out of range, whose value is NaN: only a weight of 0 is to silence that.
+    """
+    if class_weights is None:
+        return None
+
+    def mass(target):
+        target = jnp.asarray(target)
+        if expect.is_floating(target):
+            return jnp.ones(target.shape[:-1], target.dtype)
+        weights = label_weights(class_weights, target, jnp.result_type(float))
+        factor = standing(target, len(class_weights), ignore_index).astype(weights.dtype)
+        return jnp.where(jnp.isnan(factor), 1.0, factor * weights)
+
+    return mass
 
 
 def integer_labels(target: Any, shape: tuple[int, ...], classes: int, given: str, ignore_index: int | None) -> None:
@@ -150,9 +229,7 @@ def integer_labels(target: Any, shape: tuple[int, ...], classes: int, given: str
         raise InputError(f"integer labels {list(shape)} for {given}", describe(target), remedy)
     if expect.is_concrete(target):
         labels = np.asarray(target)
-        bad = (labels < 0) | (labels >= classes)
-        if ignore_index is not None:
-            bad &= labels != ignore_index
+        bad = ((labels < 0) | (labels >= classes)) & np.asarray(counts(labels, ignore_index))
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             received = f"label {labels[where]} at index {where}, and {int(bad.sum()) - 1} more"

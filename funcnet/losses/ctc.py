@@ -14,10 +14,14 @@ Backward, with g = dy of that example: the share of the alignments that is in st
     r_t(s) = e^(a_t(s) + b_t(s) + l) = softmax over s of a_t + b_t
     dz_t   = g (softmax(z_t) - sum_s r_t(s) onehot(c_s))
 
-Residuals: z [B, T, V], its log-sums [B, T], a [T, B, 2N + 1], l [B] and the target.  Why these: the backward variables
-b are made on the way back, next to a, in one more scan over time; no array but dz has the size of z.
-Numerics: in float32 for half precision, all in logarithms; states that cannot be reached are at -inf. r is normalised
-at each step: l, which may be thousands, would bring its rounding with it.
+Residuals: z [B, T, V], its maximum and log(sum(e^(z - max))) [B, T, 1], a [T, B, 2N + 1], l [B] and the target.  Why
+these: the backward variables b are made on the way back, next to a, in one more scan over time; no array but dz has the
+size of z.
+Numerics: in float32 for half precision, all in logarithms; states that cannot be reached are at -inf. log p is
+(z - max) - log(sum(e^(z - max))), so that what all logits of a step have in common is not rounded into it, and in every
+log-sum the largest term, 1, stays apart from the others, log1p(others), so that what is nearly certain stays so. r is
+normalised at each step: l, which may be thousands, would bring its rounding with it. A value without weight, g = 0, has
+a gradient of 0 also where it is infinite or NaN.
 Source: Graves et al. 2006, "Connectionist temporal classification", section 4.
 """
 
@@ -26,21 +30,22 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax, nn
+from jax import Array, lax
 
 from funcnet import expect
 from funcnet.arithmetic import cut_as, whole, wide
 from funcnet.expect import InputError, describe
-from funcnet.losses.loss import Loss, stateless_loss
+from funcnet.losses.loss import Loss, silenced, stateless_loss
 
 TARGET = ("labels", "label_lengths", "logit_lengths")
 
 
 class Alignments(NamedTuple):
-    """Residuals of `ctc`: logits [B, T, V], their log-sums [B, T], a [T, B, 2N + 1], l [B], the target."""
+    """Residuals of `ctc`: logits [B, T, V]; top and log_total [B, T, 1], a [T, B, 2N + 1], l [B], the target."""
 
     logits: Array
-    lse: Array
+    top: Array
+    log_total: Array
     log_a: Array
     loss: Array
     target: dict[str, Array]
@@ -62,7 +67,7 @@ class States(NamedTuple):
     fits: Array
 
 
-def ctc(blank: int = 0) -> Loss:
+def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
     """-log P(labels | logits) over all alignments: logits [B, T, V] to [B].
 
     Target, a dict of integers:
@@ -77,12 +82,15 @@ def ctc(blank: int = 0) -> Loss:
 
     Args:
         blank: the class that stands for no label.
+        zero_infinity: whether a loss of inf is to be 0, as in PyTorch. Then targets of too few steps are not refused;
+            their examples count in a mean, as they do in PyTorch.
 
     Raises:
         InputError: for logits and targets that do not fit, as above.
     """
     if isinstance(blank, bool) or not hasattr(blank, "__index__") or blank < 0:
         raise InputError("blank as a class number", f"{blank!r}", "use the default, 0")
+    blank = int(blank)
 
     def check(logits, target):
         expect.float_array(logits, rank=3)
@@ -91,7 +99,7 @@ def ctc(blank: int = 0) -> Loss:
             raise InputError(f"logits of three axes and a class {blank}", describe(logits), remedy)
         _structure(logits, target)
         if all(expect.is_concrete(target[name]) for name in TARGET):
-            _values(logits.shape, {name: np.asarray(target[name]) for name in TARGET}, blank)
+            _values(logits.shape, {name: np.asarray(target[name]) for name in TARGET}, blank, zero_infinity)
 
     def states(shape, target):
         labels, n, t = (whole(target[name]).astype(jnp.int32) for name in TARGET)
@@ -107,15 +115,17 @@ def ctc(blank: int = 0) -> Loss:
         last = (s == 2 * n[:, None]) | ((s == 2 * n[:, None] - 1) & (n[:, None] > 0))
         return States(classes, skip, last, fits), t
 
-    def emitted(logits, lse, classes):
+    def emitted(logits, top, log_total, classes):
         """log p_t(c_s) as [T, B, S]."""
-        z = jnp.take_along_axis(logits.astype(lse.dtype), classes[:, None], axis=2)
-        return jnp.swapaxes(z - lse[..., None], 0, 1)
+        z = jnp.take_along_axis(logits.astype(top.dtype), classes[:, None], axis=2)
+        return jnp.swapaxes(z - top - log_total, 0, 1)
 
     def fwd(params, x):
         logits, target = x
         check(logits, target)
-        lse = nn.logsumexp(logits.astype(wide(logits.dtype)), axis=2)
+        z = logits.astype(wide(logits.dtype))
+        top = _highest(z, 2)
+        log_total = _log_total(z - top, 2)[..., None]
         of, lengths = states(logits.shape, target)
 
         def step(a, each):
@@ -125,18 +135,21 @@ def ctc(blank: int = 0) -> Loss:
             return a, a
 
         # In front of the first step all walks are at the first blank, from where s = 0 and s = 1 are reached.
-        first = jnp.where(jnp.arange(of.classes.shape[1]) == 0, 0.0, -jnp.inf).astype(lse.dtype)
+        first = jnp.where(jnp.arange(of.classes.shape[1]) == 0, 0.0, -jnp.inf).astype(z.dtype)
         start = jnp.broadcast_to(first[None], of.classes.shape, out_sharding=cut_as(logits, 1))
-        each = jnp.arange(logits.shape[1], dtype=jnp.int32), emitted(logits, lse, of.classes)
+        each = jnp.arange(logits.shape[1], dtype=jnp.int32), emitted(logits, top, log_total, of.classes)
         end, log_a = lax.scan(step, start, each)
-        loss = jnp.where(of.fits, -_log_sum(jnp.where(of.last, end, -jnp.inf), 1), jnp.nan)
-        return loss, Alignments(logits, lse, log_a, loss, target)
+        loss = -_log_sum(jnp.where(of.last, end, -jnp.inf), 1)
+        # Where several alignments make it certain, the rounding of log p may leave a likelihood above 1.
+        loss = jnp.where(of.fits, jnp.where(loss < 0, 0.0, loss), jnp.nan)
+        value = jnp.where(jnp.isposinf(loss), 0.0, loss) if zero_infinity else loss
+        return value, Alignments(logits, top, log_total, log_a, loss, target)
 
     def bwd(params, residuals, dy, contract):
-        logits, lse, log_a, loss, target = residuals
+        logits, top, log_total, log_a, loss, target = residuals
         g = expect.cotangent(dy, loss.shape, loss.dtype)
         of, lengths = states(logits.shape, target)
-        end = jnp.where(of.last, 0.0, -jnp.inf).astype(lse.dtype)
+        end = jnp.where(of.last, 0.0, -jnp.inf).astype(top.dtype)
 
         def step(b, each):
             t, log_p, a = each
@@ -148,15 +161,15 @@ def ctc(blank: int = 0) -> Loss:
             return jnp.where((t < lengths)[:, None], _log_sum(jnp.stack(ways), 0), end), share
 
         steps = jnp.arange(logits.shape[1], dtype=jnp.int32)
-        _, shares = lax.scan(step, end, (steps, emitted(logits, lse, of.classes), log_a), reverse=True)
-        softmax = jnp.exp(logits.astype(lse.dtype) - lse[..., None])
+        _, shares = lax.scan(step, end, (steps, emitted(logits, top, log_total, of.classes), log_a), reverse=True)
+        softmax = jnp.exp(logits.astype(top.dtype) - top - log_total)
         examples = jnp.arange(logits.shape[0], dtype=jnp.int32)
         place = examples[:, None, None], steps[None, :, None], of.classes[:, None]
         slope = softmax.at[place].add(-jnp.swapaxes(shares, 0, 1), out_sharding=cut_as(logits, 1))
         counted = (steps[None] < lengths[:, None]) & ~jnp.isinf(loss)[:, None]
-        slope = jnp.where(counted[..., None], g[:, None, None] * slope, 0.0)
-        dlogits = jnp.where(of.fits[:, None, None], slope, jnp.nan).astype(logits.dtype)
-        return {}, (dlogits, dict.fromkeys(TARGET))
+        slope = jnp.where(of.fits[:, None, None], jnp.where(counted[..., None], slope, 0.0), jnp.nan)
+        g = g[:, None, None]
+        return {}, ((g * silenced(g, slope)).astype(logits.dtype), dict.fromkeys(TARGET))
 
     return stateless_loss("ctc", fwd, bwd, lambda target: jnp.ones(jnp.shape(target["label_lengths"]), bool), {}, check)
 
@@ -171,8 +184,16 @@ def _shifted(a: Array, by: int, fill: float) -> Array:
 def _log_sum(a: Array, axis: int) -> Array:
     """log sum e^a, -inf where all are; its derivatives there are 0, not NaN."""
     top = _highest(a, axis)
-    total = jnp.sum(jnp.exp(a - top), axis=axis)
-    return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)) + jnp.squeeze(top, axis))
+    return _log_total(a - top, axis) + jnp.squeeze(top, axis)
+
+
+def _log_total(a: Array, axis: int) -> Array:
+    """log sum e^a where the largest a is 0, or all are -inf: log1p of the sum over all but one of the largest."""
+    terms, largest = jnp.exp(a), a == 0
+    others = jnp.sum(jnp.where(largest, terms - 1, terms), axis=axis)
+    others = others + (jnp.sum(largest, axis=axis, dtype=a.dtype) - 1)
+    none = others == -1
+    return jnp.where(none, -jnp.inf, jnp.log1p(jnp.where(none, 0.0, others)))
 
 
 def _highest(a: Array, axis: int) -> Array:
@@ -194,8 +215,8 @@ def _structure(logits: Any, target: Any) -> None:
             raise InputError(wanted, f"{name}: {describe(a)}", "give integers, one row for each example")
 
 
-def _values(shape: tuple[int, ...], target: Mapping[str, np.ndarray], blank: int) -> None:
-    """Refuse labels and lengths out of range, and labels that need more steps than there are."""
+def _values(shape: tuple[int, ...], target: Mapping[str, np.ndarray], blank: int, zero_infinity: bool) -> None:
+    """Refuse labels and lengths out of range and, without `zero_infinity`, labels that need too many steps."""
     labels, n, t = (target[name].astype(np.int64) for name in TARGET)
     _, steps, classes = shape
     for name, lengths, most in (("label_lengths", n, labels.shape[1]), ("logit_lengths", t, steps)):
@@ -207,10 +228,12 @@ def _values(shape: tuple[int, ...], target: Mapping[str, np.ndarray], blank: int
         where = tuple(int(i) for i in np.argwhere(wrong)[0])
         wanted = f"labels from 0 to {classes - 1} other than the blank, {blank}"
         raise InputError(wanted, f"label {labels[where]} at index {where}", "correct the labels, or their lengths")
+    if zero_infinity:
+        return
     again = own[:, 1:] & (labels[:, 1:] == labels[:, :-1])
     need = n + again.sum(axis=1)
     if short := np.flatnonzero(need > t).tolist():
         i = short[0]
         received = f"{t[i]} steps for {n[i]} labels with {need[i] - n[i]} repeats, at index {i}"
-        remedy = "leave such examples out, or give more steps"
+        remedy = "leave such examples out, give more steps, or use zero_infinity=True"
         raise InputError(f"at least {need[i]} steps: one a label, and a blank between equal ones", received, remedy)

@@ -5,7 +5,8 @@ With log-probabilities p, probabilities t and g = dy of that row:
     l = sum_v t_v (log t_v - p_v)        dp = -g t        dt = g (log t + 1 - p)
 
 Residuals: p and t.
-Numerics: in float32 for half precision; 0 log 0 is 0.
+Numerics: in float32 for half precision; 0 log 0 is 0. A value without weight, g = 0, has a gradient of 0 also where it
+is infinite or NaN.
 Source: Kullback and Leibler 1951, "On information and sufficiency".
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from funcnet import expect
 from funcnet.arithmetic import wide
 from funcnet.expect import InputError
-from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, stateless_loss
+from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, silenced, stateless_loss
 
 
 def kl_divergence() -> Loss:
@@ -46,7 +47,7 @@ def kl_divergence() -> Loss:
     def bwd(params, x, dy, contract):
         p, t, log_t = widely(x)
         g = expect.cotangent(dy, p.shape[:-1], p.dtype)[..., None]
-        dt = g * (log_t - p + jnp.where(t == 0, 0.0, 1.0))
-        return {}, ((-g * t).astype(x[0].dtype), dt.astype(x[1].dtype))
+        dt = g * silenced(g, log_t - p + jnp.where(t == 0, 0.0, 1.0))
+        return {}, ((-g * silenced(g, t)).astype(x[0].dtype), dt.astype(x[1].dtype))
 
     return stateless_loss("kl_divergence", fwd, bwd, one_a_row, {}, check)

@@ -1,12 +1,13 @@
 """A dense layer and its cross-entropy in one: logits over a large vocabulary, never whole.
 
-With z = x @ kernel + bias [N, V] for features x [N, D], q = (1 - s) onehot(label) + s / V, lse = log sum_v exp z_v:
+With z = x @ kernel + bias [N, V] for features x [N, D], weights w of the classes, y the label, top = max_v z_v,
+total = sum_v exp(z_v - top), lse = top + log total and q_v = w_v ((1 - s) [v = y] + s / V):
 
-    l = lse - sum_v q_v z_v + c lse^2
+    l = sum_v q_v (log total - (z_v - top)) + c w_y lse^2
 
-Backward, with g = dy of that position and softmax_v = exp(z_v - lse):
+Backward, with g = dy of that position and softmax_v = exp(z_v - top) / total:
 
-    dz      = g (softmax (1 + 2 c lse) - q)
+    dz      = g (softmax (sum_v q_v + 2 c w_y lse) - q)
     dx      = dz @ kernel^T
     dkernel = x^T dz            the factor Outer(x, dz)
     dbias   = sum_n dz          the factor Shift(dz)
@@ -19,20 +20,24 @@ Where g is known before the values are, as the weights of a mean, three products
 positions that are walked through in chunks, for each chunk all logits are formed once, and what follows from them at
 once: values, dx, and this chunk's share of dkernel and dbias, block by block, added up in place.
 
-Residuals: x [.., D], lse [..], label [..].
+Residuals: x [.., D], top [..], total [..], label [..].
 Numerics: logits, sums and accumulated gradients in float32 for half precision; dz is rounded to x's dtype before its
-products, as the cotangent of a `dense` layer is.
+products, as the cotangent of a `dense` layer is. Beside logits of size A, lse is rounded by A / 2^24: top and total
+stay apart, and only the z-loss has that rounding. The features of an ignored label are not looked at, and a value
+without weight, g = 0, has a gradient of 0 also where it is infinite or NaN.
 Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (running sum); Wijmans et al. 2024, arXiv:2411.09009, and Hsu et
 al. 2024, arXiv:2410.10989 (logits in chunks); Chowdhery et al. 2022, arXiv:2204.02311, section 5 (z-loss).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax, nn
+import numpy as np
+from jax import Array, lax
 from jax.nn import initializers
 
 from funcnet import expect
@@ -42,17 +47,26 @@ from funcnet.expect import InputError, describe
 from funcnet.factors import Blocks, Outer, Shift
 from funcnet.layer import stateless
 from funcnet.layers.dense import Initializer, dense
-from funcnet.losses.cross_entropy import counts, ignored, integer_labels
-from funcnet.losses.loss import Ahead, Loss, a_pair, as_loss
+from funcnet.losses.cross_entropy import (
+    counts,
+    ignored,
+    integer_labels,
+    label_mass,
+    label_weights,
+    standing,
+    weights_of_classes,
+)
+from funcnet.losses.loss import Ahead, Loss, a_pair, as_loss, silenced
 
 COLUMNS = 2048  # of dz at a time where all logits of a chunk are there: as many as stay in a cache
 
 
 class Head(NamedTuple):
-    """Residuals of `linear_cross_entropy`: features [.., D], log of the sum of exponentials [..], label [..]."""
+    """Residuals of `linear_cross_entropy`: features [.., D]; the logits' top, sum of exp(z - top), label, all [..]."""
 
     x: Array
-    lse: Array
+    top: Array
+    total: Array
     label: Array
 
 
@@ -63,6 +77,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     use_bias: bool = True,
     *,
+    class_weights: Sequence[float] | np.ndarray | Array | None = None,
     chunk: int = 2**24,
     kernel_init: Initializer = initializers.lecun_normal(),
     bias_init: Initializer = initializers.zeros,
@@ -83,6 +98,8 @@ def linear_cross_entropy(
         ignore_index: labels of this value have loss 0 and do not count in a mean.
         z_loss: c, the weight of lse^2, which keeps the logits near zero; not negative, mostly about 1e-4.
         use_bias: whether the head has a bias.
+        class_weights: w [V], finite and not negative; None for ones. As in PyTorch's `CrossEntropyLoss(weight=w)`, the
+            mean over labels y is divided by the sum of their w_y. The z-loss is weighted by w_y.
         chunk: about how many logits there are at a time; in memory, times 4 bytes (8 for float64).
         kernel_init, bias_init: of the head, as in `dense`.
 
@@ -97,8 +114,13 @@ def linear_cross_entropy(
     vocab, chunk = expect.count(vocab, "vocab"), expect.count(chunk, "chunk")
     label_smoothing = expect.fraction(label_smoothing, "label_smoothing", "use 0 for plain labels")
     ignore_index = ignored(ignore_index)
+    z_loss = expect.number(z_loss, "z_loss")
     if not 0 <= z_loss < float("inf"):
         raise InputError("a z_loss that is not negative", f"{z_loss}", "use 0 for none, or 1e-4")
+    class_weights = weights_of_classes(class_weights)
+    if class_weights is not None and len(class_weights) != vocab:
+        raise InputError(f"class_weights [{vocab}]", f"[{len(class_weights)}]", "give a weight for each class")
+    uniform = label_smoothing * (1.0 if class_weights is None else float(np.mean(class_weights)))
     head = dense(vocab, use_bias, kernel_init=kernel_init, bias_init=bias_init)
     names = ("kernel", "bias") if use_bias else ("kernel",)
 
@@ -115,12 +137,18 @@ def linear_cross_entropy(
         expect.fields(params, x.dtype, {name: shapes[name] for name in names})
 
     def entered(params, pair):
-        """Features [.., D] and labels [..] of a pair that fits, both also with their leading axes as one, N."""
+        """Features [.., D] and labels [..] of a pair that fits, both also with their leading axes as one, N.
+
+        There the features of an ignored label are 0.
+        """
         a_pair(pair)
         check(*pair)
         fits(params, pair[0])
         x, label = pair
-        return x, label, flat(x), whole(label).reshape(-1)
+        rows, labels = flat(x), whole(label).reshape(-1)
+        if ignore_index is not None:
+            rows = jnp.where(counts(labels, ignore_index)[:, None], rows, 0.0)
+        return x, label, rows, labels
 
     def columns(params, i, size):
         """Block i of the head."""
@@ -130,24 +158,48 @@ def linear_cross_entropy(
         z = product(x, params["kernel"], (1, 0), x)
         return z + params["bias"].astype(z.dtype)[None] if use_bias else z
 
-    def inside(label):
-        return (label >= 0) & (label < vocab)
+    def weights(i, size, dtype):
+        """w of block i."""
+        return jnp.ones(size, dtype) if class_weights is None else block(jnp.asarray(class_weights, dtype), i, size)
 
-    def values(lse, own, everything, label):
-        """l [N], from lse and the sums over v of [v = label] z_v and of z_v."""
-        loss = lse - (1 - label_smoothing) * own + z_loss * jnp.square(lse)
+    def own_weight(label, dtype):
+        """w_y of each label."""
+        return jnp.ones(label.shape, dtype) if class_weights is None else label_weights(class_weights, label, dtype)
+
+    def weighed(w, shifted):
+        """sum_v w_v (z_v - top); a class that weighs nothing may be at -inf."""
+        return jnp.sum(jnp.where((w == 0)[None], 0.0, w[None] * shifted), axis=1)
+
+    def values(top, total, own, everything, label):
+        """l [N], from z_y - top and the sum over v of w_v (z_v - top)."""
+        w, log_total = own_weight(label, top.dtype), jnp.log(total)
+        loss = (1 - label_smoothing) * w * (log_total - jnp.where(w == 0, 0.0, own))
         if label_smoothing:
-            loss = loss - label_smoothing / vocab * everything
-        return jnp.where(counts(label, ignore_index), jnp.where(inside(label), loss, jnp.nan), 0.0)
+            loss = loss + uniform * log_total - label_smoothing / vocab * everything
+        if z_loss:
+            loss = loss + z_loss * w * jnp.square(top + log_total)
+        factor = standing(label, vocab, ignore_index).astype(loss.dtype)
+        return jnp.where(factor == 0, 0.0, factor * loss)
 
-    def slope(z, lse, label, g, i, size):
-        """dz of block i, from its logits [N, size], and lse, label and g [N]; 0 for what an earlier block has too."""
+    def heard(dy, label):
+        """g: 0 for an ignored label, NaN for one out of range whose value has a weight."""
+        factor = standing(label, vocab, ignore_index).astype(dy.dtype)
+        return jnp.where(factor == 0, 0.0, dy * silenced(dy, factor))
+
+    def slope(z, top, total, label, g, i, size):
+        """dz of block i, from its logits [N, size], and top, total, label and g [N].
+
+        It is 0 for what an earlier block has too.
+        """
         v, new = fresh(i, size, vocab)
-        softmax = jnp.exp(z - lse[:, None])
+        w = own_weight(label, z.dtype)
+        mass = (1 - label_smoothing) * w + uniform
+        if z_loss:
+            mass = mass + 2 * z_loss * w * (top + jnp.log(total))
         q = (1 - label_smoothing) * (label[:, None] == v.astype(label.dtype)[None]).astype(z.dtype)
-        dz = g[:, None] * (softmax * (1 + 2 * z_loss * lse[:, None]) - (q + label_smoothing / vocab))
-        dz = jnp.where(inside(label)[:, None], dz, jnp.nan)
-        return jnp.where(new[None] & counts(label, ignore_index)[:, None], dz, 0.0)
+        q = weights(i, size, z.dtype)[None] * (q + label_smoothing / vocab)
+        dz = jnp.exp(z - top[:, None]) * (mass / total)[:, None] - q
+        return jnp.where(new[None], g[:, None] * silenced(g[:, None], dz), 0.0)
 
     def init(key, pair):
         a_pair(pair)
@@ -159,7 +211,7 @@ def linear_cross_entropy(
         zero = jnp.zeros_like(labels, wide(x.dtype))
 
         def body(sums, i):
-            top, total, own, everything = sums
+            top, total, own, everything, past = sums
             v, new = fresh(i, size, vocab)
             z = logits(columns(params, i, size), rows)
             seen = jnp.where(new[None], z, -jnp.inf)
@@ -168,19 +220,22 @@ def linear_cross_entropy(
             total = total * jnp.exp(top - shift) + jnp.sum(jnp.exp(seen - shift[:, None]), axis=1)
             hit = new[None] & (labels[:, None] == v.astype(labels.dtype)[None])
             own = own + jnp.sum(jnp.where(hit, z, 0.0), axis=1)
-            everything = everything + jnp.sum(jnp.where(new[None], z, 0.0), axis=1)
-            return (higher, total, own, everything), None
+            w = jnp.where(new, weights(i, size, z.dtype), 0.0)
+            risen = jnp.where(jnp.isneginf(top), 0.0, shift - top)
+            everything = everything - past * risen + weighed(w, z - shift[:, None])
+            return (higher, total, own, everything, past + jnp.sum(w)), None
 
-        sums = jnp.full_like(zero, -jnp.inf), zero, zero, zero
-        (top, total, own, everything), _ = lax.scan(body, sums, blocks(params["kernel"], size))
-        lse = jnp.log(total) + top
-        return values(lse, own, everything, labels).reshape(label.shape), Head(x, lse.reshape(label.shape), label)
+        sums = jnp.full_like(zero, -jnp.inf), zero, zero, zero, jnp.zeros((), zero.dtype)
+        (top, total, own, everything, _), _ = lax.scan(body, sums, blocks(params["kernel"], size))
+        loss = values(top, total, own - top, everything, labels)
+        return loss.reshape(label.shape), Head(x, top.reshape(label.shape), total.reshape(label.shape), label)
 
     def bwd(params, residuals, dy, contract):
-        x, lse, label = residuals
+        x, top, total, label = residuals
         fits(params, x)
-        g = expect.cotangent(dy, label.shape, lse.dtype)
-        saved, size = (params, x, lse, whole(label), g), even(vocab, chunk // label.size)
+        g, size = heard(expect.cotangent(dy, label.shape, top.dtype), label), even(vocab, chunk // label.size)
+        x = silenced(g[..., None], x)
+        saved = params, x, top, total, whole(label), g
 
         def body(dx, i):
             head, dz = dz_of(saved, i, size)
@@ -191,7 +246,7 @@ def linear_cross_entropy(
             return dx, {name: contract(factors[name], head[name]) for name in names}
 
         answers: Any
-        dx, answers = lax.scan(body, jnp.zeros_like(flat(x), lse.dtype), blocks(params["kernel"], size))
+        dx, answers = lax.scan(body, jnp.zeros_like(flat(x), top.dtype), blocks(params["kernel"], size))
         if contract.joined is None:
             factors = {"kernel": Blocks(saved, outer, size), "bias": Blocks(saved, shift, size)}
             dparams = {name: contract(factors[name], params[name]) for name in names}
@@ -201,10 +256,10 @@ def linear_cross_entropy(
 
     def dz_of(saved, i, size):
         """Block i of the head, and of dz [.., size]."""
-        params, x, lse, label, g = saved
-        head = columns(params, i, size)
-        dz = slope(logits(head, flat(x)), lse.reshape(-1), label.reshape(-1), g.reshape(-1), i, size)
-        return head, dz.astype(x.dtype).reshape(*label.shape, size)
+        params, x, *each = saved
+        head, each = columns(params, i, size), [a.reshape(-1) for a in each]
+        dz = slope(logits(head, flat(x)), *each, i, size)
+        return head, dz.astype(x.dtype).reshape(*x.shape[:-1], size)
 
     def outer(saved, i, size):
         return Outer(saved[1], dz_of(saved, i, size)[1])
@@ -212,10 +267,10 @@ def linear_cross_entropy(
     def shift(saved, i, size):
         return Shift(dz_of(saved, i, size)[1])
 
-    def both(params, pair, weights):
+    def both(params, pair, dy):
         x, label, rows, labels = entered(params, jax.tree.map(jnp.asarray, pair))
         high, width = wide(x.dtype), even(vocab, COLUMNS)
-        g = expect.cotangent(weights, label.shape, weights.dtype).astype(high).reshape(-1)
+        g = heard(expect.cotangent(dy, label.shape, dy.dtype).astype(high).reshape(-1), labels)
         cut = pieces(rows)
         size = cut * even(len(rows) // cut, chunk // vocab // cut)
 
@@ -234,20 +289,22 @@ def linear_cross_entropy(
         def chunk_of(grads, each):
             x, label, g = each
             z = logits(params, x)
-            lse = nn.logsumexp(z, axis=1)
+            top = lax.stop_gradient(jnp.max(z, axis=1))
+            total = jnp.sum(jnp.exp(z - top[:, None]), axis=1)
             own = jnp.sum(jnp.where(label[:, None] == jnp.arange(vocab, dtype=label.dtype)[None], z, 0.0), axis=1)
 
             def body(i, carry):
                 dx, grads = carry
                 head = columns(params, i, width)
-                dz = slope(block(z, i, width), lse, label, g, i, width).astype(x.dtype)
-                share = {"kernel": product(x, dz, (0, 0), head["kernel"]), "bias": jnp.sum(dz, axis=0, dtype=high)}
+                dz = slope(block(z, i, width), top, total, label, g, i, width).astype(x.dtype)
+                share = {"kernel": product(in_sum, dz, (0, 0), head["kernel"]), "bias": jnp.sum(dz, axis=0, dtype=high)}
                 dx = dx + product(dz, head["kernel"], (1, 1), x)
                 return dx, {name: add_block(grads[name], share[name], i, width) for name in names}
 
-            steps = len(blocks(params["kernel"], width))
+            in_sum, steps = silenced(g[:, None], x), len(blocks(params["kernel"], width))
             dx, grads = lax.fori_loop(0, steps, body, (jnp.zeros_like(x, high), grads))
-            return grads, (values(lse, own, jnp.sum(z, axis=1), label), dx.astype(x.dtype))
+            everything = weighed(weights(jnp.zeros((), jnp.int32), vocab, high), z - top[:, None])
+            return grads, (values(top, total, own - top, everything, label), dx.astype(x.dtype))
 
         zeros = {name: placed(jnp.zeros(params[name].shape, high), params[name]) for name in names}
         grads, (loss, dx) = lax.scan(chunk_of, zeros, (chunks(rows), chunks(labels), chunks(g)))
@@ -255,7 +312,8 @@ def linear_cross_entropy(
         return joined(loss).reshape(label.shape), (dparams, (joined(dx).reshape(x.shape), None))
 
     loss = as_loss(stateless("linear_cross_entropy", init, fwd, bwd))
-    return replace(loss, counted=lambda t: counts(t, ignore_index), check=check, ahead=Ahead(both, loss.fwd, loss.bwd))
+    mass, ahead = label_mass(class_weights, ignore_index), Ahead(both, loss.fwd, loss.bwd)
+    return replace(loss, counted=lambda t: counts(t, ignore_index), mass=mass, check=check, ahead=ahead)
 
 
 def even(length: int, largest: int) -> int:

@@ -83,6 +83,14 @@ def a_pair(x: Any) -> None:
         raise InputError("a pair (prediction, target)", describe(x), "give the loss both")
 
 
+def silenced(dy: Array, a: Array) -> Array:
+    """`a`, but 0 where it is not finite and dy is 0: in dy * a what has no weight adds nothing.
+
+    What is finite stays, since it is the product's derivative in dy.
+    """
+    return jnp.where((dy == 0) & ~jnp.isfinite(a), 0.0, a)
+
+
 def _fields(layer: Layer) -> dict[str, Any]:
     return {f.name: getattr(layer, f.name) for f in fields(Layer)}
 

@@ -111,6 +111,77 @@ def test_too_few_steps_are_infinitely_unlikely_with_gradient_0_and_refused_where
             fn.ctc().check(logits, target)
 
 
+def sure(confidence, offset=0.0, steps=60):
+    """Models that are right with this confidence: 40 examples of 6 labels, each at steps of its own."""
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(40, steps, V)), rng.integers(1, V, (40, 6)).astype(np.int32)
+    path = np.zeros((40, steps), int)
+    for row, own in zip(path, labels, strict=True):
+        row[np.sort(rng.choice(np.arange(1, steps, 2), 6, replace=False))] = own
+    logits += confidence * np.eye(V)[path]
+    lengths = np.full(40, 6, np.int32), np.full(40, steps, np.int32)
+    return np.float32(logits + offset), dict(zip(TARGET, (labels, *lengths), strict=True))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1024.0, -16384.0])
+@pytest.mark.parametrize("confidence", [2, 15, 20, 25, 40])
+def test_losses_of_sure_and_right_models_keep_their_digits_and_are_never_negative(confidence, offset):
+    """In float32 against float64 of the same logits; a loss of 1e-15 has its digits too."""
+    logits, target = sure(confidence, offset)
+    values, dz = pull(logits, target, np.ones(40, np.float32))
+    with jax.enable_x64(True):
+        wanted, wanted_dz = pull(logits.astype(np.float64), target, np.ones(40))
+    assert np.all(values >= 0)
+    np.testing.assert_allclose(values, wanted, rtol=2e-6)
+    np.testing.assert_allclose(dz, wanted_dz, atol=4e-6 if confidence == 2 else 3e-7)
+
+
+def test_a_label_that_is_sure_at_several_steps_is_no_more_than_sure():
+    """Blank or the same label again, at a chance of its own: the alignments' shares sum to one, to rounding."""
+    rng = np.random.default_rng(0)
+    logits, labels = np.full((40, 12, 5, V), -40.0), 1 + np.arange(12) % (V - 1)
+    logits[:, :, [0, 3, 4], 0] = 0
+    chance = rng.uniform(0.1, 0.9, (40, 12))
+    at = np.arange(12)
+    logits[:, at, 1, labels] = 0
+    logits[:, at, 2, labels], logits[:, :, 2, 0] = np.log(chance), np.log1p(-chance)
+    full = lambda n: np.full(40, n, np.int32)
+    target = dict(zip(TARGET, (np.tile(np.int32(labels), (40, 1)), full(12), full(60)), strict=True))
+    values, _ = pull(np.float32(logits.reshape(40, 60, V)), target, np.ones(40, np.float32))
+    assert np.all(values >= 0)
+    np.testing.assert_allclose(values, 0, atol=3e-7)
+
+
+def test_zero_infinity_is_that_of_pytorch(x64):
+    """Values, gradients, and the mean over the examples, in which those of too few steps count."""
+    torch = pytest.importorskip("torch")
+    target = TARGET | {"logit_lengths": np.array([7, 4, 4, 1, 6, 3], np.int32)}  # two have too few
+    z = torch.tensor(LOGITS, requires_grad=True)
+    labels, n, t = (torch.tensor(a, dtype=torch.int64) for a in target.values())
+    log_p = torch.log_softmax(z, -1).transpose(0, 1)
+    wanted = torch.nn.functional.ctc_loss(log_p, labels, t, n, reduction="none", zero_infinity=True)
+    loss = fn.ctc(zero_infinity=True)
+    loss.check(LOGITS, target)
+    values, _, residuals = loss.fwd({}, (), (LOGITS, target), None)
+    np.testing.assert_allclose(values, wanted.detach().numpy(), rtol=1e-10)
+    assert np.count_nonzero(values) == 4
+    wanted.backward(torch.tensor(WEIGHTS))
+    np.testing.assert_allclose(loss.bwd({}, residuals, WEIGHTS)[1][0], z.grad.numpy(), rtol=1e-10, atol=1e-12)
+    objective = fn.objective(fn.identity(), loss)
+    (mean, _), _ = jax.jit(fn.value_and_grad(objective))({}, (), (LOGITS, target))
+    np.testing.assert_allclose(mean, wanted.detach().numpy().mean(), rtol=1e-10)
+    np.testing.assert_allclose(fn.evaluate(objective, {}, (), [(LOGITS, target)])["loss"], mean, rtol=1e-10)
+    with pytest.raises(fn.InputError, match="label 5 at index"):
+        loss.check(LOGITS, target | {"labels": np.full_like(target["labels"], 5)})
+
+
+@pytest.mark.parametrize("blank", [np.int64(2), np.uint8(2), jnp.int32(2)])
+def test_a_blank_of_any_integer_kind(blank):
+    target = {"labels": np.array([[0, 0]]), "label_lengths": np.array([2]), "logit_lengths": np.array([4])}
+    pair = np.float32(LOGITS[:1, :4, :3]), target
+    np.testing.assert_array_equal(fn.ctc(blank).apply({}, (), pair), fn.ctc(2).apply({}, (), pair))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -136,6 +136,65 @@ def test_huge_logits_and_masked_classes_are_finite(way):
     assert not np.any(grads[0]["kernel"][:, :4])
 
 
+def exactly(kernel, bias, x, label, smoothing, z_loss, weights):
+    """Values, dx and dkernel in float64, for a cotangent of ones."""
+    z = x.astype(np.float64) @ kernel + bias
+    shifted = z - z.max(1, keepdims=True)
+    log_total = np.log(np.exp(shifted).sum(1))
+    w, own = np.asarray(weights, float), np.eye(V)[label]
+    q = w * ((1 - smoothing) * own + smoothing / V)
+    lse, mine = z.max(1) + log_total, w[label]
+    values = (q * (log_total[:, None] - shifted)).sum(1) + z_loss * mine * lse**2
+    dz = np.exp(shifted - log_total[:, None]) * (q.sum(1) + 2 * z_loss * mine * lse)[:, None] - q
+    return values, dz @ kernel.T, x.T @ dz, lse
+
+
+SMOOTH = {"label_smoothing": 0.2}
+
+
+@WAYS
+@pytest.mark.parametrize("options", [{}, SMOOTH, SMOOTH | {"class_weights": range(V)}, SMOOTH | {"z_loss": 1e-4}])
+@pytest.mark.parametrize("offset", [0.0, -1024.0, 16384.0])
+def test_what_all_logits_have_in_common_costs_no_digits(way, options, offset):
+    """Features are eighths, kernels quarters, so that the logits are exact; of the z-loss lse alone is rounded."""
+    rng = np.random.default_rng(2)
+    x, kernel = rng.integers(-16, 17, (N, D)) / 8, rng.integers(-4, 5, (D, V)) / 4
+    bias = offset + rng.integers(-16, 17, V) / 8
+    loss, z_loss = fn.linear_cross_entropy(V, chunk=30, **options), options.get("z_loss", 0.0)
+    args = *jax.tree.map(np.float32, ({"kernel": kernel, "bias": bias}, x)), LABELS
+    values, (dparams, dx) = jax.jit(partial(way, loss))(*args, np.ones(N, np.float32))
+    weights = options.get("class_weights", np.ones(V))
+    smoothing = options.get("label_smoothing", 0.0)
+    wanted, wanted_dx, dkernel, lse = exactly(kernel, bias, x, LABELS, smoothing, z_loss, weights)
+    rounded = z_loss * max(weights) * 2**-24 * np.abs(lse).max()
+    np.testing.assert_allclose(values, wanted, rtol=1e-6, atol=1e-6 + 6 * rounded * np.abs(lse).max())
+    slack = 1e-6 * max(1, max(weights)) + 40 * rounded
+    np.testing.assert_allclose(dx, wanted_dx, rtol=3e-6, atol=4 * slack)
+    np.testing.assert_allclose(dparams["kernel"], dkernel, rtol=3e-6, atol=16 * slack)
+    if not z_loss:
+        assert np.all(values >= 0)
+
+
+@WAYS
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 3}, {"label_smoothing": 0.1, "ignore_index": 3}])
+def test_weights_of_classes_are_those_of_pytorch(way, options, x64):
+    """Values and gradients by torch's own; the z-loss, weighted alike, added to it; the mean by the labels' weights."""
+    torch = pytest.importorskip("torch")
+    w = np.abs(RNG.normal(size=V)) * (np.arange(V) != 7)
+    loss = fn.linear_cross_entropy(V, z_loss=0.01, chunk=30, class_weights=w, **options)
+    k, b, x = (torch.tensor(a, requires_grad=True) for a in (KERNEL, BIAS, X))
+    z, label, weight = x @ k + b, torch.tensor(LABELS, dtype=torch.int64), torch.tensor(w)
+    own = torch.where(label == options.get("ignore_index", -100), 0.0, weight[label])
+    values = torch.nn.functional.cross_entropy(z, label, weight=weight, reduction="none", **options)
+    values = values + 0.01 * own * torch.logsumexp(z, -1) ** 2
+    values.backward(torch.tensor(WEIGHTS))
+    gradients = {"kernel": k.grad.numpy(), "bias": b.grad.numpy()}, x.grad.numpy()
+    close(jax.jit(partial(way, loss))(HEAD, X, LABELS, WEIGHTS), (values.detach().numpy(), gradients))
+    objective = fn.objective(fn.identity(), loss)
+    (mean, _), _ = fn.value_and_grad(objective)({"model": {}, "loss": HEAD}, {"model": (), "loss": ()}, (X, LABELS))
+    close(mean, (values.sum() / own.sum()).item())
+
+
 @WAYS
 @pytest.mark.parametrize("dtype", [np.int8, np.uint32])
 def test_labels_of_any_integer_dtype(way, dtype):
@@ -150,12 +209,12 @@ def test_labels_of_any_integer_dtype(way, dtype):
 @WAYS
 @pytest.mark.parametrize("label", [-1, V])
 def test_labels_out_of_range_under_jit_give_nan_in_their_own_value_and_dx(way, label):
-    labels = jnp.asarray(LABELS).at[2].set(label)
+    labels = jnp.asarray(LABELS).at[3].set(label)
     args = jax.tree.map(np.float32, (HEAD, X))
     values, (_, dx) = jax.jit(partial(way, fn.linear_cross_entropy(V)))(*args, labels, np.float32(WEIGHTS))
-    np.testing.assert_array_equal(np.isnan(values), np.arange(N) == 2)
-    np.testing.assert_array_equal(np.isnan(dx).all(1), np.arange(N) == 2)
-    np.testing.assert_array_equal(np.isnan(dx).any(1), np.arange(N) == 2)
+    np.testing.assert_array_equal(np.isnan(values), np.arange(N) == 3)
+    np.testing.assert_array_equal(np.isnan(dx).all(1), np.arange(N) == 3)
+    np.testing.assert_array_equal(np.isnan(dx).any(1), np.arange(N) == 3)
 
 
 @WAYS
@@ -173,13 +232,15 @@ def test_an_ignored_label_keeps_bad_features_out_of_the_rest(way):
 
 
 @pytest.mark.parametrize("contract", [fn.total, fn.per_example, fn.squared_norm, fn.rows])
-def test_contractions_of_blocks_are_those_of_the_dense_layer_and_its_loss(contract, x64):
+@pytest.mark.parametrize("weights", [None, np.arange(V) / 3])
+def test_contractions_of_blocks_are_those_of_the_dense_layer_and_its_loss(contract, weights, x64):
     """At once, and of what `keep` has kept."""
     x, label, dy = RNG.normal(size=(3, 2, D)), LABELS[:6].reshape(3, 2), RNG.normal(size=(3, 2))
-    loss, split = fn.linear_cross_entropy(V, chunk=24), fn.dense(V)
+    loss, split = fn.linear_cross_entropy(V, chunk=24, class_weights=weights), fn.dense(V)
     z, _, saved = split.fwd(HEAD, (), x, None)
-    of_loss = fn.cross_entropy().fwd({}, (), (z, label), None)[2]
-    wanted = split.bwd(HEAD, saved, fn.cross_entropy().bwd({}, of_loss, dy)[1][0], contract)[0]
+    plain = fn.cross_entropy(class_weights=weights)
+    of_loss = plain.fwd({}, (), (z, label), None)[2]
+    wanted = split.bwd(HEAD, saved, plain.bwd({}, of_loss, dy)[1][0], contract)[0]
     residuals = loss.fwd(HEAD, (), (x, label), None)[2]
     close(loss.bwd(HEAD, residuals, dy, contract)[0], wanted)
     kept = jax.jit(lambda r: loss.bwd(HEAD, r, dy, fn.keep)[0])(residuals)
@@ -227,7 +288,8 @@ CUT = """
 import sys, jax, numpy as np, funcnet as fn
 rng = np.random.default_rng(0)
 batch = rng.standard_normal((16, 4)).astype(np.float32), rng.integers(0, 50, 16).astype(np.int32)
-objective = fn.objective(fn.dense(8), fn.linear_cross_entropy(50, chunk=int(sys.argv[2])))
+weights = rng.uniform(0, 2, 50) if int(sys.argv[2]) == 150 else None
+objective = fn.objective(fn.dense(8), fn.linear_cross_entropy(50, chunk=int(sys.argv[2]), class_weights=weights))
 params, state = objective.init(jax.random.key(0), batch)
 f = jax.jit(fn.value_and_grad(objective))
 wanted = f(params, state, batch)
