@@ -8,8 +8,12 @@ With s = sigmoid(z), n the entries of an example, g = dy of that example, w what
                            dz = g (t P'(z) - (1 - t) P'(-z)) / n       dt = g (P(z) - P(-z)) / n
 
 Residuals: z and t.
-Numerics: in float32 for half precision; s is never formed where its logarithm is wanted, and 1 - s is sigmoid(-z).
-As softplus(-z) = softplus(z) - z, dt = g ((w - 1) softplus(-|z|) - (w if z < 0 else 1) z) / n, where nothing cancels.
+Numerics: in float32 for half precision. Neither log s nor 1 - s is formed of s: with one exponential e = e^-|z|,
+
+    softplus(z) = log1p(e) + max(z, 0)        s and 1 - s are 1 / (1 + e) and e / (1 + e), or the other way round
+    l = mean((1 + (w - 1) t) log1p(e) + (w t if z < 0 else 1 - t) |z|)
+    dt = g ((w - 1) log1p(e) + (w if z < 0 else -1) |z|) / n
+
 Infinite logits: value and slopes are what the formulas tend to. Where such a logit is right they are 0; where it is
 wrong, or t is between 0 and 1, the value is infinite and dz what it is for any z far away, such as -g w t / n at
 -infinity. dt is infinite, unless what grows has a weight of 0.
@@ -51,12 +55,16 @@ def binary_cross_entropy(pos_weight: Any = None) -> Loss:
         return in_front(jnp.asarray(weight, z.dtype), z.ndim)
 
     def f(z, t):
-        return times(of_positives(z) * t, nn.softplus(-z)) + times(1 - t, nn.softplus(z))
+        w, far = of_positives(z), _magnitude(z)
+        return (1 + (w - 1) * t) * jnp.log1p(jnp.exp(-far)) + times(jnp.where(z < 0, w * t, 1 - t), far)
 
     def df(z, t):
-        w, below = of_positives(z), z < 0
-        dz = (1 - t) * nn.sigmoid(z) - w * t * nn.sigmoid(-z)
-        return dz, (w - 1) * nn.softplus(jnp.where(below, z, -z)) - times(jnp.where(below, w, 1.0), z)
+        w, far, below = of_positives(z), _magnitude(z), z < 0
+        e = jnp.exp(-far)
+        large = 1 / (1 + e)
+        small = e * large
+        dz = (1 - t) * jnp.where(below, small, large) - w * t * jnp.where(below, large, small)
+        return dz, (w - 1) * jnp.log1p(e) + times(jnp.where(below, w, -1.0), far)
 
     def fits(z, t, values):
         _binary(z, t, values)
@@ -111,6 +119,11 @@ def focal(gamma: float = 2.0, alpha: float | None = None) -> Loss:
         return dz, times(ones, of_right(z)) - times(zeros, of_right(-z))
 
     return of_entries("focal", f, df, _binary, {"accuracy": share_right(0.5)})
+
+
+def _magnitude(z: Array) -> Array:
+    """|z|, with slope 1 at 0: what is even in it and what is odd in it then add up to the right slope there."""
+    return jnp.where(z < 0, -z, z)
 
 
 def _weight(given: Any) -> np.ndarray:

@@ -42,7 +42,6 @@ _BY_REASON = {
     "they differ at a kink alone, where either side's slope is right; test_activation.py and test_margin.py say which it is": [
         "prelu: dx = jnp.where((x < 0), slopes(params, x) * dy, dy)",
         'prelu: return {"slope": contract(Scale(jnp.where((x < 0), x, 0.0), dy), params["slope"])}, dx',
-        "hinge: g = jnp.where((1 - t * z < 0), 0.0, -spread(dy, z))",
         "elu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), y + alpha)",
         "celu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), 1 + y / alpha)",
         "selu: lambda y: jnp.where((y >= 0), s * jnp.ones_like(y), y + s * a)",
@@ -93,9 +92,6 @@ _BY_REASON = {
     "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
         "cross_entropy: dlogits = jnp.where(factor == -1, 0.0, factor * dy * slope)",
         "cross_entropy: dlogits = jnp.where(factor == 0, 0.0, (dy) * slope)",
-    ],
-    "a floating target of another dtype than the prediction is refused": [
-        "binary_cross_entropy: return {}, (dz, (-g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
     ],
     "the mark is for what kept factors refuse later, which no gradient shows; test_batch_norm.py has it": [
         'batch_norm: factors = {"scale": (Scale(x_hat, dy)), "bias": Shift(dy, mixes=True)}',
@@ -212,11 +208,9 @@ _BY_REASON = {
         "_previous: begins = jnp.concatenate([~valid[:, 1:], (valid[:, :1])], axis=1)",
     ],
     "both of a pair have one dtype": [
-        "focal: return {}, (dz, dt.astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
         "kl_divergence: return {}, ((-g * t).astype(x[1].dtype), dt.astype(x[1].dtype))",
         "kl_divergence: return {}, ((-g * t).astype(x[-1].dtype), dt.astype(x[1].dtype))",
         "kl_divergence: return {}, ((-g * t).astype(x[0].dtype), dt.astype(x[0].dtype))",
-        "hinge: return {}, ((g * t).astype(x[0].dtype), (g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
         "cosine: return {}, (dp.astype(x[1].dtype), dt.astype(x[1].dtype))",
         "cosine: return {}, (dp.astype(x[-1].dtype), dt.astype(x[1].dtype))",
         "cosine: return {}, (dp.astype(x[0].dtype), dt.astype(x[0].dtype))",
