@@ -20,6 +20,7 @@ wrong, or t is between 0 and 1, the value is infinite and dz what it is for any 
 Source: Cox 1958, "The regression analysis of binary sequences"; Lin et al. 2017, arXiv:1708.02002.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,9 +142,10 @@ def _weight(given: Any) -> np.ndarray:
     return weight
 
 
-def _binary(z: Any, t: Any, values: np.ndarray) -> None:
+def _binary(z: Any, t: Any, values: Callable[[], np.ndarray]) -> None:
     """Refuse targets that are not probabilities of the logits' dtype, or numbers 0 and 1."""
     if expect.is_floating(t):
         same_dtype(z, t)
-    if np.any((values < 0) | (values > 1)):
-        raise InputError("targets from 0 to 1", f"values from {values.min()} to {values.max()}", "give probabilities")
+    read = values()
+    if np.any((read < 0) | (read > 1)):
+        raise InputError("targets from 0 to 1", f"values from {read.min()} to {read.max()}", "give probabilities")

@@ -32,7 +32,7 @@ def of_entries(
     name: str,
     f: Callable[[Array, Array], Array],
     df: Callable[[Array, Array], tuple[Array, Array]],
-    fits: Callable[[Any, Any, np.ndarray], None],
+    fits: Callable[[Any, Any, Callable[[], np.ndarray]], None],
     metrics: Mapping[str, Callable[[Any, Any], Array]] | None = None,
 ) -> Loss:
     """The mean of f(z, t) over the entries of each example that the target's mask lets through: z [B, ..] to [B].
@@ -41,8 +41,8 @@ def of_entries(
         name: the loss's.
         f: (z, t) -> the loss of each entry, in float32 or wider; finite at z = t = 0.
         df: (z, t) -> its derivatives in z and in t.
-        fits: (z, t, values) raises `InputError` for dtypes and values that do not fit; z and t are of one shape, values
-            are those of t that are let through, in float64, or none if they cannot be read.
+        fits: (z, t, values) raises `InputError` for dtypes and values that do not fit. z and t are of one shape;
+            values() reads those of t that are let through, in float64, or none where they are traced.
         metrics: of the loss; they are given the target as it came.
     """
 
@@ -52,7 +52,7 @@ def of_entries(
         if mask is not None and not (expect.is_array(mask) and mask.shape == t.shape and mask.dtype == bool):
             wanted = f"a mask like the target, bool[{', '.join(map(str, t.shape))}]"
             raise InputError(wanted, describe(mask), "make it booleans, True where an entry counts: weights > 0")
-        fits(z, t, _readable(t, mask))
+        fits(z, t, lambda: _readable(t, mask))
 
     def fwd(params, x):
         check(*x)

@@ -47,9 +47,9 @@ def hinge() -> Loss:
             same_dtype(z, t)
         elif not jnp.issubdtype(t.dtype, jnp.signedinteger):
             raise InputError("targets -1 and 1, integers with a sign or floats", describe(t), "convert with 2 * t - 1")
-        unsigned = np.abs(values) > 1 if expect.is_floating(t) else np.abs(values) != 1
-        if np.any(unsigned):
-            received = f"values from {values.min()} to {values.max()}"
+        read = values()
+        if np.any(np.abs(read) > 1 if expect.is_floating(t) else np.abs(read) != 1):
+            received = f"values from {read.min()} to {read.max()}"
             raise InputError("targets -1 and 1", received, "convert labels 0 and 1 with 2 * t - 1")
 
     def f(z, t):

@@ -34,6 +34,7 @@ _BY_REASON = {
         "_gelu_tanh_slope: x = jnp.clip(x, -10.0, 20.0)",
     ],
     "the arms are equal where the comparisons differ, at x = 0": [
+        "binary_cross_entropy: w, far, below = of_positives(z), _magnitude(z), (z <= 0)",
         "silu: s, rest = jnp.where((x > 0), large, e * large), jnp.where(x >= 0, e * large, large)",
         "silu: s, rest = jnp.where(x >= 0, large, e * large), jnp.where((x > 0), e * large, large)",
         "mish: t = jnp.where((x > 0), (1 + 2 * u) / above, (2 * u + u * u) / below)",
@@ -217,6 +218,9 @@ _BY_REASON = {
         "contrastive: return {}, (da.astype(x[1].dtype), db.astype(x[1].dtype))",
         "contrastive: return {}, (da.astype(x[-1].dtype), db.astype(x[1].dtype))",
         "contrastive: return {}, (da.astype(x[0].dtype), db.astype(x[0].dtype))",
+    ],
+    "a product is the same with its factors exchanged, unless one is infinite; test_binary.py has that": [
+        "binary_cross_entropy: return dz, (w - 1) * jnp.log1p(e) + (times(far, jnp.where(below, w, -1.0)))",
     ],
     "no case has a class that cannot be; test_cross_entropy.py has": [
         "cross_entropy: dtarget = (1 - label_smoothing) * dy * (jnp.log(total) - shifted)",

@@ -85,6 +85,16 @@ def test_the_largest_finite_logits_are_finite_or_overflow_as_the_formula_does(na
     assert not np.isnan(dt).any()
 
 
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+@pytest.mark.parametrize("z", [0.0, -0.0, 1.5, -1.5])
+def test_second_derivatives_are_right_at_0_too(z, weight):
+    slopes = lambda z: pull.__wrapped__(fn.binary_cross_entropy(weight), z, jnp.array([0.25]))[1:]
+    _, (ddz, ddt) = jax.jvp(slopes, (jnp.array([z]),), (jnp.array([1.0]),))
+    s = scipy.special.expit(z)
+    np.testing.assert_allclose(ddz, [(0.75 + weight * 0.25) * s * (1 - s)], rtol=1e-6)
+    np.testing.assert_allclose(ddt, [-weight * (1 - s) - s], rtol=1e-6)
+
+
 SHAPE = (4, 3, 5)
 MANY = 3 * RNG.normal(size=SHAPE)
 SHARES = {"soft": RNG.uniform(size=SHAPE), "hard": np.float64(RNG.uniform(size=SHAPE) < 0.4)}
