@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.nn import initializers as _init
 
 from funcnet.blocks import mlp, residual_block, separable_conv, transformer_block
@@ -129,6 +130,10 @@ def _aligned(labels: str, label_lengths: str, logit_lengths: str) -> dict[str, s
 
 
 _WEIGHTS = [0.5, 2.0, 0.0, 1.0, 3.0]  # of classes
+def _masked(target: str) -> dict[str, str]:
+    """A target [..] with a mask for each entry."""
+    return {"target": target, "mask": f"bool{target[target.index('[') : target.index(']') + 1]}"}
+
 
 _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
 
@@ -362,13 +367,24 @@ CASES: tuple[Case, ...] = (
     Case("binary_cross_entropy/integers", binary_cross_entropy(), ("f32[6,1]", "i32[6,1]<2")),
     Case("binary_cross_entropy/booleans", binary_cross_entropy(), ("f32[6]", "bool[6]")),
     Case("binary_cross_entropy/rank 5", binary_cross_entropy(), ("f32[3,1,2,1,5]", "f32[3,1,2,1,5]>0<1")),
+    Case("binary_cross_entropy/weight", binary_cross_entropy(2.5), ("f32[6,5]", "f32[6,5]>0<1")),
+    Case(
+        "binary_cross_entropy/weights, mask",
+        binary_cross_entropy(np.array([0.0, 0.3, 4.0])),
+        ("f32[4,2,3]", _masked("f32[4,2,3]>0<1")),
+    ),
+    Case("binary_cross_entropy/integers, mask", binary_cross_entropy(3), ("f32[6,1]", _masked("i32[6,1]<2"))),
     Case("mse", mse(), ("f32[6,5]", "f32[6,5]")),
     Case("mse/rank 1", mse(), ("f32[1]", "f32[1]")),
     Case("mse/rank 5", mse(), ("f32[3,1,2,1,5]", "f32[3,1,2,1,5]")),
+    Case("mse/mask", mse(), ("f32[6,5]", _masked("f32[6,5]"))),
+    Case("mse/rank 1, mask", mse(), ("f32[5]", _masked("f32[5]"))),
     Case("mae", mae(), ("f32[2,3,5]", "f32[2,3,5]")),
     Case("mae/rank 1", mae(), ("f32[3]", "f32[3]")),
+    Case("mae/mask", mae(), ("f32[4,1,2,3]", _masked("f32[4,1,2,3]"))),
     Case("huber", huber(), ("f32[6,5]", "f32[6,5]")),
     Case("huber/delta", huber(0.3), ("f32[2,3,5]", "f32[2,3,5]")),
+    Case("huber/mask", huber(0.3), ("f32[2,3,5]", _masked("f32[2,3,5]"))),
     Case("kl_divergence", kl_divergence(), ("f32[6,5]<0", "f32[6,5]>0<1")),
     Case("kl_divergence/rank 1", kl_divergence(), ("f32[5]", "f32[5]>0<1")),
     Case("kl_divergence/rank 4", kl_divergence(), ("f32[2,1,3,4]<0", "f32[2,1,3,4]>0<1")),
@@ -376,12 +392,14 @@ CASES: tuple[Case, ...] = (
     Case("hinge/rank 1", hinge(), ("f32[3]", "f32[3]>-1<1")),
     Case("hinge/both sides", hinge(), ("f32[6,5]>-4<4", "f32[6,5]>-1<1")),
     Case("hinge/integers", hinge(), ("f32[6,5]", "i32[6,5]>-1<0")),
+    Case("hinge/mask", hinge(), ("f32[6,2]>-4<4", _masked("f32[6,2]>-1<1"))),
     Case("cosine", cosine(), ("f32[6,5]", "f32[6,5]")),
     Case("cosine/rank 1", cosine(), ("f32[3]", "f32[3]")),
     Case("cosine/rank 4", cosine(), ("f32[2,1,3,4]", "f32[2,1,3,4]")),
     Case("focal", focal(), ("f32[6,5]", "f32[6,5]>0<1")),
     Case("focal/integers", focal(0.5, alpha=0.25), ("f32[6,1]", "i32[6,1]<2")),
     Case("focal/gamma 0", focal(0.0, alpha=0.75), ("f32[2,3,2]", "f32[2,3,2]>0<1")),
+    Case("focal/mask", focal(0.5, alpha=0.25), ("f32[6,2]", _masked("f32[6,2]>0<1"))),
     Case("contrastive", contrastive(0.5), ("f32[5,3]", "f32[5,3]")),
     Case("contrastive/one feature", contrastive(2.0), ("f32[3,1]", "f32[3,1]")),
     Case("contrastive/one example", contrastive(0.5), ("f32[1,4]", "f32[1,4]")),

@@ -1,49 +1,79 @@
 """Losses of a yes or no: binary cross-entropy, and focal loss, which counts less what is right already.
 
-With s = sigmoid(z), n the entries of an example, g = dy of that example, and P as in `focal`:
+With s = sigmoid(z), n the entries of an example, g = dy of that example, w what positives weigh, and P as in `focal`:
 
-    binary_cross_entropy   l = mean(softplus(z) - z t)            dz = g (s - t) / n        dt = -g z / n
-    focal                  l = mean(t P(z) + (1 - t) P(-z))       dz = g (t P'(z) - (1 - t) P'(-z)) / n
+    binary_cross_entropy   l = mean(w t softplus(-z) + (1 - t) softplus(z))
+                           dz = g ((1 - t) s - w t (1 - s)) / n        dt = g (w softplus(-z) - softplus(z)) / n
+    focal                  l = mean(t P(z) + (1 - t) P(-z))
+                           dz = g (t P'(z) - (1 - t) P'(-z)) / n       dt = g (P(z) - P(-z)) / n
 
 Residuals: z and t.
-Numerics: in float32 for half precision; s is never formed where its logarithm is wanted.
+Numerics: in float32 for half precision. Neither log s nor 1 - s is formed of s: with one exponential e = e^-|z|,
+
+    softplus(z) = log1p(e) + max(z, 0)        s and 1 - s are 1 / (1 + e) and e / (1 + e), or the other way round
+    l = mean((1 + (w - 1) t) log1p(e) + (w t if z < 0 else 1 - t) |z|)
+    dt = g ((w - 1) log1p(e) + (w if z < 0 else -1) |z|) / n
+
+Infinite logits: value and slopes are what the formulas tend to. Where such a logit is right they are 0; where it is
+wrong, or t is between 0 and 1, the value is infinite and dz what it is for any z far away, such as -g w t / n at
+-infinity. dt is infinite, unless what grows has a weight of 0.
 Source: Cox 1958, "The regression analysis of binary sequences"; Lin et al. 2017, arXiv:1708.02002.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import nn
+from jax import Array, nn
 
 from funcnet import expect
-from funcnet.arithmetic import wide
-from funcnet.expect import InputError
-from funcnet.losses.loss import Loss, mean, one_an_example, same_dtype, same_shape, share_right, spread, stateless_loss
+from funcnet.arithmetic import in_front
+from funcnet.expect import InputError, describe
+from funcnet.losses.entries import of_entries, share_right, times
+from funcnet.losses.loss import Loss, same_dtype
 
 
-def binary_cross_entropy() -> Loss:
-    """t softplus(-z) + (1 - t) softplus(z), the mean over the entries of an example: logits z [B, ..] to [B].
+def binary_cross_entropy(pos_weight: Any = None) -> Loss:
+    """w t softplus(-z) + (1 - t) softplus(z), the mean over the entries of an example: logits z [B, ..] to [B].
 
-    Equal to -t log s - (1 - t) log(1 - s) with s = sigmoid(z), without forming s: safe for any finite z.
+    Equal to -w t log s - (1 - t) log(1 - s) with s = sigmoid(z), without forming s: safe for any z, also infinite ones.
+
+    Args:
+        pos_weight: w, not negative: a number for all entries, or an array [C] with one for each entry of the last axis
+            of logits [B, .., C]; None for 1. Above 1 it trades precision for recall. As in PyTorch, the mean is still
+            divided by the number of entries.
 
     Target: like the logits in shape, floats in [0, 1] of their dtype, or integers or booleans 0 and 1. Values out of
-    range are refused where they can be read. Metric: accuracy, the share of entries with [z > 0] = [t > 1/2].
-    Residuals: z and t.
+    range are refused where they can be read. With a mask for each entry: {"target": t, "mask": m}, m booleans like t;
+    the mean is over the entries where m is True, and what stands in the others, NaN included, has no influence.
+    Metric: accuracy, the share of entries with [z > 0] = [t > 1/2]. Residuals: z and t.
+    Source: Cox 1958; the weight: torch.nn.BCEWithLogitsLoss.
     """
+    weight = _weight(1.0 if pos_weight is None else pos_weight)
 
-    def fwd(params, x):
-        _binary(*x)
-        z, t = (a.astype(wide(x[0].dtype)) for a in x)
-        return mean(t * nn.softplus(-z) + (1 - t) * nn.softplus(z)), x
+    def of_positives(z: Array) -> Array:
+        return in_front(jnp.asarray(weight, z.dtype), z.ndim)
 
-    def bwd(params, x, dy, contract):
-        z, t = (a.astype(wide(x[0].dtype)) for a in x)
-        g = spread(dy, z)
-        dz = (g * (nn.sigmoid(z) - t)).astype(x[0].dtype)
-        return {}, (dz, (-g * z).astype(x[1].dtype) if expect.is_floating(x[1]) else None)
+    def f(z, t):
+        w, far = of_positives(z), _magnitude(z)
+        return (1 + (w - 1) * t) * jnp.log1p(jnp.exp(-far)) + times(jnp.where(z < 0, w * t, 1 - t), far)
 
-    return stateless_loss("binary_cross_entropy", fwd, bwd, one_an_example, {"accuracy": share_right(0.5)}, _binary)
+    def df(z, t):
+        w, far, below = of_positives(z), _magnitude(z), z < 0
+        e = jnp.exp(-far)
+        large = 1 / (1 + e)
+        small = e * large
+        dz = (1 - t) * jnp.where(below, small, large) - w * t * jnp.where(below, large, small)
+        return dz, (w - 1) * jnp.log1p(e) + times(jnp.where(below, w, -1.0), far)
+
+    def fits(z, t, values):
+        _binary(z, t, values)
+        if weight.ndim and (z.ndim < 2 or z.shape[-1:] != weight.shape):
+            wanted = f"logits [B, .., {weight.size}] for a pos_weight [{weight.size}]"
+            raise InputError(wanted, describe(z), "give a weight for each entry of the last axis, or one number")
+
+    return of_entries("binary_cross_entropy", f, df, fits, {"accuracy": share_right(0.5)})
 
 
 def focal(gamma: float = 2.0, alpha: float | None = None) -> Loss:
@@ -55,48 +85,67 @@ def focal(gamma: float = 2.0, alpha: float | None = None) -> Loss:
 
         P'(z) = -e^(-gamma softplus(z)) (gamma s softplus(-z) + 1 - s)
 
+    which tend to 0 and 0 for z to infinity, and to infinity and -1 for z to -infinity, whatever gamma.
+
     Args:
         gamma: how much less, not negative; 0 gives `binary_cross_entropy`.
         alpha: w = alpha and w' = 1 - alpha weigh ones and zeros; None for w = w' = 1.
 
-    Target, metric and residuals: as for `binary_cross_entropy`. Linear in a target between 0 and 1.
+    Target, mask, metric and residuals: as for `binary_cross_entropy`. Linear in a target between 0 and 1.
     Source: Lin et al. 2017, arXiv:1708.02002.
     """
-    if not gamma >= 0:
+    gamma = expect.number(gamma, "gamma")
+    if not 0 <= gamma < float("inf"):
         raise InputError("a gamma that is not negative", f"gamma={gamma}", "use the default, 2.0")
+    alpha = None if alpha is None else expect.number(alpha, "alpha")
     if alpha is not None and not 0 <= alpha <= 1:
         raise InputError("alpha from 0 to 1, or None", f"alpha={alpha}", "use None for no weights")
     ones, zeros = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
 
+    def missing(z):
+        """(1 - s)^gamma."""
+        return jnp.exp(-times(gamma, nn.softplus(z)))
+
     def of_right(z):
-        return jnp.exp(-gamma * nn.softplus(z)) * nn.softplus(-z)
+        return missing(z) * nn.softplus(-z)
 
     def slope(z):
-        return -jnp.exp(-gamma * nn.softplus(z)) * (gamma * nn.sigmoid(z) * nn.softplus(-z) + nn.sigmoid(-z))
+        return -missing(z) * (gamma * times(nn.sigmoid(z), nn.softplus(-z)) + nn.sigmoid(-z))
 
-    def fwd(params, x):
-        _binary(*x)
-        z, t = (a.astype(wide(x[0].dtype)) for a in x)
-        return mean(ones * t * of_right(z) + zeros * (1 - t) * of_right(-z)), x
+    def f(z, t):
+        return times(ones * t, of_right(z)) + times(zeros * (1 - t), of_right(-z))
 
-    def bwd(params, x, dy, contract):
-        z, t = (a.astype(wide(x[0].dtype)) for a in x)
-        g = spread(dy, z)
-        dz = (g * (ones * t * slope(z) - zeros * (1 - t) * slope(-z))).astype(x[0].dtype)
-        dt = g * (ones * of_right(z) - zeros * of_right(-z))
-        return {}, (dz, dt.astype(x[1].dtype) if expect.is_floating(x[1]) else None)
+    def df(z, t):
+        dz = ones * t * slope(z) - zeros * (1 - t) * slope(-z)
+        return dz, times(ones, of_right(z)) - times(zeros, of_right(-z))
 
-    return stateless_loss("focal", fwd, bwd, one_an_example, {"accuracy": share_right(0.5)}, _binary)
+    return of_entries("focal", f, df, _binary, {"accuracy": share_right(0.5)})
 
 
-def _binary(z: Any, t: Any) -> None:
-    """Refuse targets that are not probabilities of the logits' shape, or numbers 0 and 1."""
-    same_shape(z, t)
+def _magnitude(z: Array) -> Array:
+    """|z|, with slope 1 at 0: what is even in it and what is odd in it then add up to the right slope there."""
+    return jnp.where(z < 0, -z, z)
+
+
+def _weight(given: Any) -> np.ndarray:
+    """`given`, a number or an array [C], in float64, if none of it is negative or infinite."""
+    if expect.is_array(given) and given.shape != ():
+        real = jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)
+        if not expect.is_concrete(given) or len(given.shape) != 1 or not real:
+            remedy = "give one number for each entry of the last axis; their values must be readable, not traced"
+            raise InputError("pos_weight as a number or an array [C] of numbers", describe(given), remedy)
+        weight = np.asarray(given, np.float64)
+    else:
+        weight = np.asarray(expect.number(given, "pos_weight"))
+    if not np.all((weight >= 0) & np.isfinite(weight)):
+        raise InputError("a pos_weight that is finite and not negative", f"pos_weight={given}", "use None for 1")
+    return weight
+
+
+def _binary(z: Any, t: Any, values: Callable[[], np.ndarray]) -> None:
+    """Refuse targets that are not probabilities of the logits' dtype, or numbers 0 and 1."""
     if expect.is_floating(t):
         same_dtype(z, t)
-    if expect.is_concrete(t):
-        values = np.asarray(t, np.float64)
-        if np.any((values < 0) | (values > 1)):
-            raise InputError(
-                "targets from 0 to 1", f"values from {values.min()} to {values.max()}", "give probabilities"
-            )
+    read = values()
+    if np.any((read < 0) | (read > 1)):
+        raise InputError("targets from 0 to 1", f"values from {read.min()} to {read.max()}", "give probabilities")

@@ -7,14 +7,12 @@ input; an integer target gets None.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from math import prod
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
-from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
 from funcnet.layer import Layer, no_params, stateless
 
@@ -97,26 +95,6 @@ def _fields(layer: Layer) -> dict[str, Any]:
 
 def one_a_row(target: Any) -> Array:
     return jnp.ones(jnp.shape(target)[:-1], bool)
-
-
-def mean(values: Array) -> Array:
-    """[B, ..] to [B]."""
-    return jnp.mean(values.reshape(values.shape[0], -1), axis=1)
-
-
-def spread(dy: Any, like: Array) -> Array:
-    """The cotangent of `mean`: dy [B] divided by an example's entries, with axes to multiply [B, ..] by."""
-    dy = expect.cotangent(dy, like.shape[:1], wide(like.dtype))
-    return (dy / prod(like.shape[1:])).reshape((-1,) + (1,) * (like.ndim - 1))
-
-
-def share_right(boundary: float) -> Callable[[Any, Any], Array]:
-    """For each example the share of its entries that are on the right side: [z > 0] = [t > boundary]."""
-
-    def accuracy(z, t):
-        return mean(((z > 0) == (jnp.asarray(t).astype(jnp.float32) > boundary)).astype(jnp.float32))
-
-    return accuracy
 
 
 def same_shape(prediction: Any, target: Any) -> None:

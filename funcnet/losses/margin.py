@@ -11,6 +11,9 @@ With anchor a, positive p, negative n, the unit vectors u = (a - p) / |a - p|, v
 Residuals: z and t; a, p and n.
 Numerics: in float32 for half precision. Slope 0 at the kinks: where the margin is just kept, and in triplet also where
 two vectors are equal and have no direction between them. No square overflows or vanishes.
+Infinite scores: hinge and its slopes have their limits, in which t z is 0 where t is 0; dt is infinite where the margin
+is not kept. Triplet asks for finite vectors: the limits of u and of |a - p| - |a - n| depend on the way, and it gives
+NaN.
 Source: Cortes and Vapnik 1995, "Support-vector networks"; Schroff et al. 2015, arXiv:1503.03832; Balntas et al. 2016,
 "Learning local feature descriptors with triplets" (distances, not their squares).
 """
@@ -25,52 +28,39 @@ from funcnet import expect
 from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
 from funcnet.layers.normalize import unit
-from funcnet.losses.loss import (
-    Loss,
-    mean,
-    one_a_row,
-    one_an_example,
-    same_dtype,
-    same_shape,
-    share_right,
-    spread,
-    stateless_loss,
-)
+from funcnet.losses.entries import of_entries, share_right, times
+from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, stateless_loss
 
 
 def hinge() -> Loss:
     """max(0, 1 - t z), the mean over the entries of an example: scores z [B, ..] to [B]; slope 0 at the kink t z = 1.
 
     Target: like the scores in shape, -1 or 1 as integers, or floats in [-1, 1] of their dtype. Others are refused where
-    they can be read: labels 0 and 1 become these by 2 * t - 1. Metric: accuracy, the share of entries with
-    [z > 0] = [t > 0]. Residuals: z and t.
+    they can be read: labels 0 and 1 become these by 2 * t - 1. With a mask for each entry: {"target": t, "mask": m}, m
+    booleans like t; the mean is over the entries where m is True, and what stands in the others, NaN included, has no
+    influence. Metric: accuracy, the share of entries with [z > 0] = [t > 0]. Residuals: z and t.
     Source: Cortes and Vapnik 1995, "Support-vector networks".
     """
 
-    def check(z, t):
-        same_shape(z, t)
+    def fits(z, t, values):
         if expect.is_floating(t):
             same_dtype(z, t)
         elif not jnp.issubdtype(t.dtype, jnp.signedinteger):
             raise InputError("targets -1 and 1, integers with a sign or floats", describe(t), "convert with 2 * t - 1")
-        if expect.is_concrete(t):
-            values = np.asarray(t, np.float64)
-            if np.any(np.abs(values) > 1) or (not expect.is_floating(t) and np.any(values == 0)):
-                received = f"values from {values.min()} to {values.max()}"
-                raise InputError("targets -1 and 1", received, "convert labels 0 and 1 with 2 * t - 1")
+        read = values()
+        if np.any(np.abs(read) > 1 if expect.is_floating(t) else np.abs(read) != 1):
+            received = f"values from {read.min()} to {read.max()}"
+            raise InputError("targets -1 and 1", received, "convert labels 0 and 1 with 2 * t - 1")
 
-    def fwd(params, x):
-        check(*x)
-        z, t = (a.astype(wide(x[0].dtype)) for a in x)
-        margin = 1 - t * z
-        return mean(jnp.where(margin <= 0, 0.0, margin)), x
+    def f(z, t):
+        margin = 1 - times(t, z)
+        return jnp.where(margin <= 0, 0.0, margin)
 
-    def bwd(params, x, dy, contract):
-        z, t = (a.astype(wide(x[0].dtype)) for a in x)
-        g = jnp.where(1 - t * z <= 0, 0.0, -spread(dy, z))
-        return {}, ((g * t).astype(x[0].dtype), (g * z).astype(x[1].dtype) if expect.is_floating(x[1]) else None)
+    def df(z, t):
+        kept = 1 - times(t, z) <= 0
+        return jnp.where(kept, 0.0, -t), jnp.where(kept, 0.0, -z)
 
-    return stateless_loss("hinge", fwd, bwd, one_an_example, {"accuracy": share_right(0.0)}, check)
+    return of_entries("hinge", f, df, fits, {"accuracy": share_right(0.0)})
 
 
 def triplet(margin: float = 1.0) -> Loss:
@@ -84,6 +74,7 @@ def triplet(margin: float = 1.0) -> Loss:
 
     Target: a tuple (positive, negative), both like the anchor in shape and dtype. Residuals: all three.
     """
+    margin = expect.number(margin, "margin")
     if not 0 < margin < float("inf"):
         raise InputError("a positive margin", f"margin={margin}", "use the default, 1.0")
 

@@ -6,8 +6,13 @@ With g = dy of that example:
     mae      l = mean(|r|)      dp = g sign(r) / n, 0 at r = 0         dt = -dp
     huber    l = mean(h(r))     dp = g clip(r, -delta, delta) / n      dt = -dp
 
-Residual: r.
-Numerics: in float32 for half precision, r itself rounded to it.
+Residuals: prediction and target.  Why these: they are there anyway, as the model's output and the data, and in half
+precision r itself would have to be kept in float32, which takes as much as both.
+Numerics: r is formed in float32 for half precision, so values are right wherever the difference of two half-precision
+numbers lies: 40000 - (-40000) is beyond float16. Gradients are of the prediction's dtype again: one beyond its range,
+as 2 r / n may be, is infinite.
+Infinite r: the value is infinite; the slopes are the limits, 2 r, sign(r) and +-delta. Infinity less itself, for a
+prediction and a target that are infinite both, has no limit: value and slopes are NaN.
 Source: Huber 1964, "Robust estimation of a location parameter".
 """
 
@@ -16,30 +21,42 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from funcnet.arithmetic import wide
+from funcnet import expect
 from funcnet.expect import InputError
-from funcnet.losses.loss import Loss, mean, one_an_example, same_dtype, same_shape, spread, stateless_loss
+from funcnet.losses.entries import of_entries
+from funcnet.losses.loss import Loss, same_dtype
 
 
 def mse() -> Loss:
-    """Mean of (prediction - target)^2 over the entries of an example: [B, ..] to [B]. Residual: the difference."""
+    """Mean of (prediction - target)^2 over the entries of an example: [B, ..] to [B].
+
+    Target: like the prediction in shape and dtype, or {"target": t, "mask": m}, m booleans like t: the mean is then
+    over the entries where m is True, and what stands in the others, NaN included, has no influence.
+    Residuals: prediction and target.
+    """
     return _regression("mse", jnp.square, lambda r: 2 * r)
 
 
 def mae() -> Loss:
-    """Mean of |prediction - target| over the entries of an example: [B, ..] to [B]; 0 at the kink. Residual: r."""
+    """Mean of |prediction - target| over the entries of an example: [B, ..] to [B]; slope 0 at the kink.
+
+    Target, mask and residuals: as for `mse`.
+    """
     return _regression("mae", lambda r: r * jnp.sign(r), jnp.sign)
 
 
 def huber(delta: float = 1.0) -> Loss:
     """Mean over the entries of an example of r^2 / 2 for |r| <= delta, else delta (|r| - delta / 2): [B, ..] to [B].
 
+    Here r = prediction - target. Target, mask and residuals: as for `mse`.
+
     Args:
         delta: where the parabola turns into a line, positive; its unit is the target's.
 
-    Residual: r = prediction - target. Source: Huber 1964, "Robust estimation of a location parameter".
+    Source: Huber 1964, "Robust estimation of a location parameter".
     """
-    if not delta > 0:
+    delta = expect.number(delta, "delta")
+    if not 0 < delta < float("inf"):
         raise InputError("a positive delta", f"delta={delta}", "use the default, 1.0")
 
     def f(r):
@@ -52,17 +69,9 @@ def huber(delta: float = 1.0) -> Loss:
 def _regression(name: str, f: Callable[[Array], Array], df: Callable[[Array], Array]) -> Loss:
     """The mean of f(prediction - target) over each example, df its derivative."""
 
-    def check(prediction, target):
-        same_shape(prediction, target)
-        same_dtype(prediction, target)
+    def slopes(prediction, target):
+        d = df(prediction - target)
+        return d, -d
 
-    def fwd(params, x):
-        check(*x)
-        r = x[0] - x[1]
-        return mean(f(r.astype(wide(r.dtype)))), r
-
-    def bwd(params, r, dy, contract):
-        d = (spread(dy, r) * df(r.astype(wide(r.dtype)))).astype(r.dtype)
-        return {}, (d, -d)
-
-    return stateless_loss(name, fwd, bwd, one_an_example, {}, check)
+    fits = lambda prediction, target, values: same_dtype(prediction, target)
+    return of_entries(name, lambda prediction, target: f(prediction - target), slopes, fits)

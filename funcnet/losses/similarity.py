@@ -16,7 +16,8 @@ over j of S_ij and q_ij that over i:
 and da = (du - u <u, du>) / |a|, db likewise. Every gradient has a share of every g: an example has no loss of its own.
 
 Residuals: p and t; a and b.
-Numerics: in float32 for half precision; lengths are taken of x / max |x|, so no square overflows or vanishes.
+Numerics: in float32 for half precision; lengths are taken of x / max |x|, so no square overflows or vanishes. Vectors
+are to be finite: the limit of x / |x| for entries that grow depends on the way, and all is NaN.
 Source: van den Oord et al. 2018, arXiv:1807.03748 (InfoNCE); Radford et al. 2021, arXiv:2103.00020 (both directions).
 """
 
@@ -74,6 +75,7 @@ def contrastive(temperature: float = 0.07) -> Loss:
 
     Target: b, like the prediction a in shape and dtype. No metrics.
     """
+    temperature = expect.number(temperature, "temperature")
     if not 0 < temperature < float("inf"):
         raise InputError("a positive temperature", f"temperature={temperature}", "use the default, 0.07")
 

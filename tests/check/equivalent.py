@@ -28,6 +28,7 @@ _BY_REASON = {
         "_gelu_tanh_slope: x = jnp.clip(x, -10.0, 20.0)",
     ],
     "the arms are equal where the comparisons differ, at x = 0": [
+        "binary_cross_entropy: w, far, below = of_positives(z), _magnitude(z), (z <= 0)",
         "silu: s, rest = jnp.where((x > 0), large, e * large), jnp.where(x >= 0, e * large, large)",
         "silu: s, rest = jnp.where(x >= 0, large, e * large), jnp.where((x > 0), e * large, large)",
         "mish: t = jnp.where((x > 0), (1 + 2 * u) / above, (2 * u + u * u) / below)",
@@ -36,7 +37,6 @@ _BY_REASON = {
     "they differ at a kink alone, where either side's slope is right; test_activation.py and test_margin.py say which it is": [
         "prelu: dx = jnp.where((x < 0), slopes(params, x) * dy, dy)",
         'prelu: return {"slope": contract(Scale(jnp.where((x < 0), x, 0.0), dy), params["slope"])}, dx',
-        "hinge: g = jnp.where((1 - t * z < 0), 0.0, -spread(dy, z))",
         "elu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), y + alpha)",
         "celu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), 1 + y / alpha)",
         "selu: lambda y: jnp.where((y >= 0), s * jnp.ones_like(y), y + s * a)",
@@ -87,9 +87,6 @@ _BY_REASON = {
     "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
         "cross_entropy: g = jnp.where(factor == -1, 0.0, dy * silenced(dy, factor))",
         "cross_entropy: g = jnp.where(factor == 0, 0.0, (dy))",
-    ],
-    "a floating target of another dtype than the prediction is refused": [
-        "binary_cross_entropy: return {}, (dz, (-g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
     ],
     "the mark is for what kept factors refuse later, which no gradient shows; test_batch_norm.py has it": [
         'batch_norm: factors = {"scale": (Scale(x_hat, dy)), "bias": Shift(dy, mixes=True)}',
@@ -196,12 +193,18 @@ _BY_REASON = {
         "kl_divergence: return {}, ((-g * silenced(g, t)).astype(x[-1].dtype), dt.astype(x[1].dtype))",
         "kl_divergence: return {}, ((-g * silenced(g, t)).astype(x[0].dtype), dt.astype(x[0].dtype))",
         "hinge: return {}, ((g * t).astype(x[0].dtype), (g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
+        "kl_divergence: return {}, ((-g * t).astype(x[1].dtype), dt.astype(x[1].dtype))",
+        "kl_divergence: return {}, ((-g * t).astype(x[-1].dtype), dt.astype(x[1].dtype))",
+        "kl_divergence: return {}, ((-g * t).astype(x[0].dtype), dt.astype(x[0].dtype))",
         "cosine: return {}, (dp.astype(x[1].dtype), dt.astype(x[1].dtype))",
         "cosine: return {}, (dp.astype(x[-1].dtype), dt.astype(x[1].dtype))",
         "cosine: return {}, (dp.astype(x[0].dtype), dt.astype(x[0].dtype))",
         "contrastive: return {}, (da.astype(x[1].dtype), db.astype(x[1].dtype))",
         "contrastive: return {}, (da.astype(x[-1].dtype), db.astype(x[1].dtype))",
         "contrastive: return {}, (da.astype(x[0].dtype), db.astype(x[0].dtype))",
+    ],
+    "a product is the same with its factors exchanged, unless one is infinite; test_binary.py has that": [
+        "binary_cross_entropy: return dz, (w - 1) * jnp.log1p(e) + (times(far, jnp.where(below, w, -1.0)))",
     ],
     "no case has a class that cannot be; test_cross_entropy.py has": [
         "cross_entropy: dtarget = (1 - label_smoothing) * dy * silenced(dy, w * (jnp.log(total) - shifted))",

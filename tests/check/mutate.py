@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 ROOTS = {"bwd", "undo", "df", "pullback", "__call__"}
-TAKES_A_DERIVATIVE = {"elementwise", "_regression"}  # as their third argument
+TAKES_A_DERIVATIVE = {"elementwise", "of_entries", "_regression"}  # as their third argument
 CHECKS = (
     "expect.",
     "check",

@@ -8,6 +8,7 @@ import pytest
 import scipy.special
 
 import funcnet as fn
+from funcnet.arithmetic import wide
 from funcnet.losses.loss import as_loss
 from tests.losses.pairs import (
     BINARY,
@@ -102,11 +103,67 @@ def test_half_precision_predictions_give_float32_values_and_half_precision_gradi
     wanted = pull(loss, z.astype(jnp.float32), t.astype(jnp.float32) if target is SOFT else t)
     half = jnp.dtype(dtype)
     assert [None if a is None else a.dtype for a in got] == [jnp.float32, half, half if target is SOFT else None]
-    difference_is_rounded = loss.name in ("mse", "mae", "huber")
-    np.testing.assert_allclose(
-        got[0], wanted[0], rtol=float(jnp.finfo(dtype).eps) * 4 if difference_is_rounded else 1e-6
-    )
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(got[1].astype(jnp.float32), wanted[1], rtol=float(jnp.finfo(dtype).eps) * 2, atol=1e-6)
+
+
+FAR = 6e4 * RNG.uniform(-1, 1, size=(6, 5))
+ALL = {
+    **{loss.name: (loss, FAR, -FAR[::-1]) for loss in (*REGRESSIONS, fn.cosine(), fn.contrastive(0.5))},
+    "triplet": (fn.triplet(), FAR, (-FAR, FAR[::-1])),
+    "binary_cross_entropy": (fn.binary_cross_entropy(3.0), FAR, SOFT),
+    "focal": (fn.focal(), FAR, SOFT),
+    "hinge": (fn.hinge(), FAR, np.sign(-FAR)),
+    "kl_divergence": (fn.kl_divergence(), -np.abs(FAR), SOFT),
+    "cross_entropy": (CROSS_ENTROPY, FAR, SOFT),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_is_computed_in_half_precision_on_the_way_to_a_value(name, dtype):
+    loss, *x = ALL[name]
+    x = jax.tree.map(lambda a: np.asarray(a, dtype), x)
+    values = value(loss, *x)
+    with jax.enable_x64(True):
+        wanted = value(loss, *jax.tree.map(np.float64, x))
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, wanted, rtol=3e-6, atol=1e-6)
+
+
+# name: (what makes the loss of a number, of which a float32 and an integer are equal, its target)
+OF_A_NUMBER = {
+    "huber": (fn.huber, SOFT),
+    "focal, gamma": (fn.focal, SOFT),
+    "focal, alpha": (lambda alpha: fn.focal(1.0, alpha), SOFT),
+    "binary_cross_entropy, pos_weight": (fn.binary_cross_entropy, SOFT),
+    "binary_cross_entropy, pos_weights": (lambda w: fn.binary_cross_entropy(np.full(5, w)), SOFT),
+    "contrastive": (fn.contrastive, SOFT),
+    "triplet": (fn.triplet, (SOFT, -SOFT)),
+}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+def test_numbers_of_numpy_and_jax_are_options_like_pythons(name, x64, standard_promotion):
+    make, target = OF_A_NUMBER[name]
+    with jax.enable_x64(x64):
+        for dtype in (jnp.bfloat16, jnp.float32, *([jnp.float64] if x64 else [])):
+            shapes = jax.tree.map(lambda a, dtype=dtype: S(a.shape, dtype), (LOGITS, target))
+            types = [wide(dtype), *[dtype for _ in jax.tree.leaves(shapes)]]
+            for kind in (np.float32, np.float64, np.int64, jnp.float32, jnp.asarray):
+                got = jax.eval_shape(lambda p, t, loss=make(kind(1)): pull.__wrapped__(loss, p, t), *shapes)
+                assert [a.dtype for a in jax.tree.leaves(got)] == types
+        x = jax.tree.map(np.float32, (LOGITS, target))
+        values = [value(make(number), *x) for number in (0.5, np.float16(0.5), np.float64(0.5), jnp.float32(0.5))]
+        assert all(np.array_equal(values[0], other) for other in values[1:])
+
+
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+@pytest.mark.parametrize("bad", [True, "1", 1j])
+def test_what_is_no_real_number_is_no_option(name, bad):
+    with pytest.raises(fn.InputError, match="number"):
+        OF_A_NUMBER[name][0](bad)
 
 
 def test_float64_predictions_give_float64_values(x64):
@@ -156,6 +213,8 @@ def test_bwd_refuses_a_cotangent_of_another_shape_or_dtype(loss, shape, target):
         lambda: fn.huber(0),
         lambda: fn.huber(-1.0),
         lambda: fn.huber(float("nan")),
+        lambda: fn.huber(float("inf")),
+        lambda: fn.focal(float("inf")),
         lambda: fn.focal(-0.1),
         lambda: fn.focal(alpha=1.1),
     ],

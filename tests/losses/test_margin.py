@@ -20,6 +20,19 @@ def test_hinge_has_slope_0_at_its_kink_and_takes_integers():
     )
 
 
+def test_hinge_of_infinite_scores_has_its_limits_and_no_nan_on_the_way():
+    z, t = (a.ravel() for a in np.meshgrid(np.float32([np.inf, -np.inf]), np.float32([1, 0.5, 0, -0.5, -1])))
+    with jax.debug_nans(True):
+        values, dz, dt = pull.__wrapped__(fn.hinge(), jnp.float32(z), jnp.float32(t))
+        assert not any(
+            np.any(d) for d in pull.__wrapped__(fn.hinge(), jnp.float32(z), jnp.float32(t), jnp.zeros(10))[1:]
+        )
+    kept = t * np.sign(z) > 0
+    np.testing.assert_array_equal(values, np.where(kept, 0, np.where(t == 0, 1, np.inf)))
+    np.testing.assert_array_equal(dz, np.where(kept, 0, -t))
+    np.testing.assert_array_equal(dt, np.where(kept, 0, -z))
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

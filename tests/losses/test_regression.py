@@ -1,5 +1,6 @@
 """mse, mae and huber against their formulas; kinks and extremes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,6 +35,37 @@ def test_slopes_at_kinks_and_far_away(loss, r, slope):
     np.testing.assert_array_equal(dprediction, np.float32(slope))
     np.testing.assert_array_equal(dtarget, -np.float32(slope))
     np.testing.assert_array_equal(np.isfinite(values), np.isfinite(r))
+
+
+@pytest.mark.parametrize("loss", REGRESSIONS, ids=lambda loss: loss.name)
+def test_infinity_in_either_is_infinite_and_less_itself_has_no_limit(loss):
+    p, t = np.float32([[np.inf, 0, -np.inf], [np.inf, np.inf, -np.inf]])
+    with jax.debug_nans(True):
+        values, dp, dt = pull.__wrapped__(loss, jnp.float32(p[1:2]), jnp.float32(t[1:2]))
+        np.testing.assert_array_equal([values, dp, dt], [[np.inf], -dt, [np.inf if loss.name == "mse" else 1]])
+    values, dp, dt = pull(loss, p, t)
+    np.testing.assert_array_equal(np.isnan(values), [True, False, True])
+    np.testing.assert_array_equal(np.isnan(dp), [True, False, True])
+    for d in pull(loss, p, t, np.zeros(3, np.float32))[1:]:
+        assert not np.any(d)
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(jnp.float16, 40000.0), (jnp.bfloat16, 3e38), (jnp.float32, 3e38)])
+def test_a_difference_beyond_the_dtype_is_no_infinity(dtype, far):
+    """In half precision; in float32 it is one, and the slopes are right all the same."""
+    p, t = jnp.array([far, 1.0], dtype), jnp.array([-far, 1.0], dtype)
+    r = np.float64(p) - np.float64(t)
+    for loss, wanted, slope in (
+        (fn.mae(), np.abs(r), np.sign(r)),
+        (fn.huber(2.0), 2 * np.abs(r) - 2 * (r > 2), 2 * np.sign(r)),
+        (fn.mse(), r**2, 2 * r),
+    ):
+        values, dp, dt = pull(loss, p, t)
+        in_range = np.where(wanted > np.finfo(np.float32).max, np.inf, wanted)
+        np.testing.assert_allclose(values, in_range, rtol=1e-6)
+        limit = float(jnp.finfo(dtype).max)
+        np.testing.assert_array_equal(np.float64(dp), np.where(np.abs(slope) > limit, np.inf, slope))
+        np.testing.assert_array_equal(dt, -dp)
 
 
 @pytest.mark.parametrize("loss", REGRESSIONS, ids=lambda loss: loss.name)
