@@ -268,7 +268,7 @@ class Scores(NamedTuple):
         """Those in which something may be seen for its position; `heads` counts those of all examples."""
         edge = self.block or max(EDGE, (1 << int((SCORES / heads) ** 0.5).bit_length()) >> 1)
         rows, columns = (-(-n // -(-n // edge)) for n in (self.queries, self.keys))
-        reach = self.keys if self.window is None else self.window - 1
+        reach = self.queries + self.keys if self.window is None else self.window - 1
         starts = []
         for row in range(0, self.queries, rows):
             low, end = max(0, row - reach), min(self.keys, row + rows + (0 if self.causal else reach))
