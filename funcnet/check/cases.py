@@ -270,6 +270,23 @@ CASES: tuple[Case, ...] = (
     Case("attention/cross, masks, tiles", attention(4, 2, 3, block=3), _ATTENDED | {"context": "f32[2,5,2]"}),
     Case("attention/a mask for each head", attention(2), {"x": "f32[2,3,4]", "mask": "bool[2,2,3,3]"}),
     Case("attention/a bias for all heads", attention(2, block=2), {"x": "f32[2,3,4]", "bias": "f32[2,3,3]"}),
+    Case("attention/one key, tiles of queries", attention(2, block=2), {"x": "f32[2,5,4]", "context": "f32[2,1,3]"}),
+    Case(
+        "attention/causal, fewer keys, uneven tiles",
+        attention(2, causal=True, block=3),
+        {"x": "f32[2,8,4]", "context": "f32[2,4,3]"},
+    ),
+    Case(
+        "attention/causal, more keys, uneven tiles",
+        attention(1, causal=True, block=2),
+        {"x": "f32[2,3,2]", "context": "f32[2,7,3]"},
+    ),
+    Case(
+        "attention/window of fewer keys, tiles",
+        attention(1, window=4, block=2),
+        {"x": "f32[2,9,2]", "context": "f32[2,4,3]"},
+    ),
+    Case("attention/window of all, tiles", attention(1, causal=True, window=9, block=2), "f32[2,5,2]"),
     Case("attention/dropped weights, tiles", attention(2, causal=True, rate=0.4, block=3), "f32[2,5,4]"),
     Case("mlp", mlp(6, 3), "f32[4,5]"),
     Case("mlp/gated, dropped", mlp(3, 4, gated=True, rate=0.3, use_bias=False), "f32[2,3,5]"),

@@ -114,10 +114,10 @@ def test_the_output_is_numpys(case, x64):
     close(jax.jit(layer.apply)(params, (), inputs), numpy_attention(case, params, inputs), 1e-12)
 
 
-def dense_pull(options, params, inputs, dy):
+def dense_pull(options, params, inputs, dy, rounded=lambda s: s):
     """y, dparams and dinputs in float64 from all scores at once, as the docstring of the layer has them without tiles.
 
-    What all biases of a row have in common is taken out of them first: no weight depends on it.
+    `rounded` is what becomes of the sum of score and bias.
     """
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     parts = {name: np.asarray(a, np.float64 if a.dtype.kind not in "biu" else a.dtype) for name, a in inputs.items()}
@@ -144,9 +144,7 @@ def dense_pull(options, params, inputs, dy):
     if "mask" in parts:
         open_ = open_ & parts["mask"].reshape(batch, -1, T, S)
     if "bias" in parts:
-        b = np.where(open_, parts["bias"].reshape(batch, -1, T, S), -np.inf)
-        top = b.max(-1, keepdims=True)
-        s = s + (b - np.where(np.isinf(top), 0, top))
+        s = rounded(s + parts["bias"].reshape(batch, -1, T, S))
     s = np.where(open_, s, -np.inf)
     top = s.max(-1, keepdims=True)
     weights = np.exp(s - np.where(np.isinf(top), 0, top))
@@ -257,6 +255,34 @@ def test_by_default_too_a_thousand_queries_see_all_of_77_keys():
     y = jax.jit(layer.apply)(params, (), inputs)
     wanted = dense_pull({"heads": 8}, params, inputs, np.zeros((1, 1024, 8)))[0]
     close(y, wanted, 1e-5)
+
+
+LOWEST = {dtype: float(jnp.finfo(dtype).min) for dtype in ("float32", "float64", "bfloat16", "float16")}
+
+
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize(
+    ("dtype", "common"),
+    [(dtype, common) for dtype, low in LOWEST.items() for common in (-1e4, -1e9, low, 1e4, 1e6) if abs(common) <= -low],
+)
+def test_a_finite_bias_of_all_that_a_row_sees_takes_nothing_from_its_gradients(dtype, common, block, x64):
+    """Whole numbers, so that scores are what they should be: all that rounds them is the bias, where it is large.
+
+    Such a mask forbids nothing to a row that has nothing else: rows 0 and 3. Row 1 has one key left, row 2 no bias.
+    """
+    rng, dtype, options = np.random.default_rng(0), jnp.dtype(dtype), {"heads": 2, "head_dim": 4}
+    whole = lambda low, high, *shape: jnp.asarray(rng.integers(low, high + 1, shape), dtype)
+    bias = np.full((1, 4, 7), common)
+    bias[0, 1, 3] = bias[0, 2] = 0
+    inputs = {"x": whole(-1, 1, 1, 4, 3), "context": whole(-1, 1, 1, 7, 3), "bias": jnp.asarray(bias, dtype)}
+    layer = fn.attention(2, head_dim=4, block=block)
+    shapes = jax.eval_shape(layer.init, KEY, inputs)[0]
+    params, dy = jax.tree.map(lambda leaf: whole(-1, 1, *leaf.shape), shapes), whole(-2, 2, 1, 4, 3)
+    high = np.float64 if dtype == jnp.float64 else np.float32
+    got = pull(layer, params, inputs, dy)
+    wanted = dense_pull(options, params, inputs, dy, lambda s: s.astype(high).astype(np.float64))
+    assert [leaf.dtype for leaf in jax.tree.leaves(got)] == [dtype] * 12
+    close(got, wanted, (4 if dtype.itemsize == 2 else 64) * float(jnp.finfo(dtype).eps))
 
 
 def torch_pull(torch, case, params, inputs, dy):
@@ -484,7 +510,8 @@ def test_residuals_are_linear_in_the_positions_and_init_reads_sizes_off_the_inpu
     for fields in large.values():
         np.testing.assert_allclose(fields["kernel"].std(), 1 / 16, rtol=0.03)
     residuals = jax.eval_shape(layer.fwd, init(inputs)[0], (), inputs, None)[2]
-    shapes = {"q": (B, 2, 2, T, 3), "k": (B, 2, S, 3), "v": (B, 2, S, 3), "out": (B, T, 12), "lse": (B, 2, 2, T, 1)}
+    shapes = {"q": (B, 2, 2, T, 3), "k": (B, 2, S, 3), "v": (B, 2, S, 3), "out": (B, T, 12)}
+    shapes |= dict.fromkeys(("top", "log_mass"), (B, 2, 2, T, 1))
     assert {name: getattr(residuals, name).shape for name in shapes} == shapes
     assert residuals.key is None
 
