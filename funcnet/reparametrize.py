@@ -25,6 +25,7 @@ Source: Salimans and Kingma 2016, arXiv:1602.07868, section 2.1; Miyato et al. 2
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ from funcnet import expect
 from funcnet.arithmetic import flat, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Contraction, Shift, per_example, total
-from funcnet.layer import Layer, a_layer
+from funcnet.layer import Layer, a_layer, child
 from funcnet.layers.normalize import unit, unit_pullback
 
 Tree = Any
@@ -144,15 +145,13 @@ def spectral_norm(layer: Layer, names: tuple[str, ...] = ("kernel",), iterations
             return _at(names, whole, params, vectors)
 
     def init(key, x):
-        params, state = layer.init(key, x)
+        params, state = layer.init(child(key, 0), x)
+        keys = (child(child(key, 1), i) for i in count())  # two for each kernel
 
         def first(kernel):
             matrix = _columns(kernel)
-            start = [
-                jax.random.normal(k, (n,), matrix.dtype)
-                for k, n in zip(jax.random.split(key), matrix.shape, strict=True)
-            ]
-            return iterated(kernel, {"left": unit(start[0])[0], "right": unit(start[1])[0]}, 15)
+            left, right = (unit(jax.random.normal(next(keys), (n,), matrix.dtype))[0] for n in matrix.shape)
+            return iterated(kernel, {"left": left, "right": right}, 15)
 
         with expect.by("spectral_norm"):
             return params, {"layer": state, "vectors": _only(names, first, _with_kernels(names, params))}

@@ -49,7 +49,8 @@ def remat(layer: Layer) -> Layer:
 
 def rerun(layer: Layer, params: Tree, saved: Rerun, dy: Tree) -> Tree:
     """The residuals that `fwd` gave when `remat` dropped them, computed after dy: in the backward pass, not before."""
-    return layer.fwd(params, saved.state, after(dy, saved.x), saved.key)[2]
+    key = jax.tree.map(jax.random.clone, saved.key)  # to draw again what was drawn
+    return layer.fwd(params, saved.state, after(dy, saved.x), key)[2]
 
 
 class Mixed(NamedTuple):

@@ -72,6 +72,7 @@ from funcnet.transform import freeze, mixed, named, remat
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 WIDE = DTYPES[:2]  # of layers that refuse half precision
+UNSEEN = tuple(oracle for oracle in ORACLES if oracle != "numerical")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +84,14 @@ class Case:
         layer: the layer.
         x: its input in the texts of `funcnet.check.spec`, or a tuple of them; floating arrays are cast to each dtype.
         dtypes: those it is checked in.
+        oracles: those that it is put before; numerical differences see through `stop_gradient`.
     """
 
     name: str
     layer: Layer
     x: Any
     dtypes: tuple[str, ...] = DTYPES
+    oracles: tuple[str, ...] = ORACLES
 
     @property
     def constructor(self) -> str:
@@ -98,10 +101,10 @@ class Case:
     def check(self, dtype: str = "", oracles: Sequence[str] = (), **options: Any) -> Report:
         """`fn.check_layer` in one of its dtypes, the first by default.
 
-        By default the first is put before all oracles, the others before autodiff alone.
+        By default the first is put before all of the case's oracles, the others before autodiff alone.
         """
         dtype = dtype or self.dtypes[0]
-        oracles = oracles or (ORACLES if dtype == self.dtypes[0] else ("autodiff",))
+        oracles = oracles or (self.oracles if dtype == self.dtypes[0] else ("autodiff",))
         return check_layer(self.layer, self.x, dtype=dtype, oracles=oracles, **options)
 
 
@@ -170,6 +173,7 @@ CASES: tuple[Case, ...] = (
     Case("embedding/no positions", embedding(3, 2), "u8[4]<3"),
     Case("embedding/no ids", embedding(7, 5), "i32[0,3]<7"),
     Case("embedding/more positions than features", embedding(3, 2), "i16[2,5]<3"),
+    Case("embedding/padding", embedding(4, 3, padding_id=2), "i32[3,5]<4", oracles=UNSEEN),
     Case("embedding/rank 4", embedding(4, 1), "i32[2,1,3,2]<4"),
     Case("position_embedding", position_embedding(3), "f32[4,3,5]"),
     Case("position_embedding/fewer positions", position_embedding(4), "f32[2,3,2]"),
@@ -277,6 +281,23 @@ CASES: tuple[Case, ...] = (
     Case("attention/cross, masks, tiles", attention(4, 2, 3, block=3), _ATTENDED | {"context": "f32[2,5,2]"}),
     Case("attention/a mask for each head", attention(2), {"x": "f32[2,3,4]", "mask": "bool[2,2,3,3]"}),
     Case("attention/a bias for all heads", attention(2, block=2), {"x": "f32[2,3,4]", "bias": "f32[2,3,3]"}),
+    Case("attention/one key, tiles of queries", attention(2, block=2), {"x": "f32[2,5,4]", "context": "f32[2,1,3]"}),
+    Case(
+        "attention/causal, fewer keys, uneven tiles",
+        attention(2, causal=True, block=3),
+        {"x": "f32[2,8,4]", "context": "f32[2,4,3]"},
+    ),
+    Case(
+        "attention/causal, more keys, uneven tiles",
+        attention(1, causal=True, block=2),
+        {"x": "f32[2,3,2]", "context": "f32[2,7,3]"},
+    ),
+    Case(
+        "attention/window of fewer keys, tiles",
+        attention(1, window=4, block=2),
+        {"x": "f32[2,9,2]", "context": "f32[2,4,3]"},
+    ),
+    Case("attention/window of all, tiles", attention(1, causal=True, window=9, block=2), "f32[2,5,2]"),
     Case("attention/dropped weights, tiles", attention(2, causal=True, rate=0.4, block=3), "f32[2,5,4]"),
     Case("mlp", mlp(6, 3), "f32[4,5]"),
     Case("mlp/gated, dropped", mlp(3, 4, gated=True, rate=0.3, use_bias=False), "f32[2,3,5]"),

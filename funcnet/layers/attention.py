@@ -17,18 +17,20 @@ tile, these lines are all there is. Otherwise no matrix of T x S is formed: forw
 the `mass` and the sum `acc` relative to it are carried from tile to tile,
 
     top' = max(top, max(s))    c = e^(top - top')    p = e^(s - top')    mass' = c mass + rowsum(p)
-    acc' = c acc + (p * m) v                         in the end o = acc / mass, lse = top + log(mass)
+    acc' = c acc + (p * m) v                         in the end o = acc / mass
 
-and backward p = e^(s - lse), and delta = rowsum(do * o), which is rowsum(dp * p), are known at once, so that each tile
-adds its own part to dq, dk and dv.
+and backward p = e^(s - top - log(mass)), and delta = rowsum(do * o), which is rowsum(dp * p), are known at once, so
+that each tile adds its own part to dq, dk and dv.
 
-Residuals: the input as given; q, k, v, o and lse; with dropout the key.  Why these: they are linear in T and S. p would
-be T S numbers a head, and takes one more product and exponential to form again; m is drawn again, tile by tile. o is
+Residuals: the input as given; q, k, v, o, top and log(mass); with dropout the key.  Why these: they are linear in T and
+S. p would be T S numbers a head, and takes one more product and exponential to form again; m is drawn again, tile by
+tile. top and log(mass) are not added to one number, which has no digit left for log(mass) where top is -1e9. o is
 kept in float32 for half precision: the rows of ds add up to 0, of a delta of rounded o only to its rounding, and dk
 adds up many of them.
 Numerics: scores, weights and all sums in float32 for half precision; what is multiplied is rounded to the input's
 dtype. `top` begins with the lowest finite number, so that a row that sees nothing ends with mass 0, o = 0, p = 0 and no
-gradient: -inf - -inf never occurs.
+gradient: -inf - -inf never occurs. A finite bias forbids nothing: where all that a row may see has the bias -1e9, which
+in float32 leaves a score no digits, its weights are equal, forward and backward.
 Source: Vaswani et al. 2017, arXiv:1706.03762; Rabe and Staats 2021, arXiv:2112.05682, and Dao et al. 2022,
 arXiv:2205.14135 (tiles); Ainslie et al. 2023, arXiv:2305.13245 (shared keys); Beltagy et al. 2020, arXiv:2004.05150
 (windows).
@@ -66,7 +68,8 @@ class Attended(NamedTuple):
         q: [B, K, G, T, d], turned if rotary.
         k, v: [B, K, S, d], k turned if rotary.
         out: [B, T, H d], o of all heads side by side, in float32 for half precision.
-        lse: [B, K, G, T, 1], log(rowsum(e^s)); the lowest finite number for a row that sees nothing.
+        top: [B, K, G, T, 1], the largest score; the lowest finite number for a row that sees nothing.
+        log_mass: [B, K, G, T, 1], log(rowsum(e^(s - top))); 0 for a row that sees nothing.
         key: None where nothing is dropped.
     """
 
@@ -75,7 +78,8 @@ class Attended(NamedTuple):
     k: Array
     v: Array
     out: Array
-    lse: Array
+    top: Array
+    log_mass: Array
     key: Array | None
 
 
@@ -186,9 +190,9 @@ def attention(
         k = turned(_by_head(project("key", parts["context"]), kv_heads))
         v = _by_head(project("value", parts["context"]), kv_heads)
         q = q.reshape(len(q), kv_heads, -1, *q.shape[2:])
-        o, lse = _attend(q, k, v, rule(parts, key))
+        o, top, log_mass = _attend(q, k, v, rule(parts, key))
         out = _side_by_side(o.reshape(len(q), heads, *q.shape[3:]))
-        return project("out", out.astype(q.dtype)), Attended(inputs, q, k, v, out, lse, key)
+        return project("out", out.astype(q.dtype)), Attended(inputs, q, k, v, out, top, log_mass, key)
 
     @expect.by("attention")
     def apply(params, state, inputs):
@@ -201,7 +205,7 @@ def attention(
 
     @expect.by("attention")
     def bwd(params, residuals, dy, contract=total):
-        inputs, q, k, v, out, lse, key = residuals
+        inputs, q, k, v, out, top, log_mass, key = residuals
         parts = _parts(inputs, heads)
         x, context, layers = parts["x"], parts["context"], projections(parts["x"])
         expect.named(params, layers, "params")
@@ -213,7 +217,7 @@ def attention(
             return da
 
         o, do = (_by_head(a, heads).reshape(q.shape) for a in (out, pull("out", out.astype(q.dtype), dy)))
-        dq, dk, dv, dbias = _pull(q, k, v, o, lse, do, rule(parts, key))
+        dq, dk, dv, dbias = _pull(q, k, v, o, top, log_mass, do, rule(parts, key))
         dx = pull("query", x, _side_by_side(turned(dq.reshape(len(q), heads, *q.shape[3:]), -1)))
         of_context = pull("key", context, _side_by_side(turned(dk, -1))), pull("value", context, _side_by_side(dv))
         if not isinstance(inputs, Mapping):
@@ -268,7 +272,7 @@ class Scores(NamedTuple):
         """Those in which something may be seen for its position; `heads` counts those of all examples."""
         edge = self.block or max(EDGE, (1 << int((SCORES / heads) ** 0.5).bit_length()) >> 1)
         rows, columns = (-(-n // -(-n // edge)) for n in (self.queries, self.keys))
-        reach = self.keys if self.window is None else self.window - 1
+        reach = self.queries + self.keys if self.window is None else self.window - 1
         starts = []
         for row in range(0, self.queries, rows):
             low, end = max(0, row - reach), min(self.keys, row + rows + (0 if self.causal else reach))
@@ -311,8 +315,8 @@ class Scores(NamedTuple):
         return jnp.where(m, p / (1 - self.rate), 0.0)
 
 
-def _attend(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]:
-    """o [B, K, G, T, d] and lse [B, K, G, T, 1], both wide."""
+def _attend(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array, Array]:
+    """o [B, K, G, T, d], top and log(mass) [B, K, G, T, 1], all wide."""
 
     def body(carry: tuple[Array, ...], tile: Tile) -> tuple[Array, ...]:
         top, mass, acc = (_rows(a, tile) for a in carry)
@@ -327,11 +331,11 @@ def _attend(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]
     mass = acc[..., :1]
     top, mass, acc = _sweep(body, (jnp.full_like(mass, jnp.finfo(mass.dtype).min), mass, acc), scores)
     mass = jnp.where(mass == 0, 1.0, mass)
-    return acc / mass, top + jnp.log(mass)
+    return acc / mass, top, jnp.log(mass)
 
 
 def _pull(
-    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, scores: Scores
+    q: Array, k: Array, v: Array, o: Array, top: Array, log_mass: Array, do: Array, scores: Scores
 ) -> tuple[Array, Array, Array, Array | None]:
     """dq, dk, dv, and db, None without a bias. dk and dv are summed as [B, K, d, S]: no tile is transposed for them."""
     high, scale = wide(q.dtype), q.shape[-1] ** -0.5
@@ -339,7 +343,7 @@ def _pull(
 
     def body(carry: tuple[Any, ...], tile: Tile) -> tuple[Any, ...]:
         dq, dk, dv, db = carry
-        p = jnp.exp(scores.of(q, k, tile) - _rows(lse, tile))
+        p = jnp.exp(scores.of(q, k, tile) - _rows(top, tile) - _rows(log_mass, tile))
         dp = scores.kept(_product("bkgtd,bksd->bkgts", _rows(do, tile), _columns(v, tile)), tile)
         ds = p * (dp - _rows(delta, tile))
         dq = _add(dq, _product("bkgts,bksd->bkgtd", ds, _columns(k, tile)), tile.row, -2)

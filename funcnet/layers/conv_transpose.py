@@ -26,7 +26,7 @@ from funcnet.arithmetic import in_front
 from funcnet.factors import Shift, Window
 from funcnet.layer import Layer, stateless
 from funcnet.layers.conv import correlate, flipped, spread
-from funcnet.layers.dense import Initializer
+from funcnet.layers.dense import Initializer, drawn
 from funcnet.window import Padding, Sizes, Windows, spreading
 
 
@@ -78,9 +78,7 @@ def conv_transpose(
         return windows, shapes if use_bias else {"kernel": shapes["kernel"]}
 
     def init(key: Array, x: Any) -> dict[str, Array]:
-        expect.key(key)
-        inits = {"kernel": kernel_init, "bias": bias_init}
-        return {name: inits[name](key, shape, expect.dtype(x)) for name, shape in laid(x)[1].items()}
+        return drawn(key, {"kernel": kernel_init, "bias": bias_init}, laid(x)[1], expect.dtype(x))
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         windows, shapes = laid(x)

@@ -13,7 +13,7 @@ Numerics: gradients are summed in float32 for half-precision inputs, then rounde
 Source: Rumelhart, Hinton and Williams 1986, "Learning representations by back-propagating errors".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax import Array
@@ -22,7 +22,7 @@ from jax.nn import initializers
 from funcnet import expect
 from funcnet.arithmetic import contract_last, flat
 from funcnet.factors import Outer, Shift
-from funcnet.layer import Layer, stateless
+from funcnet.layer import Layer, child, stateless
 
 Initializer = Callable[..., Array]
 
@@ -52,9 +52,7 @@ def dense(
 
     def init(key: Array, x: Any) -> dict[str, Array]:
         expect.float_array(x)
-        expect.key(key)
-        inits = {"kernel": kernel_init, "bias": bias_init}
-        return {name: inits[name](key, shape, expect.dtype(x)) for name, shape in shapes(x.shape[-1]).items()}
+        return drawn(key, {"kernel": kernel_init, "bias": bias_init}, shapes(x.shape[-1]), expect.dtype(x))
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         expect.float_array(x, features=expect.size(params, "kernel"))
@@ -74,3 +72,11 @@ def dense(
         return dparams, dx
 
     return stateless("dense", init, fwd, bwd)
+
+
+def drawn(
+    key: Array, inits: Mapping[str, Initializer], shapes: Mapping[str, tuple[int, ...]], dtype: Any
+) -> dict[str, Array]:
+    """Parameters of these shapes, each with a key of its own, so that no draw is another's."""
+    expect.key(key)
+    return {name: inits[name](child(key, i), shape, dtype) for i, (name, shape) in enumerate(shapes.items())}

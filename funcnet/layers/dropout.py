@@ -94,6 +94,6 @@ def _dropping(
     @expect.by(name)
     def bwd(params, key, dy, contract=total):
         expect.float_array(dy)
-        return {}, drop(key, jnp.asarray(dy))
+        return {}, drop(jax.random.clone(key), jnp.asarray(dy))  # the same draw, on purpose
 
     return Layer(name, init, apply, fwd, bwd)

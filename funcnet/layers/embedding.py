@@ -8,6 +8,7 @@
 Backward:
 
     embedding              dtable[v] = sum_bt [ids[b, t] = v] dy[b, t]         the factor Gather(ids, dy); ids have none
+                           0 for a padding row, which is looked up as a constant
     position_embedding     dtable[t] = sum_b dy[b, t]                          the factor Shift(dy);       dx = dy
     sinusoidal_positions                                                                                   dx = dy
     rotary                 a rotation, so its transpose is its inverse:        dx = rotary(dy, -positions)
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.nn import initializers
 
 from funcnet import expect
@@ -40,6 +41,7 @@ def embedding(
     *,
     embedding_init: Initializer = initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
     dtype: Any = jnp.float32,
+    padding_id: int | None = None,
 ) -> Layer[dict[str, Array], tuple[()], Array]:
     """The rows [.., D] of a table for integer ids [..], any rank and any integer dtype; params embedding [V, D].
 
@@ -50,27 +52,33 @@ def embedding(
         features: D, the size of a row.
         embedding_init: as in `jax.nn.initializers`. The default draws rows of length 1 or so: std = sqrt(1 / D).
         dtype: of the table, since the ids cannot tell.
+        padding_id: an id whose row is zeros at first and, being a constant here, has no gradient, as PyTorch's
+            `padding_idx`. Where the table is a head's kernel too (`fn.tied`), its row has the head's gradient.
 
     Raises:
         expect.InputError: if x is not of integers, or one of them is not in [0, V). Under `jit`, where they cannot be
-            read, the row of an id out of range is NaN, and its cotangent is dropped.
+            read, the row of an id out of range is NaN, and its cotangent is dropped. If padding_id is no id.
     """
     shape = expect.count(vocab, "vocab"), expect.count(features, "features")
+    pads = _padding(padding_id, shape[0])
 
     def init(key: Array, x: Any) -> dict[str, Array]:
         _ids(x, shape[0])
-        return {"embedding": embedding_init(expect.key(key), shape, dtype)}
+        table = embedding_init(expect.key(key), shape, dtype)
+        return {"embedding": table if pads is None else table.at[pads].set(0)}
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         _ids(x, shape[0])
         _table(params, shape)
         ids = whole(x)
-        return _rows(params["embedding"], ids), ids
+        y = _rows(params["embedding"], ids)
+        return y if pads is None else jnp.where((ids == pads)[..., None], lax.stop_gradient(y), y), ids
 
     def bwd(params, ids, dy, contract):
         table = _table(params, shape)
         dy = expect.cotangent(dy, (*ids.shape, shape[1]), table.dtype)
-        return {"embedding": contract(Gather(ids, dy, shape[0]), table)}, None
+        learning = ids if pads is None else jnp.where(ids == pads, shape[0], ids)  # an id out of range adds nothing
+        return {"embedding": contract(Gather(learning, dy, shape[0]), table)}, None
 
     return stateless("embedding", init, fwd, bwd)
 
@@ -197,6 +205,16 @@ def _ids(x: Any, vocab: int) -> None:
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         received = f"id {ids[where]} at index {where}, and {int(bad.sum()) - 1} more"
         raise InputError(f"ids from 0 to {vocab - 1}", received, "correct the ids, or ask for a larger vocab")
+
+
+def _padding(padding_id: Any, vocab: int) -> int | None:
+    """`padding_id` if it is an id, or None."""
+    if padding_id is None:
+        return None
+    if isinstance(padding_id, bool) or not hasattr(padding_id, "__index__") or not 0 <= int(padding_id) < vocab:
+        remedy = "give the id that pads; counted from the end, as PyTorch takes it, -1 is vocab - 1"
+        raise InputError(f"a padding_id from 0 to {vocab - 1}, or None", repr(padding_id), remedy)
+    return int(padding_id)
 
 
 def _table(params: Any, shape: tuple[int, int]) -> Array:

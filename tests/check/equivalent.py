@@ -323,6 +323,9 @@ _BY_REASON = {
         "_pull: blocks = [-((-p)) for p, s in zip(padded, windows.strides, strict=True)]",
         "_shifts: reach = [-((-k)) for k, s in zip(windows.window, windows.strides, strict=True)]",
     ],
+    "no id equals None, so that without a padding row none is replaced": [
+        "embedding: learning = (jnp.where(ids == pads, shape[0], ids))",
+    ],
     "a float0 stands for no gradient as None does": [
         "from_function: return jax.tree.leaves(dparams), (dx)",
     ],

@@ -1,5 +1,6 @@
 """attention: against NumPy, JAX and PyTorch; whole and in tiles; masks, lengths, windows, dropout; what it refuses."""
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
+from funcnet.layers.attention import Scores
 
 KEY = jax.random.key(0)
 B, T, S, D, C, H, K, HEAD = 2, 7, 5, 8, 6, 4, 2, 4
@@ -110,6 +112,177 @@ def numpy_attention(case, params, inputs):
 def test_the_output_is_numpys(case, x64):
     layer, params, inputs, _ = setting(case)
     close(jax.jit(layer.apply)(params, (), inputs), numpy_attention(case, params, inputs), 1e-12)
+
+
+def dense_pull(options, params, inputs, dy, rounded=lambda s: s):
+    """y, dparams and dinputs in float64 from all scores at once, as the docstring of the layer has them without tiles.
+
+    `rounded` is what becomes of the sum of score and bias.
+    """
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    parts = {name: np.asarray(a, np.float64 if a.dtype.kind not in "biu" else a.dtype) for name, a in inputs.items()}
+    x, context, heads, dy = parts["x"], parts.get("context", parts["x"]), options["heads"], np.asarray(dy, np.float64)
+    kv_heads, (batch, T), S = options.get("kv_heads") or heads, x.shape[:2], context.shape[1]
+    split = lambda a, n: a.reshape(batch, -1, n, a.shape[-1] // n).swapaxes(1, 2)
+    join = lambda a: a.swapaxes(1, 2).reshape(batch, a.shape[2], -1)
+    q, k, v = (a @ p[n]["kernel"] + p[n]["bias"] for n, a in (("query", x), ("key", context), ("value", context)))
+    q, k, v = split(q, heads), split(k, kv_heads), split(v, kv_heads)
+    d = q.shape[-1]
+    if options.get("rotary"):
+        speed = 1e4 ** (-2 * np.arange(d // 2) / d)
+        turn = lambda n, sign: np.exp(sign * 1j * np.arange(n)[:, None] * speed)
+        halves = lambda z: np.concatenate([z.real, z.imag], -1)
+        turned = lambda a, sign=1: halves((a[..., : d // 2] + 1j * a[..., d // 2 :]) * turn(a.shape[2], sign))
+        q, k = turned(q), turned(k)
+    shared = lambda a: a.repeat(heads // kv_heads, 1)
+    s = q @ shared(k).swapaxes(2, 3) / np.sqrt(d)
+    t, u = np.arange(T)[:, None], np.arange(S)[None]
+    open_ = np.broadcast_to((u <= t) | (not options.get("causal")), s.shape)
+    open_ = open_ & (abs(t - u) < (options.get("window") or T + S))
+    if "lengths" in parts:
+        open_ = open_ & (u < parts["lengths"][:, None, None, None])
+    if "mask" in parts:
+        open_ = open_ & parts["mask"].reshape(batch, -1, T, S)
+    if "bias" in parts:
+        s = rounded(s + parts["bias"].reshape(batch, -1, T, S))
+    s = np.where(open_, s, -np.inf)
+    top = s.max(-1, keepdims=True)
+    weights = np.exp(s - np.where(np.isinf(top), 0, top))
+    weights = weights / np.where(weights.any(-1, keepdims=True), weights.sum(-1, keepdims=True), 1)
+    o = join(weights @ shared(v))
+    y = o @ p["out"]["kernel"] + p["out"]["bias"]
+
+    def pull(name, a, dy):
+        dparams[name] = {"kernel": np.einsum("bti,btj->ij", a, dy), "bias": dy.sum((0, 1))}
+        return dy @ p[name]["kernel"].T
+
+    dparams: dict[str, Any] = {}
+    grouped = lambda a: a.reshape(batch, kv_heads, -1, S, d).sum(2)
+    do = split(pull("out", o, dy), heads)
+    dp = do @ shared(v).swapaxes(2, 3)
+    ds = weights * (dp - (weights * dp).sum(-1, keepdims=True))
+    dq, dk = ds @ shared(k) / np.sqrt(d), grouped(ds.swapaxes(2, 3) @ q) / np.sqrt(d)
+    if options.get("rotary"):
+        dq, dk = turned(dq, -1), turned(dk, -1)
+    dx = pull("query", x, join(dq))
+    dcontext = pull("key", context, join(dk)) + pull("value", context, join(grouped(weights.swapaxes(2, 3) @ do)))
+    dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx + (0 if "context" in inputs else dcontext)}
+    if "context" in inputs:
+        dinputs["context"] = dcontext
+    if "bias" in inputs:
+        dinputs["bias"] = ds if inputs["bias"].ndim == 4 else ds.sum(1)
+    return y, {name: dparams[name] for name in params}, dinputs
+
+
+def relations():
+    """Options, T and S: every relation of the two, of tiles to each, and of a window to both."""
+    sizes = [(1, 1), (1, 6), (6, 1), (2, 7), (7, 2), (4, 6), (6, 4), (5, 5), (8, 3), (3, 8)]
+    for T, S in sizes:
+        windows = sorted({None, 1, 2, min(T, S), max(T, S), T + S + 1}, key=str)
+        for block, window, causal in product((None, 1, 2, 3, 4, 5), windows, (False, True)):
+            yield {"block": block, "window": window, "causal": causal}, T, S
+
+
+def test_tiles_cover_what_a_query_may_see_for_its_position_once():
+    """A tile that was moved back to end with the scores counts from where it was."""
+    for options, T, S in relations():
+        tiles = Scores(**options, rate=0.0, queries=T, keys=S, mask=None, bias=None, lengths=None, key=None).tiles(2)
+        covered = np.zeros((T, S), int)
+        for tile in tiles:
+            covered[tile.row : tile.row + tile.rows, tile.column : tile.column + tile.columns] += 1
+        t, s = np.arange(T)[:, None], np.arange(S)[None]
+        seen = ((s <= t) | (not options["causal"])) & (abs(t - s) < (options["window"] or T + S))
+        assert covered.max() == 1, (options, T, S)
+        assert covered[seen].all(), (options, T, S)
+        assert [tile.number for tile in tiles] == list(range(len(tiles)))
+
+
+def drawn(seed):
+    """Options and an input at random, of `relations` and all else that a layer takes."""
+    rng = np.random.default_rng(seed)
+    every = list(relations())
+    options, T, S = every[rng.integers(len(every))]
+    heads, batch = int(rng.choice([1, 2, 4])), int(rng.integers(1, 3))
+    options = {"heads": heads, "kv_heads": int(rng.choice([1, heads])), "head_dim": 2, **options}
+    options |= {"rotary": bool(rng.random() < 0.2), "window": options["window"] if rng.random() < 0.5 else None}
+    draw = lambda *shape: rng.normal(size=shape)
+    inputs: dict[str, Any] = {"x": draw(batch, T, 3)}
+    if T != S or rng.random() < 0.5:
+        inputs["context"] = draw(batch, S, 2)
+    each = lambda: (batch, heads, T, S) if rng.random() < 0.5 else (batch, T, S)
+    if rng.random() < 0.3:
+        inputs["mask"] = draw(*each()) < 0.7
+    if rng.random() < 0.3:
+        inputs["bias"] = np.where(draw(*(shape := each())) < 1, draw(*shape), -np.inf)
+    if rng.random() < 0.3:
+        inputs["lengths"] = rng.integers(0, S + 1, batch).astype(np.int32)
+    return options, inputs, draw(batch, T, 3)
+
+
+def filled(layer, inputs, dtype):
+    """Params with biases that are not 0."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), jax.eval_shape(layer.init, KEY, inputs)[0]
+    )
+
+
+@pytest.mark.parametrize("seed", [*range(24), *(pytest.param(n, marks=pytest.mark.slow) for n in range(24, 96))])
+def test_whatever_the_options_it_is_attention_over_all_scores_at_once(seed, x64):
+    options, inputs, dy = drawn(seed)
+    layer = fn.attention(**options)
+    params = filled(layer, inputs, np.float64)
+    close(pull(layer, params, inputs, dy), dense_pull(options, params, inputs, dy))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "block": 1}], ids=str)
+def test_apply_sees_the_keys_that_fwd_sees(options, x64):
+    """More queries than keys, in several tiles of queries."""
+    inputs = {"x": np.cos(np.arange(9.0)).reshape(1, 3, 3), "context": np.ones((1, 1, 2))}
+    layer = fn.attention(1, head_dim=2, **{"block": 2, **options})
+    params = filled(layer, inputs, np.float64)
+    y = dense_pull({"heads": 1, **options}, params, inputs, np.zeros((1, 3, 3)))[0]
+    assert y.all()
+    close((layer.apply(params, (), inputs), layer.fwd(params, (), inputs, None)[0]), (y, y))
+
+
+def test_by_default_too_a_thousand_queries_see_all_of_77_keys():
+    rng = np.random.default_rng(0)
+    x, context = (rng.normal(size=(1, n, 8)).astype(np.float32) for n in (1024, 77))
+    layer = fn.attention(8)
+    inputs = {"x": x, "context": context}
+    params = filled(layer, inputs, np.float32)
+    y = jax.jit(layer.apply)(params, (), inputs)
+    wanted = dense_pull({"heads": 8}, params, inputs, np.zeros((1, 1024, 8)))[0]
+    close(y, wanted, 1e-5)
+
+
+LOWEST = {dtype: float(jnp.finfo(dtype).min) for dtype in ("float32", "float64", "bfloat16", "float16")}
+
+
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize(
+    ("dtype", "common"),
+    [(dtype, common) for dtype, low in LOWEST.items() for common in (-1e4, -1e9, low, 1e4, 1e6) if abs(common) <= -low],
+)
+def test_a_finite_bias_of_all_that_a_row_sees_takes_nothing_from_its_gradients(dtype, common, block, x64):
+    """Whole numbers, so that scores are what they should be: all that rounds them is the bias, where it is large.
+
+    Such a mask forbids nothing to a row that has nothing else: rows 0 and 3. Row 1 has one key left, row 2 no bias.
+    """
+    rng, dtype, options = np.random.default_rng(0), jnp.dtype(dtype), {"heads": 2, "head_dim": 4}
+    whole = lambda low, high, *shape: jnp.asarray(rng.integers(low, high + 1, shape), dtype)
+    bias = np.full((1, 4, 7), common)
+    bias[0, 1, 3] = bias[0, 2] = 0
+    inputs = {"x": whole(-1, 1, 1, 4, 3), "context": whole(-1, 1, 1, 7, 3), "bias": jnp.asarray(bias, dtype)}
+    layer = fn.attention(2, head_dim=4, block=block)
+    shapes = jax.eval_shape(layer.init, KEY, inputs)[0]
+    params, dy = jax.tree.map(lambda leaf: whole(-1, 1, *leaf.shape), shapes), whole(-2, 2, 1, 4, 3)
+    high = np.float64 if dtype == jnp.float64 else np.float32
+    got = pull(layer, params, inputs, dy)
+    wanted = dense_pull(options, params, inputs, dy, lambda s: s.astype(high).astype(np.float64))
+    assert [leaf.dtype for leaf in jax.tree.leaves(got)] == [dtype] * 12
+    close(got, wanted, (4 if dtype.itemsize == 2 else 64) * float(jnp.finfo(dtype).eps))
 
 
 def torch_pull(torch, case, params, inputs, dy):
@@ -337,7 +510,8 @@ def test_residuals_are_linear_in_the_positions_and_init_reads_sizes_off_the_inpu
     for fields in large.values():
         np.testing.assert_allclose(fields["kernel"].std(), 1 / 16, rtol=0.03)
     residuals = jax.eval_shape(layer.fwd, init(inputs)[0], (), inputs, None)[2]
-    shapes = {"q": (B, 2, 2, T, 3), "k": (B, 2, S, 3), "v": (B, 2, S, 3), "out": (B, T, 12), "lse": (B, 2, 2, T, 1)}
+    shapes = {"q": (B, 2, 2, T, 3), "k": (B, 2, S, 3), "v": (B, 2, S, 3), "out": (B, T, 12)}
+    shapes |= dict.fromkeys(("top", "log_mass"), (B, 2, 2, T, 1))
     assert {name: getattr(residuals, name).shape for name in shapes} == shapes
     assert residuals.key is None
 

@@ -193,6 +193,69 @@ def test_sizes_that_are_no_counts_are_refused(sizes):
         fn.embedding(*sizes)
 
 
+@pytest.mark.parametrize("pad", [0, 3, 6, np.int64(3)])
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "uint32"])
+def test_a_padding_row_is_pytorchs(pad, kind, x64):
+    """Looked up as it is, without a gradient; zeros at first."""
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.Embedding(7, 5, padding_idx=int(pad), dtype=torch.float64)
+    layer, ids = fn.embedding(7, 5, dtype=float, padding_id=pad), IDS.astype(kind)
+    first = layer.init(KEY, ids)[0]["embedding"]
+    np.testing.assert_array_equal(np.flatnonzero(~first.any(1)), np.flatnonzero(~theirs.weight.detach().any(1)))
+    theirs.weight.data = torch.tensor(TABLE)
+    out = theirs(torch.tensor(IDS))
+    out.backward(torch.tensor(DY))
+    params = {"embedding": jnp.asarray(TABLE)}
+    y, _, saved = jax.jit(layer.fwd)(params, (), ids, None)
+    np.testing.assert_array_equal(y, out.detach().numpy())
+    np.testing.assert_array_equal(layer.apply(params, (), ids), y)
+    wanted = theirs.weight.grad.numpy()
+    np.testing.assert_allclose(layer.bwd(params, saved, DY)[0]["embedding"], wanted, rtol=1e-12)
+    plain = jax.grad(lambda params: jnp.sum(layer.apply(params, (), ids) * DY))(params)
+    np.testing.assert_allclose(plain["embedding"], wanted, rtol=1e-12)
+
+
+def test_no_contraction_gives_a_padding_row_anything():
+    layer, params, dy = fn.embedding(7, 5, padding_id=3), {"embedding": jnp.ones((7, 5))}, jnp.asarray(DY, jnp.float32)
+    saved = layer.fwd(params, (), IDS, None)[2]
+    by = lambda contract: layer.bwd(params, saved, dy, contract)[0]["embedding"]
+    each = np.stack([summed(ids, d) for ids, d in zip(IDS, DY, strict=True)])
+    each[:, 3] = 0
+    np.testing.assert_allclose(by(fn.total), each.sum(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(by(fn.per_example), each, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(by(fn.squared_norm), np.square(each).sum((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(fn.total(by(fn.keep), params["embedding"]), by(fn.total))
+    touched = by(fn.rows)
+    assert 3 not in touched.ids
+    np.testing.assert_allclose(jnp.zeros((7, 5)).at[touched.ids].add(touched.rows), by(fn.total), rtol=1e-6)
+
+
+def test_a_padding_row_that_is_a_heads_too_has_the_heads_gradient(x64):
+    """As in PyTorch, where `padding_idx` is the lookup's own."""
+    torch = pytest.importorskip("torch")
+    model = fn.serial(fn.embedding(7, 5, dtype=float, padding_id=3), head=fn.dense(7, use_bias=False))
+    model = fn.tied(model, {"head/kernel": "embedding/embedding.T"})
+    params = {"embedding": {"embedding": jnp.asarray(TABLE)}, "head": {}}
+    y, _, residuals = model.fwd(params, model.init(KEY, IDS)[1], IDS, None)
+    table = torch.tensor(TABLE, requires_grad=True)
+    out = torch.nn.functional.embedding(torch.tensor(IDS), table, padding_idx=3) @ table.T
+    out.backward(torch.cos(out.detach()))
+    np.testing.assert_allclose(y, out.detach().numpy(), rtol=1e-12, atol=1e-12)
+    for contract in (fn.total, fn.per_example):
+        answer = model.bwd(params, residuals, jnp.cos(y), contract)[0]["embedding"]["embedding"]
+        answer = answer if contract is fn.total else answer.sum(0)
+        np.testing.assert_allclose(answer, table.grad.numpy(), rtol=1e-10, atol=1e-12)
+    each = model.bwd(params, residuals, jnp.cos(y), fn.per_example)[0]["embedding"]["embedding"]
+    squares = model.bwd(params, residuals, jnp.cos(y), fn.squared_norm)[0]["embedding"]["embedding"]
+    np.testing.assert_allclose(squares, np.square(each).sum((1, 2)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("bad", [-1, 7, 2.0, True, "3"])
+def test_a_padding_id_that_is_no_id_is_refused(bad):
+    with pytest.raises(fn.InputError, match="a padding_id from 0 to 6"):
+        fn.embedding(7, 5, padding_id=bad)
+
+
 # Positions
 
 
