@@ -82,7 +82,7 @@ def _owners(objective: Objective, params: Tree, state: Tree) -> list[str]:
         layer, names = objective.model, []
         if is_both(params):
             layer, path = getattr(objective, path[0].key), path[1:]
-        for name in (getattr(entry, "key", None) for entry in path):
+        for name in (getattr(entry, "key", "") for entry in path):
             if name in layer.parts:
                 layer = layer.parts[name]
                 names.append(name)

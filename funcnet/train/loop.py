@@ -372,10 +372,10 @@ def _weights(shape: tuple[int, ...], given: Any) -> np.ndarray:
     check_weights(shape, given)
     with np.errstate(over="ignore"):
         weights = np.asarray(given).astype(jnp.result_type(float))
-        fit = np.isfinite(weights) & (weights >= 0)
-        if fit.all() and np.isfinite(weights.sum()):
-            return weights
-    received = f"a sum of {weights.sum()}"
+        fit, total = np.isfinite(weights) & (weights >= 0), weights.sum()
+    if fit.all() and np.isfinite(total):
+        return weights
+    received = f"a sum of {total}"
     if not fit.all():
         index = tuple(int(i) for i in np.argwhere(~fit)[0])
         received = f"{np.asarray(given)[index]} at index {index}"

@@ -146,8 +146,8 @@ def check_weights(shape: tuple[int, ...], weights: Any) -> None:
 class Share(NamedTuple):
     """By how much the means of a batch count in means over several batches: the loss by mass, metrics by weight."""
 
-    mass: Array
-    weight: Array
+    mass: Any
+    weight: Any
 
 
 def share(objective: Objective, batch: Batch) -> Share:

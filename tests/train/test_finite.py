@@ -81,7 +81,7 @@ def test_an_update_whose_norm_overflows_is_told_from_one_that_is_not_finite():
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_step_is_made_again_as_it_was_made_in_micro_batches_too(accumulate):
-    """Variances of micro-batches are told from those of the batch: 1e20 beside itself has none, beside 0 an infinite one."""
+    """1e20 beside itself, as in these micro-batches, has variance 0; beside 0 it is infinite."""
     x = np.array([[1e20], [0], [0], [1e20], [0], [0]], np.float32)
     batch = x, np.zeros((6, 1), np.float32)
     objective = fn.objective(fn.serial(fn.batch_norm()), fn.mse())
