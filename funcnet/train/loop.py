@@ -78,7 +78,7 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
         nothing = False
         if check(batch):
             sums, shares = _floats(jax.device_get(scores(params, state, batch)))
-            told.append(Told({name: value / (_by(shares, name) or 1.0) for name, value in sums.items()}, shares))
+            told.append(Told({name: value / (_divisor(shares, name) or 1.0) for name, value in sums.items()}, shares))
     if nothing:
         raise InputError("at least one batch", "none", "pass a list of (inputs, targets)")
     if not told:
@@ -95,7 +95,7 @@ def _scores(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[dict[st
         prediction = objective.model.apply(own.model, states.model, inputs)
         with at(objective.loss.name):
             values = objective.loss.apply(own.loss, states.loss, (prediction, targets))
-        counting, _ = weighed(objective.loss, targets, weights)
+        counting, _, _ = weighed(objective.loss, targets, weights)
         sums = weighted_sums(objective, prediction, targets, values, counting)
         del sums["weight"]
         return sums, share(objective, batch)
@@ -372,15 +372,13 @@ def _weights(shape: tuple[int, ...], given: Any) -> np.ndarray:
     check_weights(shape, given)
     with np.errstate(over="ignore"):
         weights = np.asarray(given).astype(jnp.result_type(float))
-        fit, total = np.isfinite(weights) & (weights >= 0), weights.sum()
-    if fit.all() and np.isfinite(total):
-        return weights
-    received = f"a sum of {total}"
+    fit = np.isfinite(weights) & (weights >= 0)
     if not fit.all():
         index = tuple(int(i) for i in np.argwhere(~fit)[0])
         received = f"{np.asarray(given)[index]} at index {index}"
-    wanted = "weights in the batch that are finite, also their sum, and not negative"
-    raise InputError(wanted, received, "give 0 to what is not to count; only ratios of the weights matter")
+        remedy = "give 0 to what is not to count; only ratios of the weights matter"
+        raise InputError("weights in the batch that are finite and not negative", received, remedy)
+    return weights
 
 
 def _check_finite(path: tuple, leaf: Any, may_forbid: bool) -> None:
@@ -402,18 +400,18 @@ def _floats(told: Any) -> Any:
     return jax.tree.map(float, told)
 
 
-def _by(share: Share, name: str) -> float:
-    """By how much the mean of this name counts in a mean over several batches: a norm as one."""
-    if name in WATCHED[1:]:
-        return 1.0
+def _divisor(share: Share, name: str) -> float:
+    """What the sum of this name is divided by for the mean of its batch."""
     return share.mass if name == "loss" else share.weight
 
 
 def _means(told: list[Told]) -> Record:
-    """The means over several batches, the loss first."""
+    """The means over several batches, the loss first; norms count one a step."""
 
     def mean(name):
-        by = [_by(each.share, name) for each in told]
+        by = [2.0**each.share.e * _divisor(each.share, name) for each in told]
+        if name in WATCHED[1:]:
+            by = [1.0] * len(told)
         return sum(b * each.means[name] for b, each in zip(by, told, strict=True)) / (sum(by) or 1.0)
 
     return {name: mean(name) for name in sorted(told[0].means, key=lambda name: (name != "loss", name))}

@@ -9,7 +9,8 @@ and so is every metric:
 
     a_i = w_i c_i / sum_j w_j m_j        c_i = 1 if l_i counts, else 0        m_i = c_i, if the loss says no other mass
 
-Only ratios of the weights matter. Where no value counts, or all weights are 0, a = 0: loss and gradients are 0.
+Only ratios of the weights matter: they are first scaled by the power of two that brings the largest below 1, so that no
+sum of them overflows. Where no value counts, or all weights are 0, a = 0: loss and gradients are 0.
 
 Params, state and gradients are the model's, as long as the loss has none of its own. With a loss that has, such as
 `fn.linear_cross_entropy`, all three are dicts {"model": .., "loss": ..}. Since a is known before the forward pass, a
@@ -35,7 +36,7 @@ Pair = tuple[Any, Any]  # (inputs, targets)
 Batch = Pair | tuple[Any, Any, Any]  # (inputs, targets, weights)
 PARTS = ("model", "loss")
 LAST = 2**32 - 1  # the loss's own number among the keys that `serial` gives its layers by theirs
-OWN_NAMES = frozenset(("loss", "weight", "step", "grad_norm", "update_norm", "skipped"))  # numbers of every record
+OWN_NAMES = frozenset(("loss", "weight", "step", "grad_norm", "update_norm", "skipped"))  # of a record's own numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,15 +98,11 @@ def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tup
     """A batch as its pair (inputs, targets) and the coefficients a of the values: those given, or those of its mean."""
     inputs, targets, weights = check_batch(batch)
     if coefficients is None:
-        counting, each = weighed(objective.loss, targets, weights)
+        counting, each, _ = weighed(objective.loss, targets, weights)
         divisor = jnp.sum(each)
-        if weights is not None:
-            divisor = jnp.where(jnp.isinf(divisor), jnp.nan, divisor)
         return (inputs, targets), counting / jnp.where(divisor == 0, 1.0, divisor)
     if weights is not None:
-        remedy = (
-            "the argument holds the coefficients of a sum, the batch the relative weights of a mean: give one of them"
-        )
+        remedy = "give one: the argument for the coefficients of a sum, the batch for relative weights of a mean"
         raise InputError("weights in the batch or as an argument", "both", remedy)
     coefficients, counted = jnp.asarray(coefficients), objective.loss.counted(targets)
     if coefficients.shape != counted.shape or not is_floating(coefficients):
@@ -114,19 +111,20 @@ def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tup
     return (inputs, targets), coefficients
 
 
-def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array]:
-    """What each value of the loss weighs in the sum, w c, and adds to the divisor of the mean, w m.
+def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array, Array]:
+    """What each value of the loss weighs in the sum, w c, and adds to the divisor, w m; both times 2^-e, and e.
 
-    A weight that is negative or not finite is NaN in both.
+    Where a weight is negative or not finite, both are NaN.
     """
     counted = loss.counted(targets)
     each = mass(loss, targets).astype(jnp.result_type(float))
     if weights is None:
-        return counted.astype(each.dtype), each
+        return counted.astype(each.dtype), each, jnp.zeros((), jnp.int32)
     check_weights(counted.shape, weights)
     weights = jnp.asarray(weights).astype(each.dtype)
-    weights = jnp.where((weights >= 0) & (weights < jnp.inf), weights, jnp.nan)
-    return jnp.where(counted, weights, 0.0), weights * each
+    e = jnp.frexp(jnp.max(weights))[1]
+    weights = jnp.ldexp(weights, -e) + 0.0 * jnp.max(jnp.where((weights >= 0) & (weights < jnp.inf), 0.0, jnp.inf))
+    return jnp.where(counted, weights, 0.0), weights * each, e
 
 
 def mass(loss: Loss, targets: Any) -> Array:
@@ -144,17 +142,21 @@ def check_weights(shape: tuple[int, ...], weights: Any) -> None:
 
 
 class Share(NamedTuple):
-    """By how much the means of a batch count in means over several batches: the loss by mass, metrics by weight."""
+    """By how much the means of a batch count in means over several batches: the loss by mass, metrics by weight.
+
+    Both are times 2^-e.
+    """
 
     mass: Any
     weight: Any
+    e: Any
 
 
 def share(objective: Objective, batch: Batch) -> Share:
-    """sum(w m) and sum(w c) of a batch."""
+    """sum(w m) and sum(w c) of a batch, scaled as its weights are."""
     _, targets, weights = check_batch(batch)
-    counting, each = weighed(objective.loss, targets, weights)
-    return Share(jnp.sum(each), jnp.sum(counting))
+    counting, each, e = weighed(objective.loss, targets, weights)
+    return Share(jnp.sum(each), jnp.sum(counting), e)
 
 
 def weighted(weights: Array, values: Array) -> Array:
