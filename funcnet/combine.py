@@ -264,6 +264,7 @@ def repeat(layer: Layer, times: int) -> Layer:
 
     def apply(params, state, x):
         check(params, state)
+        expect.shapes(x)
 
         def body(x, layers):
             params, state = layers
@@ -273,6 +274,7 @@ def repeat(layer: Layer, times: int) -> Layer:
 
     def fwd(params, state, x, key):
         check(params, state)
+        expect.shapes(x)
 
         def body(x, layers):
             params, state, key = layers
@@ -294,6 +296,7 @@ def repeat(layer: Layer, times: int) -> Layer:
 
     def fwd_of_reversible(params, state, x, key):
         check(params, state)
+        expect.shapes(x)
 
         def body(x, layers):
             params, state, key = layers

@@ -64,8 +64,21 @@ def by(kind: str) -> Iterator[None]:
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` has a shape and a dtype: an array, a tracer or a `jax.ShapeDtypeStruct`."""
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+    """Whether `x` is an array that JAX can read: NumPy's, JAX's, a tracer or a `jax.ShapeDtypeStruct`.
+
+    Raises:
+        InputError: for another library's, such as a PyTorch tensor, whose dtype is not NumPy's.
+    """
+    if not _is_array_of_any(x):
+        return False
+    if not isinstance(x.dtype, np.dtype) and not isinstance(x, (jax.Array, jax.ShapeDtypeStruct)):
+        remedy = "convert it with x.numpy(); a tensor on a GPU, or with a gradient, with x.detach().cpu().numpy()"
+        raise InputError("an array of NumPy or JAX", describe(x), remedy)
+    return True
+
+
+def _is_array_of_any(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
 
 
 def is_floating(x: Any) -> bool:
@@ -77,9 +90,16 @@ def is_concrete(x: Any) -> bool:
     return is_array(x) and not isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct))
 
 
+def not_donated(tree: Tree) -> None:
+    """Refuse a train state, or a part of one, whose arrays a step was given before."""
+    if any(isinstance(leaf, jax.Array) and is_concrete(leaf) and leaf.is_deleted() for leaf in jax.tree.leaves(tree)):
+        remedy = "go on with the train state that the last step returned; a step donates the one it is given"
+        raise InputError("a train state that was not used yet", "one whose arrays are deleted", remedy)
+
+
 def describe(x: Tree) -> str:
     """`x` as `float32[32, 64]`, a tuple or dict of such, or the name of its type."""
-    if is_array(x):
+    if _is_array_of_any(x):
         return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
     if isinstance(x, Mapping):
         return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in x.items()) + "}"

@@ -22,7 +22,7 @@ from funcnet.expect import InputError, describe, is_floating
 from funcnet.factors import is_factor, total
 from funcnet.layer import Layer, a_layer
 from funcnet.text import bytes_of, readable, tabulated
-from funcnet.train.objective import Batch, Objective, as_weights, check_batch, is_both, split, start
+from funcnet.train.objective import Batch, Objective, entered, is_both, split, start
 
 Tree = Any
 LARGEST = 2**28  # bytes of a Jacobian that `layer_jacobians` forms
@@ -177,7 +177,7 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
     Args:
         objective: from `fn.objective`.
         params, state: of its model, or {"model": .., "loss": ..} as from `objective.init`.
-        batch: (inputs, targets).
+        batch: (inputs, targets), or (inputs, targets, weights), as for `fn.value_and_grad`.
         key: a `jax.random.key`, or None for a model that draws nothing.
 
     Raises:
@@ -185,18 +185,18 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
     """
     if not isinstance(objective, Objective):
         raise InputError("an objective", describe(objective), "make one: fn.objective(model, loss)")
-    inputs, targets = check_batch(batch)
+    pair, weights = entered(objective, batch)
     records: dict[tuple[str, ...], dict[str, Any]] = {}
     model, loss = _watched(objective.model, (), records), objective.loss
     own, _ = split(params, state)
     if is_both(params):
         loss = _noting(loss, (loss.name,), records)
     watched = replace(objective, model=model, loss=loss)
-    begun = start(watched, params, state, batch, key, as_weights(objective, targets, None))
+    begun = start(watched, params, state, pair, key, weights)
     model.bwd(own.model, begun.residuals, begun.dprediction)
-    ends = _rms(inputs), _rms(begun.dprediction)
+    ends = _rms(pair[0]), _rms(begun.dprediction)
     steps = tuple(_step(path, record, ends) for path, record in records.items())
-    return Explanation(steps, float(begun.sums["loss"]), objective.loss.name, describe(inputs))
+    return Explanation(steps, float(begun.sums["loss"]), objective.loss.name, describe(pair[0]))
 
 
 def _watched(layer: Layer, path: tuple[str, ...], records: dict) -> Layer:

@@ -140,9 +140,9 @@ def stateless(
 
 def _as_jax(leaf: Any) -> Array:
     """NumPy's integers may be too large for JAX, which would wrap them around."""
+    narrow = expect.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
     a = jnp.asarray(leaf)
-    narrowed = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu" and a.dtype != leaf.dtype
-    if narrowed and np.any(np.asarray(a) != leaf):
+    if narrow and a.dtype != leaf.dtype and np.any(np.asarray(a) != leaf):
         raise InputError(f"integers that fit {a.dtype}", describe(leaf), "map them to smaller ones")
     return a
 

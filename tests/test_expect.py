@@ -252,3 +252,30 @@ def test_what_is_no_number_is_refused(value):
 def test_a_traced_number_is_refused():
     with pytest.raises(InputError, match="slope as a real number"):
         jax.jit(lambda value: expect.number(value, "slope"))(0.5)
+
+
+class Tensor:
+    """An array of another library: its dtype is its own."""
+
+    shape, ndim = (2, 3), 2
+    dtype = type("dtype", (), {"__str__": lambda self: "torch.float32"})()
+
+
+def test_an_array_of_another_library_is_refused_with_the_remedy():
+    for look in (expect.is_array, expect.is_floating, expect.is_concrete, expect.float_array, expect.shapes):
+        with pytest.raises(InputError, match=r"received  torch.float32\[2, 3\]\n  remedy    convert it with x.numpy"):
+            look(Tensor())
+    assert not expect.is_array(Tensor)
+    assert not expect.is_array(np.float32)
+    assert expect.is_array(np.float32(1))
+    assert expect.is_array(jax.random.key(0))
+    assert expect.is_array(jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def test_what_was_donated_is_told_from_what_was_not():
+    kept, given = jnp.ones(3), jnp.ones(3)
+    jax.jit(lambda x: x + 1, donate_argnums=0)(given)
+    expect.not_donated({"a": kept, "b": np.ones(3), "c": 1.0})
+    jax.jit(lambda x: expect.not_donated(x))(kept)
+    with pytest.raises(InputError, match="the train state that the last step returned"):
+        expect.not_donated({"a": kept, "b": given})

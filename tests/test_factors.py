@@ -378,7 +378,8 @@ def check_sharded_step(name, mesh):
     block = fn.skip(fn.serial(fn.layer_norm(), fn.dense(12), fn.gelu(), fn.dropout(0.2)))
     model = fn.serial(fn.dense(12), fn.repeat(block, 2), fn.remat(block), fn.dense(5))
     objective, optimizer = fn.objective(model, fn.cross_entropy()), optax.sgd(0.1)
-    batch = draw(fn.dense(5), (8, 12), jnp.float32)[2], jnp.arange(8, dtype=jnp.int32) % 5
+    weights = jnp.arange(8, dtype=jnp.float32)
+    batch = draw(fn.dense(5), (8, 12), jnp.float32)[2], jnp.arange(8, dtype=jnp.int32) % 5, weights
 
     def after(batch):
         state = fn.init_train_state(objective, optimizer, jax.random.key(0), batch)

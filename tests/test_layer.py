@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import funcnet as fn
+from funcnet.check.cases import CASES
+from funcnet.check.spec import drawn, specs
 from funcnet.layer import around, no_params, output
 
 X = jax.random.normal(jax.random.key(0), (4, 3))
@@ -135,3 +137,29 @@ def test_layers_in_a_list_and_constructors_are_refused_by_name():
         fn.serial([fn.relu(), fn.relu()])
     with pytest.raises(fn.InputError, match=r"dense\(\.\.\), not dense"):
         fn.serial(fn.dense)
+
+
+class Tensor:
+    """An array of another library, which NumPy could convert: its dtype is its own."""
+
+    def __init__(self, like):
+        self.shape, self.ndim, self.like = like.shape, len(like.shape), like
+        self.dtype = type("dtype", (), {"__str__": lambda self: "torch.float32"})()
+
+    def __array__(self, *args, **kwargs):
+        return np.asarray(self.like)
+
+
+KINDS = {case.constructor: case for case in reversed(CASES) if case.constructor != "batch_norm"}  # it converts them
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_refuses_the_arrays_of_another_library_with_the_remedy(kind):
+    case = KINDS[kind]
+    x = jax.tree.map(jnp.asarray, drawn(specs(case.x), 0))
+    shapes = jax.eval_shape(case.layer.init, jax.random.key(0), x)
+    params, state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    tensors = jax.tree.map(Tensor, x)
+    for use in (lambda: case.layer.apply(params, state, tensors), lambda: case.layer.fwd(params, state, tensors, None)):
+        with pytest.raises(fn.InputError, match=r"convert it with x\.numpy"):
+            use()

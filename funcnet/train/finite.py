@@ -4,56 +4,95 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax import Array
 
 from funcnet.expect import is_concrete, is_floating
 from funcnet.observe import observe
-from funcnet.train.objective import Batch, Objective, split, value_and_grad
-from funcnet.train.step import TrainState
+from funcnet.train.objective import Batch, Objective, is_both, split
+from funcnet.train.step import TrainState, one_move
 
 Tree = Any
 Record = dict[str, float]
-WATCHED = ("loss", "grad_norm", "update_norm")  # what must stay finite
+WATCHED = ("loss", "grad_norm", "update_norm")  # what must stay finite, beside the state
 
 
 class NotFiniteError(FloatingPointError):
-    """A loss, gradient or update that is not finite: in which step, layer and leaf."""
+    """A loss, gradient, update or state that is not finite: in which step, layer and leaf."""
 
 
-def is_finite(row: Record) -> bool:
-    return bool(np.isfinite([row[name] for name in WATCHED]).all())
+def changed(before: Tree, after: Tree) -> list[Array]:
+    """The floating leaves of a new state, less those that were passed on as they are, such as frozen params."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return [new for old, new in pairs if new is not old and is_floating(new)]
 
 
-def not_finite(objective: Objective, train_state: TrainState, batch: Batch, step: int, row: Record) -> NotFiniteError:
-    """The error for a step whose loss or gradient is not finite, with the first layer and the leaves that are not."""
+def not_finite(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    accumulate: int,
+    train_state: TrainState,
+    batch: Batch,
+    step: int,
+    row: Record,
+) -> NotFiniteError:
+    """The error for a step that is not finite, which is made once more, with the first layer and the leaves."""
     params, state = train_state.params, train_state.state
-    key = jax.random.fold_in(train_state.key, train_state.step)
-    _, grads = jax.jit(value_and_grad(objective))(params, state, batch, key)
+    passed, updates, _ = jax.jit(one_move(objective, optimizer, accumulate))(train_state, batch)
     facts = [f"step {step}: " + ", ".join(f"{name} {row[name]}" for name in WATCHED)]
-    if leaves := _bad_leaves(params):
-        facts.append(f"parameters not finite before this step: {', '.join(leaves)}")
+    for what, tree in (("parameters", params), ("state", state)):
+        if leaves := _bad_leaves(tree):
+            facts.append(f"{what} not finite before this step: {', '.join(leaves)}")
+    key = jax.random.fold_in(train_state.key, train_state.step)
     if layer := _first_bad_layer(objective, params, state, batch, key):
         facts.append(f"the first layer with an output that is not finite: {layer}")
-    if leaves := _bad_leaves(grads):
+    if leaves := _bad_leaves(passed.grads):
         facts.append(f"gradient leaves not finite: {', '.join(leaves)}")
     elif not np.isfinite(row["grad_norm"]):
-        facts.append(f"the gradients are finite; the largest is {_largest(grads)}, whose square overflows")
+        facts.append(
+            f"all entries of the gradients are finite, their norm overflows; the largest is {_largest(passed.grads)}"
+        )
     elif not np.isfinite(row["loss"]):
         facts.append("the gradients are finite, the loss is not")
-    else:
-        facts.append("loss and gradients are finite, but the update that the optimizer makes of them is not")
+    elif leaves := _bad_leaves(updates):
+        facts.append(f"loss and gradients are finite, the optimizer's update is not: {', '.join(leaves)}")
+    elif not np.isfinite(row["update_norm"]):
+        facts.append(f"all entries of the update are finite, their norm overflows; the largest is {_largest(updates)}")
+    if leaves := _bad_leaves(passed.state):
+        facts.append(f"state leaves not finite: {', '.join(leaves)}")
+        facts.append(f"the layers of these: {', '.join(_owners(objective, params, passed.state))}")
     remedy = "a smaller learning rate, gradient clipping, or inputs of a smaller scale are the usual remedies"
     return NotFiniteError("\n  ".join([*facts, remedy]))
 
 
-def _bad_leaves(tree: Tree) -> list[str]:
+def _bad(tree: Tree) -> list[tuple]:
+    """The paths of the leaves that are not finite."""
     with_path = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path) for path, leaf in with_path if not np.isfinite(np.asarray(leaf)).all()]
+    return [path for path, leaf in with_path if is_floating(leaf) and not np.isfinite(np.asarray(leaf)).all()]
 
 
-def _largest(grads: Tree) -> str:
-    """The leaf with the largest gradient, and that."""
-    with_path = jax.tree_util.tree_leaves_with_path(grads)
+def _bad_leaves(tree: Tree) -> list[str]:
+    return [jax.tree_util.keystr(path) for path in _bad(tree)]
+
+
+def _owners(objective: Objective, params: Tree, state: Tree) -> list[str]:
+    """The layers with a state that is not finite, as paths like `block/batch_norm`."""
+    found = []
+    for path in _bad(state):
+        layer, names = objective.model, []
+        if is_both(params):
+            layer, path = getattr(objective, path[0].key), path[1:]
+        for name in (getattr(entry, "key", "") for entry in path):
+            if name in layer.parts:
+                layer = layer.parts[name]
+                names.append(name)
+        found.append("/".join(names) or layer.name)
+    return list(dict.fromkeys(found))
+
+
+def _largest(tree: Tree) -> str:
+    """The largest entry, and its leaf."""
+    with_path = jax.tree_util.tree_leaves_with_path(tree)
     sizes = {jax.tree_util.keystr(path): float(np.max(np.abs(np.asarray(leaf)))) for path, leaf in with_path}
     path = max(sizes, key=lambda path: sizes[path])
     return f"{sizes[path]:.3g} at {path}"

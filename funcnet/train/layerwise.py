@@ -24,7 +24,7 @@ from funcnet.layer import Layer, undoing
 from funcnet.order import after
 from funcnet.train import elementwise
 from funcnet.train.elementwise import HOLE, require_elementwise
-from funcnet.train.objective import Objective, Start, as_weights, averages, check_batch, is_both, join, start
+from funcnet.train.objective import Objective, Start, averages, entered, is_both, join, start
 from funcnet.train.step import TrainState, TrainStep, a_pair, jitted
 from funcnet.transform import rerun
 
@@ -54,11 +54,11 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(train_state, batch, weights):
-        weights = as_weights(objective, check_batch(batch)[1], weights)
+        pair, weights = entered(objective, batch, weights)
         params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
         with expect.by("layerwise_step"):
             require_elementwise(optimizer, params, train_state.opt_state, _steps(objective, params))
-        begun = start(objective, params, train_state.state, batch, key, weights)
+        begun = start(objective, params, train_state.state, pair, key, weights)
         shared, like_params = elementwise.split(optimizer, train_state.opt_state)
 
         def update(grads, like_params, params):

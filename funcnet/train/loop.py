@@ -1,13 +1,22 @@
-"""The loop around the step: batches in, metrics out, and a stop that says why when a number is no longer finite."""
+"""The loop around the step: batches in, metrics out, and a stop that says why when a number is no longer finite.
+
+A mean over batches is the mean over all that is in them, as if they were one batch: with the loss L_b of batch b, the
+mean of its values l_i by weights w_i with masses m_i (`funcnet.train.objective`),
+
+    L = sum_b M_b L_b / sum_b M_b        M_b = sum_i w_i m_i
+
+and so for metrics, with the number W_b = sum_i w_i c_i in place of the mass.
+"""
 
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,46 +27,99 @@ from jax import Array
 from funcnet import expect
 from funcnet.expect import InputError, at, describe, is_floating
 from funcnet.progress import progress
-from funcnet.train.finite import WATCHED, Record, is_finite, not_finite
-from funcnet.train.objective import Batch, Objective, check_batch, mass, split, weighted_sums
+from funcnet.train.finite import WATCHED, Record, changed, not_finite
+from funcnet.train.objective import (
+    Batch,
+    Objective,
+    Share,
+    check_batch,
+    check_weights,
+    mass,
+    share,
+    split,
+    weighed,
+    weighted_sums,
+)
 from funcnet.train.run import append_metrics, start_run
-from funcnet.train.step import TrainState, TrainStep, jitted, one_step, scan_steps
+from funcnet.train.step import TrainState, TrainStep, a_pair, an_objective, jitted, one_step, scan_steps
 
 Tree = Any
+PROGRAMS = 8  # that are kept of an objective
+IN_A_ROW = 1000  # batches in which nothing counts are not skipped any more
+
+
+class Told(NamedTuple):
+    """What is told of one batch: its means, and by how much they count in means over several batches."""
+
+    means: dict[str, Any]
+    share: Share
 
 
 def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[Batch]) -> Record:
     """The mean loss and metrics over all examples of `batches`, by `apply`: nothing is dropped, no state moves.
 
+    With weights in the batches it is one weighted mean over all of them, whatever the batches' sizes. A batch in which
+    nothing counts adds nothing to it.
+
     Args:
         objective, params, state: as for `fn.value_and_grad`.
-        batches: pairs (inputs, targets); sizes may differ, each new size compiles once. Their values are checked.
+        batches: pairs (inputs, targets), or (inputs, targets, weights); sizes may differ, each new size compiles once.
+            Their values are checked, as by `fn.fit`.
 
     Raises:
-        InputError: for no batches, and for what does not fit the model or the loss.
+        InputError: for no batches, for batches in which nothing counts at all, and for what does not fit the model or
+            the loss.
     """
-    sums: dict[str, float] = {}
-    check = values_check(objective, params, state)
+    an_objective(objective)
+    expect.not_donated((params, state))
+    check, scores = values_check(objective, params, state), _compiled(_scores, objective)
+    told, nothing = [], True
     for batch in batches:
-        check(batch)
-        for name, value in jax.device_get(_sums(objective, params, state, batch)).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    if not sums:
+        nothing = False
+        if check(batch):
+            sums, shares = _floats(jax.device_get(scores(params, state, batch)))
+            told.append(Told({name: value / (_divisor(shares, name) or 1.0) for name, value in sums.items()}, shares))
+    if nothing:
         raise InputError("at least one batch", "none", "pass a list of (inputs, targets)")
-    weight, divisor = sums.pop("weight"), sums.pop("mass")
-    return {name: value / (divisor if name == "loss" else weight) for name, value in sums.items()}
+    if not told:
+        raise _nothing_counts()
+    return _means(told)
 
 
-@partial(jax.jit, static_argnums=0)
-def _sums(objective: Objective, params: Tree, state: Tree, batch: Batch) -> dict[str, Array]:
-    inputs, targets = batch
-    own, states = split(params, state)
-    prediction = objective.model.apply(own.model, states.model, inputs)
-    with at(objective.loss.name):
-        values = objective.loss.apply(own.loss, states.loss, (prediction, targets))
-    counted = objective.loss.counted(targets).astype(values.dtype)
-    divisor = jnp.sum(mass(objective.loss, targets))
-    return weighted_sums(objective, prediction, targets, values, counted) | {"mass": divisor}
+def _scores(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[dict[str, Array], Share]]:
+    """The sums of the loss's values and of the metrics, compiled; undivided, since 7 of 10 are to be exactly 0.7."""
+
+    def scores(params, state, batch):
+        inputs, targets, weights = check_batch(batch)
+        own, states = split(params, state)
+        prediction = objective.model.apply(own.model, states.model, inputs)
+        with at(objective.loss.name):
+            values = objective.loss.apply(own.loss, states.loss, (prediction, targets))
+        counting, _, _ = weighed(objective.loss, targets, weights)
+        sums = weighted_sums(objective, prediction, targets, values, counting)
+        del sums["weight"]
+        return sums, share(objective, batch)
+
+    return jax.jit(scores)
+
+
+_programs: weakref.WeakKeyDictionary[Objective, Callable] = weakref.WeakKeyDictionary()
+
+
+def _compiled(make: Callable[..., Any], objective: Objective, *options: Any) -> Any:
+    """`make(objective, *options)`, made once for the last `PROGRAMS` such calls, and let go with the objective.
+
+    What is kept holds the objective by a weak reference: otherwise it would keep itself. An optimizer that cannot be
+    hashed has its program made anew.
+    """
+    try:
+        hash(options)
+    except TypeError:
+        return make(objective, *options)
+    if objective not in _programs:
+        own = weakref.proxy(objective)
+        _programs[objective] = lru_cache(PROGRAMS)(lambda make, *options: make(own, *options))
+    return _programs[objective](make, *options)
 
 
 def fit(
@@ -80,51 +142,66 @@ def fit(
     Args:
         objective, optimizer: as for `fn.train_step`.
         train_state: from `fn.init_train_state` or an earlier `fit`; donated, so it cannot be used again.
-        batches: pairs (inputs, targets), at least `steps` of them; each is checked before it is used: sizes, NaN and
-            infinity, labels out of range.
+        batches: pairs (inputs, targets), or (inputs, targets, weights) as for `fn.value_and_grad`, at least `steps` of
+            them. Each is checked before it is used: sizes, NaN and infinity, labels out of range, negative weights. An
+            entry named `bias` of a dict of inputs may hold -inf, which forbids, as in `fn.attention`. A batch in which
+            nothing counts, such as one of ignored labels only, makes no step and is skipped.
         steps: how many to make.
         steps_per_call: how many steps one compiled call makes; it must divide `steps` and `log_every`. Small models,
             bound by the cost of a call, run faster with 10 or 100.
         accumulate: micro-batches a step, as for `fn.train_step`.
-        log_every: a record every so many steps, and one at the end. It holds the step and the means of all metrics
-            since the record before, with `val_` metrics of the moment if there is validation data.
-        validation: pairs (inputs, targets) for `evaluate`; a list, since it is walked again for each record.
+        log_every: a record every so many steps, and one at the end. It holds the step and the means since the record
+            before: of loss and metrics over all that counts in these batches, whatever their sizes and weights; of the
+            norms over the steps. Then, if there were any, how many batches were `skipped`, and `val_` metrics of the
+            moment if there is validation data.
+        validation: batches for `evaluate`; a list, since it is walked again for each record.
         run_dir: a folder for config.json, environment.json and metrics.jsonl, a JSON record a line.
         config: what config.json is to hold.
         overwrite: whether an earlier run in run_dir may be overwritten.
 
+    A further call with the same objective, optimizer and options compiles nothing. Programs are kept as long as their
+    objective is, the last eight of each.
+
     Raises:
-        NotFiniteError: a FloatingPointError, when a loss, gradient or update is not finite. It names the step, the
-            layer and the leaves; that step is not made, and records stay written.
-        InputError: for a batch that does not fit, or too few of them.
+        NotFiniteError: a FloatingPointError, when a loss, gradient, update, or what becomes of a layer's state, is not
+            finite. It names the step, the layer and the leaves; that step is not made, and records stay written.
+        InputError: for a batch that does not fit, too few of them, or a thousand in a row in which nothing counts.
         FileExistsError: if run_dir holds an earlier run and overwrite is False.
 
         Whatever stops training, Ctrl-C included, carries `train_state`: the state after the last step that was made.
     """
+    a_pair(objective, optimizer)
+    expect.not_donated(train_state)
+    accumulate = expect.count(accumulate, "accumulate")
     steps_per_call, log_every = expect.count(steps_per_call, "steps_per_call"), expect.count(log_every, "log_every")
     if expect.count(steps, "steps") % steps_per_call or log_every % steps_per_call:
         received = f"steps={steps}, log_every={log_every}, steps_per_call={steps_per_call}"
         raise InputError("steps and log_every that are multiples of steps_per_call", received, "change one of them")
     check = values_check(objective, train_state.params, train_state.state)
     validation = None if validation is None else _checked(check, validation)
-    call = _halting_call(objective, optimizer, accumulate, steps_per_call)
+    call = _compiled(_halting_call, objective, optimizer, accumulate, steps_per_call)
     folder = None if run_dir is None else start_run(run_dir, config, overwrite=overwrite)
-    first, history, since = int(train_state.step), [], []
+    first, history, since, skipped = int(train_state.step), [], [], 0
     try:
         with progress(first, first + steps) as report, _interrupts() as held:
-            for done, stacked in _stacked(check, batches, steps, steps_per_call):
+            for done, left_out, stacked in _stacked(check, batches, steps, steps_per_call):
                 with held():
-                    train_state, metrics = call(train_state, stacked)
-                rows = _rows(jax.device_get(metrics))
-                for i, row in enumerate(rows):
-                    if not is_finite(row):
-                        batch = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                        raise not_finite(objective, train_state, batch, first + done - steps_per_call + i + 1, row)
+                    train_state, (told, made) = call(train_state, stacked)
+                told, made = jax.device_get((told, made))
+                rows = [_floats(jax.tree.map(lambda leaf, i=i: leaf[i], told)) for i in range(steps_per_call)]
+                if not made.all():
+                    bad = int(made.argmin())
+                    batch = jax.tree.map(lambda leaf, i=bad: leaf[i], stacked)
+                    step = first + done - steps_per_call + bad + 1
+                    raise not_finite(objective, optimizer, accumulate, train_state, batch, step, rows[bad].means)
                 since += rows
+                skipped += left_out
                 record = None
                 if done % log_every == 0 or done == steps:
                     record = {"step": first + done, **_means(since)}
-                    since = []
+                    if skipped:
+                        record["skipped"] = skipped
+                    since, skipped = [], 0
                     if validation is not None:
                         record |= _validated(objective, train_state, validation)
                     history.append(record)
@@ -140,19 +217,23 @@ def fit(
 def _halting_call(
     objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, steps: int
 ) -> TrainStep:
-    """A jitted call of `steps` training steps, which leaves the train state alone from the first non-finite one on."""
+    """A jitted call of `steps` training steps, which leaves the train state alone from the first non-finite one on.
+
+    It returns what is told of each step, and whether it was made.
+    """
     step = one_step(objective, optimizer, accumulate, norms=True)
 
     def guarded(carry, batch, weights):
         train_state, alive = carry
         after, metrics = step(train_state, batch, weights)
-        for name in WATCHED:
-            alive &= jnp.isfinite(metrics[name])
-        return (jax.tree.map(partial(_select, alive), after, train_state), alive), metrics
+        for number in (*(metrics[name] for name in WATCHED), *changed(train_state.state, after.state)):
+            alive &= jnp.all(jnp.isfinite(number))
+        train_state = jax.tree.map(partial(_select, alive), after, train_state)
+        return (train_state, alive), (Told(metrics, share(objective, batch)), alive)
 
     def call(train_state, stacked, weights):
-        (train_state, _), metrics = scan_steps(guarded, steps, (train_state, jnp.array(True)), stacked, weights)
-        return train_state, metrics
+        (train_state, _), told = scan_steps(guarded, steps, (train_state, jnp.array(True)), stacked, weights)
+        return train_state, told
 
     return jitted(call)
 
@@ -197,15 +278,20 @@ def _select(alive: Array, after: Array, before: Array) -> Array:
     return jnp.where(alive, after, before)
 
 
-def _checked(check: Callable[[Batch], None], batches: Iterable[Batch]) -> list[Batch]:
+def _checked(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> list[Batch]:
     """Validation data, looked at before training begins."""
     batches = list(batches)
     if not batches:
         raise InputError("at least one validation batch", "none", "pass a list of (inputs, targets), or None")
     with at("validation"):
-        for batch in batches:
-            check(batch)
+        counting = [check(batch) for batch in batches]
+        if not any(counting):
+            raise _nothing_counts()
     return batches
+
+
+def _nothing_counts() -> InputError:
+    return InputError("at least one target that counts", "none that does", "leave such batches out")
 
 
 def _validated(objective: Objective, train_state: TrainState, validation: list[Batch]) -> Record:
@@ -214,69 +300,118 @@ def _validated(objective: Objective, train_state: TrainState, validation: list[B
 
 
 def _stacked(
-    check: Callable[[Batch], None], batches: Iterable[Batch], steps: int, steps_per_call: int
-) -> Iterator[tuple[int, Batch]]:
-    """The checked batches, `steps_per_call` at a time along a new first axis, and how many steps will then be done."""
-    source = iter(batches)
+    check: Callable[[Batch], bool], batches: Iterable[Batch], steps: int, steps_per_call: int
+) -> Iterator[tuple[int, int, Batch]]:
+    """The checked batches, `steps_per_call` at a time along a new first axis, less those in which nothing counts.
+
+    In front of them how many steps will then be done, and how many batches were left out on the way.
+    """
+    left_out, source = 0, _counting(check, batches)
     for done in range(steps_per_call, steps + 1, steps_per_call):
-        group = list(islice(source, steps_per_call))
-        if len(group) < steps_per_call:
+        taken = list(islice(source, steps_per_call))
+        before, left_out = left_out, taken[-1][0] if taken else left_out
+        if len(taken) < steps_per_call:
+            received = f"{done - steps_per_call + len(taken)} batches"
             remedy = "give an endless iterator, or ask for fewer steps"
-            raise InputError(f"batches for {steps} steps", f"{done - steps_per_call + len(group)} batches", remedy)
-        for batch in group:
-            check(batch)
+            raise InputError(f"batches for {steps} steps, in which something counts", received, remedy)
+        group = [batch for _, batch in taken]
         shapes = sorted({describe(batch) for batch in group})
         if len(shapes) > 1:
             remedy = "leave the remainder of the data for the next pass, or use steps_per_call=1"
             raise InputError(f"{steps_per_call} batches of one shape for one call", " and ".join(shapes), remedy)
-        yield done, jax.tree.map(_stack, *map(tuple, group))
+        yield done, left_out - before, jax.tree.map(_stack, *map(tuple, group))
+
+
+def _counting(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """The batches in which something counts, and how many others were there before each."""
+    left_out = in_a_row = 0
+    for batch in batches:
+        if check(batch):
+            in_a_row = 0
+            yield left_out, batch
+            continue
+        left_out, in_a_row = left_out + 1, in_a_row + 1
+        if in_a_row == IN_A_ROW:
+            received = f"{IN_A_ROW} batches in a row in which nothing counts"
+            raise InputError("batches in which something counts", received, "look at the labels and weights")
 
 
 def _stack(*leaves: Any) -> Any:
     return (jnp if isinstance(leaves[0], jax.Array) else np).stack(leaves)
 
 
-def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[Batch], None]:
-    """A function that refuses a batch with NaN or infinity in it, or with targets that do not fit the predictions."""
+def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[Batch], bool]:
+    """A function that says whether anything counts in a batch.
+
+    It refuses one with NaN or infinity in it, or with targets or weights that do not fit the predictions.
+    """
     own, states = split(*expect.shapes((params, state)))
     predictions: dict[str, Any] = {}
 
-    def check(batch: Batch) -> None:
-        inputs, targets = check_batch(batch)
+    def check(batch: Batch) -> bool:
+        inputs, targets, weights = check_batch(batch)
         for name, part in (("inputs", inputs), ("targets", targets)):
             with at(name):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(part):
-                    _check_finite(jax.tree_util.keystr(path), leaf)
+                    _check_finite(path, leaf, may_forbid=name == "inputs")
         shape = describe(inputs)
         if shape not in predictions:
             predictions[shape] = jax.eval_shape(objective.model.apply, own.model, states.model, expect.shapes(inputs))
         with at(objective.loss.name):
             objective.loss.check(predictions[shape], targets)
-            if not np.any(objective.loss.counted(targets)):
-                raise InputError("at least one target that counts", "none that does", "leave such batches out")
+            each = np.asarray(mass(objective.loss, targets))
+        if weights is not None:
+            each = each * _weights(each.shape, weights)
+        return bool(np.any(each))
 
     return check
 
 
-def _check_finite(path: str, leaf: Any) -> None:
+def _weights(shape: tuple[int, ...], given: Any) -> np.ndarray:
+    """The weights of a batch, if they can be those of a mean."""
+    check_weights(shape, given)
+    with np.errstate(over="ignore"):
+        weights = np.asarray(given).astype(jnp.result_type(float))
+    fit = np.isfinite(weights) & (weights >= 0)
+    if not fit.all():
+        index = tuple(int(i) for i in np.argwhere(~fit)[0])
+        received = f"{np.asarray(given)[index]} at index {index}"
+        remedy = "give 0 to what is not to count; only ratios of the weights matter"
+        raise InputError("weights in the batch that are finite and not negative", received, remedy)
+    return weights
+
+
+def _check_finite(path: tuple, leaf: Any, may_forbid: bool) -> None:
+    """Refuse NaN and infinity; but -inf may stand in an entry `bias`, where it forbids."""
     if not is_floating(leaf):
         return
     values = np.asarray(leaf)
     finite = np.isfinite(values)
+    if may_forbid and path and getattr(path[-1], "key", None) == "bias":
+        finite |= values == -np.inf
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
-        received = (
-            f"{values[index]} at index {index}{path and f' of {path}'}; {int((~finite).sum())} such of {values.size}"
-        )
+        where = f" of {jax.tree_util.keystr(path)}" if path else ""
+        received = f"{values[index]} at index {index}{where}; {int((~finite).sum())} such of {values.size}"
         raise InputError("finite numbers", received, "clean the data: leave these examples out or mend them")
 
 
-def _rows(metrics: dict[str, Any]) -> list[Record]:
-    """Metrics with an axis of steps as one record a step."""
-    names = sorted(metrics, key=lambda name: (name != "loss", name))
-    columns = {name: np.asarray(metrics[name], np.float64).tolist() for name in names}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+def _floats(told: Any) -> Any:
+    return jax.tree.map(float, told)
 
 
-def _means(rows: list[Record]) -> Record:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def _divisor(share: Share, name: str) -> float:
+    """What the sum of this name is divided by for the mean of its batch."""
+    return share.mass if name == "loss" else share.weight
+
+
+def _means(told: list[Told]) -> Record:
+    """The means over several batches, the loss first; norms count one a step."""
+
+    def mean(name):
+        by = [2.0**each.share.e * _divisor(each.share, name) for each in told]
+        if name in WATCHED[1:]:
+            by = [1.0] * len(told)
+        return sum(b * each.means[name] for b, each in zip(by, told, strict=True)) / (sum(by) or 1.0)
+
+    return {name: mean(name) for name in sorted(told[0].means, key=lambda name: (name != "loss", name))}

@@ -2,8 +2,15 @@
 
     y = f(x; w)        l_i = loss(y_i, t_i)        L = sum_i a_i l_i
 
-dL/dl = a, so the weights a are the cotangent that the loss's `bwd` receives, and what that returns for y is the
-cotangent that the model's `bwd` receives. A mean has a_i = 1 / (number of values that count).
+dL/dl = a, so the coefficients a are the cotangent that the loss's `bwd` receives, and what that returns for y is the
+cotangent that the model's `bwd` receives. A batch is (inputs, targets), or (inputs, targets, weights) with a weight
+w_i >= 0 for each value of the loss, 1 where there are none. Then L is the weighted mean over the values that count,
+and so is every metric:
+
+    a_i = w_i c_i / sum_j w_j m_j        c_i = 1 if l_i counts, else 0        m_i = c_i, if the loss says no other mass
+
+Only ratios of the weights matter: they are first scaled by the power of two that brings the largest below 1, so that no
+sum of them overflows. Where no value counts, or all weights are 0, a = 0: loss and gradients are 0.
 
 Params, state and gradients are the model's, as long as the loss has none of its own. With a loss that has, such as
 `fn.linear_cross_entropy`, all three are dicts {"model": .., "loss": ..}. Since a is known before the forward pass, a
@@ -25,10 +32,11 @@ from funcnet.layer import Layer, Made, a_layer
 from funcnet.losses.loss import Loss, as_loss
 
 Tree = Any
-Batch = tuple[Any, Any]
+Pair = tuple[Any, Any]  # (inputs, targets)
+Batch = Pair | tuple[Any, Any, Any]  # (inputs, targets, weights)
 PARTS = ("model", "loss")
 LAST = 2**32 - 1  # the loss's own number among the keys that `serial` gives its layers by theirs
-OWN_NAMES = frozenset(("loss", "weight", "step", "grad_norm", "update_norm"))  # of the numbers of every step
+OWN_NAMES = frozenset(("loss", "weight", "step", "grad_norm", "update_norm", "skipped"))  # of a record's own numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +51,9 @@ class Objective:
         """Fresh params and state for batches like this one: the model's, or {"model": .., "loss": ..} of both.
 
         Both, if the loss has parameters or state of its own. The model's parameters are those of `model.init(key, ..)`.
+        Weights in the batch change nothing.
         """
-        inputs, targets = check_batch(batch)
+        inputs, targets, _ = check_batch(batch)
         params, state = self.model.init(key, inputs)
         prediction = jax.eval_shape(self.model.apply, params, state, inputs)
         with at(self.loss.name):
@@ -85,26 +94,69 @@ class Pass(NamedTuple):
     grads: Tree
 
 
-def as_weights(objective: Objective, targets: Any, weights: Any) -> Array:
-    """The weights of the values of the loss: those given, or those of a mean, for each value that counts 1 / mass.
-
-    Where nothing counts they are all zero, and so are loss and gradients.
-    """
-    counted = objective.loss.counted(targets)
-    if weights is None:
-        divisor = jnp.sum(mass(objective.loss, targets))
-        return counted.astype(divisor.dtype) / jnp.where(divisor == 0, 1.0, divisor)
-    weights = jnp.asarray(weights)
-    if weights.shape != counted.shape or not is_floating(weights):
+def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tuple[Pair, Array]:
+    """A batch as its pair (inputs, targets) and the coefficients a of the values: those given, or those of its mean."""
+    inputs, targets, weights = check_batch(batch)
+    if coefficients is None:
+        counting, each, _ = weighed(objective.loss, targets, weights)
+        divisor = jnp.sum(each)
+        return (inputs, targets), counting / jnp.where(divisor == 0, 1.0, divisor)
+    if weights is not None:
+        remedy = "give one: the argument for the coefficients of a sum, the batch for relative weights of a mean"
+        raise InputError("weights in the batch or as an argument", "both", remedy)
+    coefficients, counted = jnp.asarray(coefficients), objective.loss.counted(targets)
+    if coefficients.shape != counted.shape or not is_floating(coefficients):
         wanted = f"floating weights {list(counted.shape)}, one for each value of the loss"
-        raise InputError(wanted, describe(weights), "give one weight for each value of the loss")
-    return weights
+        raise InputError(wanted, describe(coefficients), "give one weight for each value of the loss")
+    return (inputs, targets), coefficients
+
+
+def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array, Array]:
+    """What each value of the loss weighs in the sum, w c, and adds to the divisor, w m; both times 2^-e, and e.
+
+    Where a weight is negative or not finite, both are NaN.
+    """
+    counted = loss.counted(targets)
+    each = mass(loss, targets).astype(jnp.result_type(float))
+    if weights is None:
+        return counted.astype(each.dtype), each, jnp.zeros((), jnp.int32)
+    check_weights(counted.shape, weights)
+    weights = jnp.asarray(weights).astype(each.dtype)
+    e = jnp.frexp(jnp.max(weights))[1]
+    weights = jnp.ldexp(weights, -e) + 0.0 * jnp.max(jnp.where((weights >= 0) & (weights < jnp.inf), 0.0, jnp.inf))
+    return jnp.where(counted, weights, 0.0), weights * each, e
 
 
 def mass(loss: Loss, targets: Any) -> Array:
-    """What each value of the loss adds to the divisor of a mean."""
-    each = loss.counted(targets) if loss.mass is None else loss.mass(targets)
-    return each.astype(jnp.result_type(float))
+    """What each value of the loss adds to the divisor of a mean, where all weights are 1."""
+    return loss.counted(targets) if loss.mass is None else loss.mass(targets)
+
+
+def check_weights(shape: tuple[int, ...], weights: Any) -> None:
+    """Refuse weights of a batch that are not floating or boolean, or not one for each value of the loss."""
+    boolean = is_array(weights) and weights.dtype == bool
+    if weights.shape != shape or not (boolean or is_floating(weights)):
+        wanted = f"weights {list(shape)} in the batch, floating or boolean, one for each value of the loss"
+        remedy = "give each value its own weight; convert integers with weights.astype(jnp.float32)"
+        raise InputError(wanted, describe(weights), remedy)
+
+
+class Share(NamedTuple):
+    """By how much the means of a batch count in means over several batches: the loss by mass, metrics by weight.
+
+    Both are times 2^-e.
+    """
+
+    mass: Any
+    weight: Any
+    e: Any
+
+
+def share(objective: Objective, batch: Batch) -> Share:
+    """sum(w m) and sum(w c) of a batch, scaled as its weights are."""
+    _, targets, weights = check_batch(batch)
+    counting, each, e = weighed(objective.loss, targets, weights)
+    return Share(jnp.sum(each), jnp.sum(counting), e)
 
 
 def weighted(weights: Array, values: Array) -> Array:
@@ -138,19 +190,19 @@ def join(params: Tree, model: Tree, loss: Tree) -> Tree:
     return {"model": model, "loss": loss} if is_both(params) else model
 
 
-def forward(objective: Objective, params: Tree, state: Tree, batch: Batch, key: Array | None):
+def forward(objective: Objective, params: Tree, state: Tree, pair: Pair, key: Array | None):
     """The training forward pass: (prediction, values of the loss, new state, residuals of model and loss)."""
-    inputs, targets = batch
+    inputs, targets = pair
     own, states = split(params, state)
     prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
     with at(objective.loss.name):
-        pair = prediction, targets
-        values, loss_state, loss_residuals = objective.loss.fwd(own.loss, states.loss, pair, loss_key(key))
+        x = prediction, targets
+        values, loss_state, loss_residuals = objective.loss.fwd(own.loss, states.loss, x, loss_key(key))
     return prediction, values, join(params, model_state, loss_state), (residuals, loss_residuals)
 
 
 def as_layer(objective: Objective) -> Layer:
-    """Model and loss as one layer from a batch (inputs, targets) to the values of the loss."""
+    """Model and loss as one layer from a batch to the values of the loss; weights in the batch change nothing."""
 
     def apply(params, state, batch):
         own, states = split(params, state)
@@ -159,7 +211,7 @@ def as_layer(objective: Objective) -> Layer:
             return objective.loss.apply(own.loss, states.loss, (prediction, batch[1]))
 
     def fwd(params, state, batch, key):
-        return forward(objective, params, state, batch, key)[1:]
+        return forward(objective, params, state, batch[:2], key)[1:]
 
     def bwd(params, residuals, dy, contract=total):
         of_model, of_loss = Both(**params) if is_both(params) else Both(params, {})
@@ -193,13 +245,13 @@ def start(
     objective: Objective,
     params: Tree,
     state: Tree,
-    batch: Batch,
+    pair: Pair,
     key: Array | None,
     weights: Array,
     contract: Contraction = total,
 ) -> Start:
     """The forward pass and the loss's backward pass, the loss and the metrics summed with `weights`."""
-    inputs, targets = batch
+    inputs, targets = pair
     loss, (own, states) = objective.loss, split(params, state)
     if loss.at_once is not None and contract is total:
         prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
@@ -207,7 +259,7 @@ def start(
             values, (dloss, (dprediction, _)) = loss.at_once(own.loss, (prediction, targets), weights)
         sums = weighted_sums(objective, prediction, targets, values, weights)
         return Start(sums, join(params, model_state, states.loss), residuals, dprediction, dloss)
-    prediction, values, new_state, (residuals, loss_residuals) = forward(objective, params, state, batch, key)
+    prediction, values, new_state, (residuals, loss_residuals) = forward(objective, params, state, pair, key)
     sums = weighted_sums(objective, prediction, targets, values, weights)  # refuses what bwd would not understand
     with at(loss.name):
         dloss, (dprediction, _) = loss.bwd(own.loss, loss_residuals, weights.astype(values.dtype), contract)
@@ -240,13 +292,13 @@ def run(
     objective: Objective,
     params: Tree,
     state: Tree,
-    batch: Batch,
+    pair: Pair,
     key: Array | None,
     weights: Array,
     contract: Contraction,
 ) -> Pass:
     """One pass forward and one back, the loss and the metrics summed with `weights`."""
-    begun = start(objective, params, state, batch, key, weights, contract)
+    begun = start(objective, params, state, pair, key, weights, contract)
     own, _ = split(params, state)
     grads, _ = objective.model.bwd(own.model, begun.residuals, begun.dprediction, contract)
     return Pass(begun.sums, begun.state, join(params, grads, begun.dloss))
@@ -265,29 +317,36 @@ def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tre
     Returns a function (params, state, batch, key, *, weights=None, contract=fn.total) -> ((loss, state), grads):
 
         params, state: the model's; of a loss with its own, {"model": .., "loss": ..}, as `objective.init` makes them.
-        batch: (inputs, targets), their first axes equal.
+        batch: (inputs, targets), their first axes equal: the loss is the mean over all values that count. Or (inputs,
+            targets, weights), with weights as floats or booleans, not negative, one for each value of the loss: the
+            loss is their weighted mean, sum(weights * values) / sum(weights) over those that count. Only their ratios
+            matter; all zero, the loss is 0.
         key: a `jax.random.key`, or None for a model that draws nothing.
-        weights: one for each value of the loss; the loss is sum(weights * values). None: the mean over all values that
-            count. With ones and `per_example` each example's gradient is that of its own loss.
+        weights: in place of a mean the coefficients of a sum, floats of any sign, one for each value of the loss, which
+            is then sum(weights * values). With ones and `per_example` each example's gradient is that of its own loss.
         contract: what becomes of each parameter's gradient: `fn.total`, `fn.per_example`, `fn.squared_norm`, `fn.keep`.
 
     It is plain JAX: jit it, vmap it, and differentiate it for Hessian-vector products. The values of the inputs are not
-    looked at: NaN in the data is NaN in the loss. `fn.fit` and `fn.evaluate` refuse it.
+    looked at: NaN in the data is NaN in the loss, and so is a negative weight in the batch. `fn.fit` and `fn.evaluate`
+    refuse them.
     """
 
     def with_grads(params, state, batch, key=None, *, weights=None, contract=total):
-        targets = check_batch(batch)[1]
-        result = run(objective, params, state, batch, key, as_weights(objective, targets, weights), contract)
+        expect.not_donated((params, state))
+        pair, coefficients = entered(objective, batch, weights)
+        result = run(objective, params, state, pair, key, coefficients, contract)
         return (result.sums["loss"], result.state), result.grads
 
     return with_grads
 
 
-def check_batch(batch: Any) -> Batch:
-    """`batch` if it is a pair (inputs, targets) of arrays with the same, positive number of examples."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise InputError("a batch (inputs, targets)", describe(batch), "pair the inputs with their targets")
-    leaves = jax.tree_util.tree_leaves_with_path({"inputs": batch[0], "targets": batch[1]})
+def check_batch(batch: Any) -> tuple[Any, Any, Any]:
+    """(inputs, targets, weights or None) of arrays with the same, positive number of examples."""
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        wanted = "a batch (inputs, targets) or (inputs, targets, weights)"
+        raise InputError(wanted, describe(batch), "pair the inputs with their targets")
+    parts = dict(zip(("inputs", "targets", "weights"), batch, strict=False))
+    leaves = jax.tree_util.tree_leaves_with_path(parts)
     for path, leaf in leaves:
         if not is_array(leaf) or leaf.ndim == 0:
             received = f"{describe(leaf)} at {jax.tree_util.keystr(path)}"
@@ -302,4 +361,7 @@ def check_batch(batch: Any) -> Batch:
         raise InputError(
             "as many inputs as targets, at least one", received, "cut the batch along its first axis alike"
         )
-    return batch[0], batch[1]
+    weights = parts.get("weights")
+    if weights is not None and not is_array(weights):
+        raise InputError("weights in the batch as one array", describe(weights), "give one for each value of the loss")
+    return batch[0], batch[1], weights

@@ -2,14 +2,14 @@
 
     g = sum_i a_i dl_i/dw        w <- w + update(g)
 
-With `accumulate=n` the batch is walked in n micro-batches whose gradients are added in float32 or wider. The weights a
-are those of the whole batch, so the sum is the whole batch's gradient whatever the micro-batches hold.
+With `accumulate=n` the batch is walked in n micro-batches whose gradients are added in float32 or wider. The
+coefficients a are those of the whole batch, so the sum is the whole batch's gradient whatever the micro-batches hold.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from funcnet import expect
 from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe, is_array
 from funcnet.factors import total
-from funcnet.train.objective import Batch, Objective, Pass, as_weights, averages, check_batch, forward, run, weighted
+from funcnet.train.objective import Batch, Objective, Pair, Pass, averages, entered, forward, run, weighted
 
 Tree = Any
 Metrics = dict[str, Array]
@@ -62,12 +62,11 @@ class TrainStep:
     ) -> tuple[TrainState, Metrics]:
         try:
             moved, metrics = self.compiled(_moving(train_state), train_state.key, batch, weights)
-        except (RuntimeError, ValueError) as error:
-            if any(isinstance(leaf, Array) and leaf.is_deleted() for leaf in jax.tree.leaves(train_state)):
-                remedy = "go on with the train state that the last step returned; a step donates the one it is given"
-                raise InputError(
-                    "a train state that was not used yet", "one whose arrays are deleted", remedy
-                ) from error
+        except (RuntimeError, ValueError):
+            expect.not_donated(train_state)
+            raise
+        except TypeError:
+            expect.shapes((batch, weights))  # refuses arrays that JAX cannot read
             raise
         params, state, opt_state, step = moved
         return TrainState(params, state, opt_state, train_state.key, step), metrics
@@ -90,7 +89,8 @@ def init_train_state(
         objective: from `fn.objective`.
         optimizer: any optax gradient transformation.
         key: a `jax.random.key`; one half of it draws the parameters, the other one is kept for training.
-        batch: (inputs, targets); only shapes and dtypes matter, and a label that is out of range is refused.
+        batch: (inputs, targets), with or without weights; only shapes and dtypes matter, and a label that is out of
+            range is refused.
 
     Raises:
         InputError: for a key, inputs or targets that do not fit, with the path of the layer that they do not fit.
@@ -118,8 +118,11 @@ def train_step(
     """A jitted function (train_state, batch, weights=None) -> (train_state, metrics) that donates its train state.
 
     Of the state that was passed in only the key can be used again. Metrics are scalars by name: `loss`, the objective's
-    own such as `accuracy`, `grad_norm` and `update_norm`. Values in the batch are not read before the step: a label out
-    of range makes the loss NaN; `fn.fit` checks them. `train_step(..).lower(train_state, batch)` gives the program.
+    own such as `accuracy`, `grad_norm` and `update_norm`. A batch is (inputs, targets) for the mean loss, or (inputs,
+    targets, weights) for the weighted mean; the argument `weights` holds the coefficients of a sum in place of a mean
+    (`fn.value_and_grad`). Values in the batch are not read before the step: a label out of range or a negative weight
+    makes the loss NaN. Nor is what the step makes looked at, such as running statistics that overflow. `fn.fit` checks
+    both. `train_step(..).lower(train_state, batch)` gives the program.
 
     Args:
         objective: from `fn.objective`.
@@ -142,10 +145,15 @@ def train_step(
     return jitted(partial(scan_steps, step, expect.count(steps, "steps")))
 
 
+def an_objective(given: Any) -> None:
+    """Refuse what is not an objective."""
+    if not isinstance(given, Objective):
+        raise InputError("an objective", describe(given), "make one: fn.objective(model, loss)")
+
+
 def a_pair(objective: Any, optimizer: Any) -> None:
     """Refuse what is not an objective and an optimizer."""
-    if not isinstance(objective, Objective):
-        raise InputError("an objective", describe(objective), "make one: fn.objective(model, loss)")
+    an_objective(objective)
     if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
         raise InputError("an optax optimizer", describe(optimizer), "call its constructor: optax.adam(1e-3)")
 
@@ -174,35 +182,56 @@ def one_step(
     objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, norms: bool
 ) -> Callable[[TrainState, Batch, Array | None], tuple[TrainState, Metrics]]:
     """The step as a plain function."""
+    moved = one_move(objective, optimizer, accumulate)
+
+    def step(train_state, batch, weights=None):
+        move = moved(train_state, batch, weights)
+        metrics = averages(move.passed.sums)
+        if norms:
+            metrics |= {"grad_norm": _norm(move.passed.grads), "update_norm": _norm(move.updates)}
+        params = optax.apply_updates(train_state.params, move.updates)
+        after = TrainState(params, move.passed.state, move.opt_state, train_state.key, train_state.step + 1)
+        return after, metrics
+
+    return step
+
+
+class Move(NamedTuple):
+    """What a step is made of: its pass forward and back, and what the optimizer makes of the gradients."""
+
+    passed: Pass
+    updates: Tree
+    opt_state: Tree
+
+
+def one_move(
+    objective: Objective, optimizer: optax.GradientTransformation, accumulate: int
+) -> Callable[[TrainState, Batch, Array | None], Move]:
+    """The step before its update is added."""
     accumulate = expect.count(accumulate, "accumulate")
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(train_state, batch, weights=None):
-        targets = check_batch(batch)[1]
-        weights = as_weights(objective, targets, weights)
+    def move(train_state, batch, weights=None):
+        pair, weights = entered(objective, batch, weights)
         params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
-        passed = _accumulated(objective, accumulate, params, train_state.state, batch, key, weights)
+        passed = _accumulated(objective, accumulate, params, train_state.state, pair, key, weights)
 
         def value_fn(params):
-            values = forward(objective, params, train_state.state, batch, key)[1]
+            values = forward(objective, params, train_state.state, pair, key)[1]
             return weighted(weights, values)
 
         updates, opt_state = optimizer.update(
             passed.grads, train_state.opt_state, params, value=passed.sums["loss"], grad=passed.grads, value_fn=value_fn
         )
-        metrics = averages(passed.sums)
-        if norms:
-            metrics |= {"grad_norm": _norm(passed.grads), "update_norm": _norm(updates)}
-        params = optax.apply_updates(params, updates)
-        return TrainState(params, passed.state, opt_state, train_state.key, train_state.step + 1), metrics
+        return Move(passed, updates, opt_state)
 
-    return step
+    return move
 
 
-def _accumulated(objective, accumulate, params, state, batch, key, weights):
+def _accumulated(objective, accumulate, params, state, pair: Pair, key, weights):
     """`run` over the whole batch, in `accumulate` micro-batches."""
     if accumulate == 1:
-        return run(objective, params, state, batch, key, weights, total)
+        return run(objective, params, state, pair, key, weights, total)
     examples = weights.shape[0]
     if examples % accumulate:
         remedy = "choose a divisor of the batch size"
@@ -213,13 +242,13 @@ def _accumulated(objective, accumulate, params, state, batch, key, weights):
 
     def body(carry, micro):
         state, so_far = carry
-        i, batch, weights = micro
-        passed = run(objective, params, state, batch, jax.random.fold_in(key, i), weights, total)
+        i, pair, weights = micro
+        passed = run(objective, params, state, pair, jax.random.fold_in(key, i), weights, total)
         added = jax.tree.map(lambda a, g: a + g.astype(a.dtype), so_far, passed.grads)
         return (passed.state, added), passed.sums
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p.dtype)), params)
-    micros = (jnp.arange(accumulate), *jax.tree.map(split, (batch, weights)))
+    micros = (jnp.arange(accumulate), *jax.tree.map(split, (pair, weights)))
     (state, grads), parts = lax.scan(body, (state, zeros), micros)
     sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
     return Pass(sums, state, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params))

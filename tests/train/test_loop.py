@@ -1,20 +1,25 @@
 """The loop: what it logs, what it refuses, and how it stops."""
 
+import gc
 import itertools
 import json
 import os
 import signal
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import funcnet as fn
+from funcnet.losses.loss import as_loss
+from funcnet.train import loop
 from funcnet.train.run import read_metrics
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -140,18 +145,8 @@ def test_batches_of_two_shapes_in_one_call_are_refused():
         fn.fit(OBJECTIVE, OPTIMIZER, fresh(), source, 2, log_every=2, steps_per_call=2)
 
 
-def test_a_batch_in_which_nothing_counts_is_refused():
-    objective = fn.objective(MODEL, fn.cross_entropy(ignore_index=-1))
-    nothing = (INPUTS[:8], np.full(8, -1, np.int32))
-    with pytest.raises(fn.InputError, match="at least one target that counts"):
-        fn.fit(objective, OPTIMIZER, fresh(objective), itertools.repeat(nothing), 2)
-    state = fresh(objective)
-    with pytest.raises(fn.InputError, match="at least one target that counts"):
-        fn.evaluate(objective, state.params, state.state, [nothing])
-
-
 def test_too_few_batches_and_uneven_steps_are_refused():
-    with pytest.raises(fn.InputError, match="batches for 10 steps"):
+    with pytest.raises(fn.InputError, match="batches for 10 steps, in which something counts"):
         fn.fit(OBJECTIVE, OPTIMIZER, fresh(), itertools.islice(batches(), 4), 10)
     with pytest.raises(fn.InputError, match="multiples of steps_per_call"):
         fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 10, steps_per_call=4)
@@ -271,3 +266,414 @@ def test_fit_and_evaluate_take_a_loss_with_parameters():
     wanted = np.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data[0][1]))
     np.testing.assert_allclose(history[-1]["val_loss"], wanted, rtol=1e-5)
     np.testing.assert_allclose(fn.evaluate(HEAD, state.params, state.state, data)["loss"], wanted, rtol=1e-5)
+
+
+# Means over batches
+
+
+def scaled():
+    """c (y - t)^2 for the target {"t", "c"}, in a mean divided by the sum of c; a negative t does not count."""
+
+    def fwd(params, pair):
+        (y, target), c = pair, jnp.where(pair[1]["t"] < 0, 0.0, pair[1]["c"])
+        return c * jnp.square(y[:, 0] - target["t"]), (y[:, 0] - target["t"], c)
+
+    def bwd(params, residuals, dy, contract):
+        return {}, (2 * (dy * residuals[1] * residuals[0])[:, None], {"t": None, "c": None})
+
+    loss = as_loss(fn.stateless("scaled", lambda key, x: {}, fwd, bwd))
+    counted = lambda target: target["t"] >= 0
+    of_class = lambda target: jnp.where(target["t"] < 0, 0.0, target["c"])
+    return replace(loss, counted=counted, mass=of_class, metrics={"t": lambda y, target: target["t"]})
+
+
+SCALED = fn.objective(fn.serial(fn.dense(1, use_bias=False)), scaled())
+SIZES = {"ragged": [9, 1], "alike": [4, 4, 4, 4]}
+
+
+def scaled_batches(sizes, weighted, seed=0):
+    rng = np.random.default_rng(seed)
+    for n in sizes:
+        t = rng.integers(0, 9, n).astype(np.float32)
+        t[1:2] = -1  # of ragged batches of 9 and 1 the second counts whole
+        target = {"t": t, "c": rng.uniform(1, 9, n).astype(np.float32)}
+        batch = rng.normal(size=(n, 3)).astype(np.float32), target
+        yield (*batch, rng.uniform(0, 2, n).astype(np.float32)) if weighted else batch
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [("ragged", {}), ("alike", {}), ("alike", {"accumulate": 2}), ("alike", {"steps_per_call": 2})],
+)
+def test_records_and_scores_are_means_over_what_counts_whatever_the_batches(sizes, options, weighted):
+    data, still = list(scaled_batches(SIZES[sizes], weighted)), optax.sgd(0.0)
+    state = fn.init_train_state(SCALED, still, jax.random.key(0), data[0])
+    kernel = np.asarray(state.params["dense"]["kernel"], np.float64)
+    x, t, c, *w = (
+        np.concatenate(parts) for parts in zip(*((b[0], b[1]["t"], b[1]["c"], *b[2:]) for b in data), strict=True)
+    )
+    a = np.where(t < 0, 0.0, w[0] if weighted else 1.0)
+    wanted = {"loss": np.sum(a * c * (x @ kernel[:, 0] - t) ** 2) / np.sum(a * c), "t": np.sum(a * t) / np.sum(a)}
+    norms = [
+        np.linalg.norm(fn.value_and_grad(SCALED)(state.params, state.state, batch)[1]["dense"]["kernel"])
+        for batch in data
+    ]
+    scores = fn.evaluate(SCALED, state.params, state.state, data)
+    assert scores == pytest.approx(wanted, rel=1e-5)
+    _, (record,) = fn.fit(SCALED, still, state, data, len(data), log_every=len(data), validation=data, **options)
+    assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    assert {name: record["val_" + name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-5)
+
+
+def test_a_weighted_fit_moves_as_one_over_each_example_as_often_as_it_weighs():
+    often = np.array([3, 0, 1, 2, 1, 1, 0, 4])
+    weighted = INPUTS[:8], LABELS[:8], often.astype(np.float32) / 7
+    repeated = np.repeat(INPUTS[:8], often, axis=0), np.repeat(LABELS[:8], often)
+    objective = fn.objective(fn.serial(fn.dense(3)), fn.cross_entropy())
+    ends = []
+    for batch, options in ((weighted, {}), (weighted, {"accumulate": 4, "steps_per_call": 2}), (repeated, {})):
+        state = fn.init_train_state(objective, OPTIMIZER, jax.random.key(0), batch)
+        ends.append(fn.fit(objective, OPTIMIZER, state, [batch] * 4, 4, log_every=4, **options))
+    for state, (record,) in ends[:2]:
+        chex.assert_trees_all_close(state.params, ends[2][0].params, rtol=1e-4, atol=1e-6)
+        assert record == pytest.approx(ends[2][1][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-34, 1e-10, 1e10, 3e37])
+def test_only_ratios_of_the_weights_matter(scale):
+    """Also where products with values of the loss, or the sum of the weights, leave float32's range."""
+    data = [(*batch[:2], batch[2] * 2) for batch in scaled_batches(SIZES["ragged"], True)]
+    data = [(x, {"t": t["t"] / 1e3, "c": t["c"] / 1e3}, w) for x, t, w in data]
+    scaled_data = [(x, t, w * np.float32(scale)) for x, t, w in data]
+    state = fn.init_train_state(SCALED, optax.sgd(0.0), jax.random.key(0), data[0])
+    wanted = fn.evaluate(SCALED, state.params, state.state, data)
+    assert fn.evaluate(SCALED, state.params, state.state, scaled_data) == pytest.approx(wanted, rel=1e-5)
+    _, (record,) = fn.fit(SCALED, optax.sgd(0.0), state, scaled_data, 2)
+    assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+
+
+def test_booleans_as_weights_are_those_that_count():
+    batch, mask = (INPUTS[:8], LABELS[:8]), np.arange(8) % 3 > 0
+    state = fresh()
+    scores = fn.evaluate(OBJECTIVE, state.params, state.state, [(*batch, mask)])
+    wanted = fn.evaluate(OBJECTIVE, state.params, state.state, [(batch[0][mask], batch[1][mask])])
+    assert scores == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "word"),
+    [
+        (np.ones(7, np.float32), "7 in \\['weights'\\]"),
+        (np.ones((8, 1), np.float32), r"received  float32\[8, 1\]"),
+        (np.ones(8, np.int32), "convert integers with"),
+        (np.where(np.arange(8) == 3, -1, 1.0), "-1.0 at index \\(3,\\)"),
+        (np.where(np.arange(8) == 3, np.nan, 1.0), "nan at index \\(3,\\)"),
+        (np.where(np.arange(8) == 3, np.inf, 1.0), "inf at index \\(3,\\)"),
+        (np.full(8, 1e300), "1e\\+300 at index \\(0,\\)"),
+        ([1.0] * 8, "arrays"),
+        ({"a": np.ones(8)}, "as one array"),
+    ],
+)
+def test_weights_that_are_none_are_refused(weights, word):
+    batch, state = (INPUTS[:8], LABELS[:8], weights), fresh()
+    with pytest.raises(fn.InputError, match=word):
+        fn.evaluate(OBJECTIVE, state.params, state.state, [batch])
+    with pytest.raises(fn.InputError, match=word):
+        fn.fit(OBJECTIVE, OPTIMIZER, state, [batch], 1)
+
+
+# Batches in which nothing counts
+
+IGNORING = fn.objective(MODEL, fn.cross_entropy(ignore_index=-1))
+NOTHING = {"ignored": (INPUTS[:8], np.full(8, -1, np.int32)), "weight 0": (INPUTS[:8], LABELS[:8], np.zeros(8))}
+
+
+def counting(kind):
+    batch = next(batches())
+    return (*batch, np.ones(8)) if kind == "weight 0" else batch
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_batches_in_which_nothing_counts_are_skipped_and_counted(kind, steps_per_call):
+    nothing, something = NOTHING[kind], counting(kind)
+    data = [nothing, something, something, something, nothing, nothing, something]
+    options = {"log_every": 2, "steps_per_call": steps_per_call, "validation": [nothing, something]}
+    state, history = fn.fit(IGNORING, OPTIMIZER, fresh(IGNORING), data, 4, **options)
+    wanted, without = fn.fit(IGNORING, OPTIMIZER, fresh(IGNORING), [something] * 4, 4, **options)
+    chex.assert_trees_all_equal(state.params, wanted.params)
+    assert [record.pop("skipped") for record in history] == [1, 2]
+    assert history == without
+    assert int(state.step) == 4
+    scores = fn.evaluate(IGNORING, state.params, state.state, [nothing, something, nothing])
+    assert scores == fn.evaluate(IGNORING, state.params, state.state, [something])
+
+
+def test_batches_in_which_nothing_counts_do_not_make_up_for_others():
+    nothing = NOTHING["ignored"]
+    with pytest.raises(fn.InputError, match="batches for 2 steps, in which something counts\n  received  1 batches"):
+        fn.fit(IGNORING, OPTIMIZER, fresh(IGNORING), [nothing, next(batches()), nothing], 2)
+    with pytest.raises(fn.InputError, match="1000 batches in a row"):
+        fn.fit(IGNORING, OPTIMIZER, fresh(IGNORING), itertools.repeat(nothing), 2)
+    state = fresh(IGNORING)
+    with pytest.raises(fn.InputError, match="at least one target that counts"):
+        fn.evaluate(IGNORING, state.params, state.state, [nothing])
+    with pytest.raises(fn.InputError, match="at least one target that counts") as caught:
+        fn.fit(IGNORING, OPTIMIZER, state, batches(), 2, validation=[nothing])
+    assert caught.value.path == ("validation",)
+
+
+# States
+
+
+def peak():
+    """y = x; its state is the largest square that it has seen, which overflows where x does not."""
+
+    def fwd(params, state, x, key):
+        return x, jnp.maximum(state, jnp.max(jnp.square(x.astype(jnp.float32)))), ()
+
+    init = lambda key, x: ({}, jnp.zeros((), jnp.float32))
+    return fn.Layer("peak", init, lambda p, s, x: x, fwd, lambda p, r, dy, c=fn.total: ({}, dy))
+
+
+def losing(layer):
+    """A loss with the state of `layer`, which sees the targets; its values are 0."""
+    base = as_loss(layer)
+
+    def fwd(params, state, pair, key):
+        _, state, _ = layer.fwd({}, state, pair[1], key)
+        return jnp.zeros(len(pair[1])), state, ()
+
+    init = lambda key, pair: layer.init(key, pair[1])
+    bwd = lambda params, residuals, dy, contract=fn.total: ({}, (jnp.zeros((len(dy), 3)), jnp.zeros((len(dy), 3))))
+    return replace(base, name="losing", init=init, fwd=fwd, bwd=bwd)
+
+
+STATEFUL = {
+    "alone": (peak(), "", "peak"),
+    "serial": (fn.serial(peak()), "['peak']", "peak"),
+    "nested": (fn.serial(block=fn.serial(fn.relu(), deep=peak())), "['block']['deep']", "block/deep"),
+    "skip": (fn.serial(fn.skip(fn.serial(peak()))), "['skip']['peak']", "skip/peak"),
+    "repeat": (fn.serial(fn.repeat(fn.serial(peak()), 2)), "['repeat']['peak']", "repeat/peak"),
+    "remat": (fn.serial(fn.remat(fn.serial(peak()))), "['serial']['peak']", "serial/peak"),
+    "mixed": (fn.serial(fn.mixed(fn.serial(peak()))), "['serial']['peak']", "serial/peak"),
+    "named": (fn.serial(fn.named("top", peak())), "['top']", "top"),
+    "parallel": (fn.serial(fn.branch(a=peak(), b=fn.relu()), fn.add()), "['branch']['a']", "branch/a"),
+    "freeze": (fn.serial(fn.freeze(fn.serial(peak()))), "['serial'].state['peak']", "serial/peak"),
+    "batch_norm": (fn.serial(fn.batch_norm()), "['batch_norm']['var']", "batch_norm"),
+    "batch_norm in repeat": (fn.serial(fn.repeat(fn.batch_norm(), 2)), "['repeat']['var']", "repeat"),
+    "spectral_norm around one": (
+        fn.serial(fn.spectral_norm(fn.serial(fn.dense(3), peak()))),
+        "['spectral_norm']['layer']['peak']",
+        "spectral_norm",
+    ),
+}  # fmt: skip
+
+
+def big_at(step, scale):
+    for i in itertools.count(1):
+        rng = np.random.default_rng(i)
+        x = rng.normal(size=(4, 3)).astype(np.float32)
+        yield x * np.float32(scale if i == step else 1.0), np.zeros((4, 3), np.float32)
+
+
+def bounded():
+    """tanh, whatever comes: the loss and all gradients stay finite."""
+    return fn.serial(fn.tanh())
+
+
+CALLED = [(name, {}) for name in STATEFUL]
+CALLED += [(name, {"steps_per_call": 3}) for name in ("serial", "repeat", "freeze", "batch_norm")]
+CALLED += [(name, {"accumulate": 2}) for name in ("serial", "repeat", "freeze", "batch_norm")]
+
+
+@pytest.mark.parametrize(("name", "options"), CALLED)
+def test_a_step_that_spoils_a_state_is_not_made_and_named(name, options):
+    model, leaf, layer = STATEFUL[name]
+    objective = fn.objective(fn.serial(own=model, bounded=bounded()), fn.mse())
+    optimizer, first = optax.sgd(0.1), next(big_at(0, 1.0))
+    state = fn.init_train_state(objective, optimizer, jax.random.key(0), first)
+    with pytest.raises(fn.NotFiniteError, match="step 3: loss") as caught:
+        fn.fit(objective, optimizer, state, big_at(3, 1e20), 6, log_every=6, **options)
+    said = str(caught.value).split("\n  ")
+    layer = "own" if name == "alone" else f"own/{layer}"
+    assert [f"state leaves not finite: ['own']{leaf}", f"the layers of these: {layer}"] == said[-3:-1]
+    assert int(caught.value.train_state.step) == 2
+    chex.assert_tree_all_finite(caught.value.train_state.state)
+    state = fn.init_train_state(objective, optimizer, jax.random.key(0), first)
+    accumulate = options.get("accumulate", 1)
+    wanted, _ = fn.fit(objective, optimizer, state, big_at(0, 1.0), 2, log_every=2, accumulate=accumulate)
+    chex.assert_trees_all_close(caught.value.train_state.state, wanted.state, rtol=1e-5)
+
+
+def test_the_state_of_a_loss_is_watched_too():
+    objective = fn.objective(fn.serial(fn.dense(3)), losing(peak()))
+    batch = np.ones((4, 3), np.float32), np.full((4, 3), 1e20, np.float32)
+    state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), batch)
+    with pytest.raises(fn.NotFiniteError, match=r"state leaves not finite: \['loss'\]") as caught:
+        fn.fit(objective, optax.sgd(0.1), state, [batch], 1)
+    assert "the layers of these: losing" in str(caught.value)
+
+
+def test_frozen_params_and_states_of_integers_are_passed_on_unwatched():
+    frozen = fn.freeze(fn.serial(fn.dense(3, kernel_init=lambda *a: jnp.full((3, 3), 1e38)), fn.tanh()))
+    objective = fn.objective(fn.serial(frozen), fn.mse())
+    batch = next(big_at(0, 1.0))
+    state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), batch)
+    jaxpr = jax.make_jaxpr(lambda s, x: loop.changed(s, objective.model.fwd({"serial": {}}, s, x, None)[1]))
+    assert not jaxpr(state.state, batch[0]).out_avals
+
+
+# What is kept
+
+
+def kept():
+    """An objective that closes over an array, both by weak references, and what it was trained on."""
+    array = jnp.arange(1.0, 4.0)
+    model = fn.serial(fn.dense(4), fn.batch_norm(), fn.relu(), fn.dropout(0.1), fn.repeat(fn.dense(4), 2), fn.dense(3))
+    objective = fn.objective(model, fn.cross_entropy(), {"own": lambda y, t: jnp.sum(y * array[None], axis=1)})
+    optimizer, data = optax.adam(1e-2), [next(batches())] * 2
+    state = fn.init_train_state(objective, optimizer, jax.random.key(0), data[0])
+    state, _ = fn.fit(objective, optimizer, state, data, 2, validation=data)
+    fn.evaluate(objective, state.params, state.state, data)
+    return [weakref.ref(thing) for thing in (objective, array, optimizer.update)]
+
+
+def test_fit_and_evaluate_let_an_objective_go_with_all_that_it_holds():
+    before, gone = len(loop._programs), kept()
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
+    assert len(loop._programs) <= before
+
+
+@pytest.fixture
+def compiled():
+    """The compilations so far, as a list that grows."""
+    events = []
+    listen = lambda name, *args, **kwargs: events.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_same_call_again_compiles_nothing_and_another_one_does(compiled):
+    objective = fn.objective(fn.serial(fn.dense(3)), fn.cross_entropy())
+    other = fn.objective(fn.serial(fn.dense(3)), fn.cross_entropy(label_smoothing=0.5))
+    optimizer, data = optax.sgd(0.1), [next(batches())] * 4
+    start = lambda: fn.init_train_state(objective, optimizer, jax.random.key(0), data[0])
+
+    def fitted(objective=objective, optimizer=optimizer, **options):
+        return fn.fit(objective, optimizer, start(), data, 4, log_every=4, validation=data, **options)
+
+    def again(call):
+        before = len(compiled)
+        result = call()
+        return len(compiled) - before, result
+
+    first, (_, wanted) = again(fitted)
+    assert first > 0
+    for _ in range(2):
+        count, (_, history) = again(fitted)
+        assert (count, history) == (0, wanted)
+    scored = lambda objective=objective: fn.evaluate(objective, start().params, start().state, data)
+    again(scored)
+    assert again(scored)[0] == 0
+    for change in ({"steps_per_call": 2}, {"accumulate": 2}, {"optimizer": optax.sgd(0.2)}):
+        assert again(lambda change=change: fitted(**change))[0] > 0
+        assert again(lambda change=change: fitted(**change))[0] == 0
+    assert fitted(other)[1] != wanted
+    assert scored(other) != scored()
+    assert again(fitted)[0] == 0
+
+
+class Unhashable(list):
+    """An optimizer that cannot be a key."""
+
+    init, update = staticmethod(OPTIMIZER.init), staticmethod(OPTIMIZER.update)
+
+
+def test_an_optimizer_that_cannot_be_hashed_trains_all_the_same():
+    state, _ = fn.fit(OBJECTIVE, Unhashable(), fresh(), batches(), 2)
+    wanted, _ = fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 2)
+    chex.assert_trees_all_equal(state.params, wanted.params)
+
+
+# What is refused, and what is not
+
+
+def test_a_state_that_was_donated_is_refused_with_the_reason():
+    state = fresh()
+    fn.fit(OBJECTIVE, OPTIMIZER, state, batches(), 1)
+    for use in (
+        lambda: fn.fit(OBJECTIVE, OPTIMIZER, state, batches(), 1),
+        lambda: fn.evaluate(OBJECTIVE, state.params, state.state, [next(batches())]),
+        lambda: fn.value_and_grad(OBJECTIVE)(state.params, state.state, next(batches()), state.key),
+        lambda: fn.train_step(OBJECTIVE, OPTIMIZER)(state, next(batches())),
+        lambda: fn.layerwise_step(OBJECTIVE, OPTIMIZER)(state, next(batches())),
+    ):
+        with pytest.raises(fn.InputError, match="the train state that the last step returned"):
+            use()
+
+
+def test_what_is_no_objective_and_no_optimizer_is_refused():
+    with pytest.raises(fn.InputError, match="an objective"):
+        fn.fit(MODEL, OPTIMIZER, fresh(), batches(), 1)
+    with pytest.raises(fn.InputError, match="an optax optimizer"):
+        fn.fit(OBJECTIVE, optax.adam, fresh(), batches(), 1)
+    with pytest.raises(fn.InputError, match="an objective"):
+        fn.evaluate(MODEL, {}, (), [next(batches())])
+
+
+class Tensor:
+    """An array of another library: its dtype is its own."""
+
+    def __init__(self, array):
+        self.shape, self.ndim, self.dtype = (
+            array.shape,
+            array.ndim,
+            type("dtype", (), {"__str__": lambda d: "torch.float32"})(),
+        )
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["inputs", "targets", "weights"])
+def test_tensors_of_another_library_are_refused_with_the_remedy(place):
+    state, batch = fresh(), [*next(batches()), np.ones(8, np.float32)]
+    batch[place] = Tensor(batch[place])
+    for use in (
+        lambda: fn.init_train_state(OBJECTIVE, OPTIMIZER, jax.random.key(0), batch),
+        lambda: fn.evaluate(OBJECTIVE, state.params, state.state, [batch]),
+        lambda: fn.value_and_grad(OBJECTIVE)(state.params, state.state, batch),
+        lambda: fn.train_step(OBJECTIVE, OPTIMIZER)(state, batch),
+        lambda: fn.layerwise_step(OBJECTIVE, OPTIMIZER)(state, batch),
+        lambda: fn.fit(OBJECTIVE, OPTIMIZER, state, [batch], 1),
+    ):
+        with pytest.raises(
+            fn.InputError, match=r"received  torch.float32\[8(, 6)?\]\n  remedy    convert it with x.numpy"
+        ):
+            use()
+
+
+ATTENDING = fn.objective(fn.serial(fn.attention(1), fn.global_avg_pool(), fn.dense(3)), fn.cross_entropy())
+
+
+@pytest.mark.parametrize(("value", "fits"), [(-np.inf, True), (np.inf, False), (np.nan, False)])
+def test_a_bias_of_attention_may_forbid_and_nothing_else_may_be_infinite(value, fits):
+    rng = np.random.default_rng(0)
+    x, bias = rng.normal(size=(4, 5, 2)).astype(np.float32), np.zeros((4, 5, 5), np.float32)
+    bias[:, :, 3:] = value
+    batch = {"x": x, "bias": bias}, LABELS[:4]
+    state = fn.init_train_state(ATTENDING, OPTIMIZER, jax.random.key(0), batch)
+    if fits:
+        short = {"x": x, "bias": np.where(np.isinf(bias), np.float32(-1e30), bias)}, LABELS[:4]
+        wanted = fn.evaluate(ATTENDING, state.params, state.state, [short])
+        assert fn.evaluate(ATTENDING, state.params, state.state, [batch]) == pytest.approx(wanted, rel=1e-5)
+        state, _ = fn.fit(ATTENDING, OPTIMIZER, state, [batch], 1)
+        chex.assert_tree_all_finite(state.params)
+    else:
+        with pytest.raises(fn.InputError, match=r"at index .* of \['bias'\]"):
+            fn.fit(ATTENDING, OPTIMIZER, state, [batch], 1)
+    elsewhere = {"x": np.full_like(x, -np.inf), "bias": np.zeros_like(bias)}, LABELS[:4]
+    with pytest.raises(fn.InputError, match=r"-inf at index .* of \['x'\]"):
+        fn.evaluate(ATTENDING, *ATTENDING.init(jax.random.key(0), batch), [elsewhere])

@@ -143,7 +143,7 @@ def test_params_of_another_model_are_refused():
     assert caught.value.path == ("dense",)
 
 
-@pytest.mark.parametrize("name", ["loss", "weight", "step", "grad_norm", "update_norm"])
+@pytest.mark.parametrize("name", ["loss", "weight", "step", "grad_norm", "update_norm", "skipped"])
 def test_a_metric_may_not_take_the_name_of_a_steps_own_number(name):
     with pytest.raises(fn.InputError, match=f"received  \\['{name}'\\]"):
         fn.objective(MODEL, fn.cross_entropy(), {name: lambda prediction, target: target})
@@ -300,3 +300,101 @@ def test_no_example_has_a_gradient_of_its_own_where_the_loss_mixes_them():
 def test_an_objective_is_a_layer_over_batches():
     for objective in (HEAD, WHOLE):
         fn.check_layer(as_layer(objective), ("f32[4,3]", "i32[4]<5"), oracles=("autodiff",)).raise_for_failure()
+
+
+# Weights in the batch
+
+MASSES = dataclasses.replace(fn.cross_entropy(ignore_index=-1), mass=lambda t: jnp.where(t < 0, 0.0, t + 1.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "bool"])
+@pytest.mark.parametrize(
+    "loss", [fn.cross_entropy(), fn.cross_entropy(ignore_index=-1), MASSES], ids=["", "ignore", "mass"]
+)
+def test_weights_in_the_batch_are_those_of_a_mean(loss, dtype, standard_promotion):
+    """Against the same coefficients, made by NumPy in float64, as the argument."""
+    params, state, (inputs, labels) = setup()
+    if loss.counted(np.array([-1]))[0]:
+        ignored = np.zeros(6, bool)
+    else:
+        ignored, labels = np.arange(6) == 1, np.where(np.arange(6) == 1, -1, labels).astype(np.int32)
+    weights = np.array([0, 3, 1, 0.5, 2, 0]).astype(jnp.dtype(dtype))
+    w = weights.astype(np.float64)
+    mass = np.where(ignored, 0.0, labels + 1.0 if loss is MASSES else 1.0)
+    coefficients = (np.where(ignored, 0.0, w) / np.sum(w * mass)).astype(np.float32)
+    of = fn.value_and_grad(fn.objective(MODEL, loss))
+    wanted = of(params, state, (inputs, labels), weights=coefficients)
+    for scale in (1, 1e3, 1e38, 1e-30) if dtype == "float32" else (1,):
+        chex.assert_trees_all_close(of(params, state, (inputs, labels, weights * weights.dtype.type(scale))), wanted,
+                                    rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
+def test_weights_of_one_are_no_weights_and_of_zero_make_all_zero(standard_promotion):
+    params, state, batch = setup()
+    of = fn.value_and_grad(OBJECTIVE)
+    plain = of(params, state, batch)
+    for ones in (np.ones(6, np.float32), np.ones(6, bool), None):
+        chex.assert_trees_all_close(of(params, state, (*batch, ones)), plain, rtol=1e-6)
+    (loss, _), grads = of(params, state, (*batch, np.zeros(6, np.float32)))
+    assert loss == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf, -np.inf])
+def test_weights_that_cannot_be_those_of_a_mean_make_the_loss_nan(bad):
+    params, state, batch = setup()
+    weights = np.array([1, bad, 1, 1, 1, 1], np.float32)
+    assert np.isnan(fn.value_and_grad(OBJECTIVE)(params, state, (*batch, weights))[0][0])
+
+
+def test_weights_of_positions_have_the_shape_of_the_values():
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.normal(size=(3, 4, 2)).astype(np.float32), rng.integers(0, 5, (3, 4)).astype(np.int32)
+    objective = fn.objective(fn.dense(5), fn.cross_entropy())
+    params, state = objective.init(jax.random.key(0), (inputs, labels, np.ones((3, 4))))
+    weights = rng.uniform(0, 1, (3, 4)).astype(np.float32)
+    values = optax.softmax_cross_entropy_with_integer_labels(fn.dense(5).apply(params, state, inputs), labels)
+    loss = fn.value_and_grad(objective)(params, state, (inputs, labels, weights))[0][0]
+    np.testing.assert_allclose(loss, np.average(values, weights=weights), rtol=1e-5)
+    with pytest.raises(fn.InputError, match=r"weights \[3, 4\] in the batch"):
+        fn.value_and_grad(objective)(params, state, (inputs, labels, weights[:, 0]))
+
+
+def test_weights_in_the_batch_and_as_an_argument_are_refused():
+    params, state, batch = setup()
+    ones = np.ones(6, np.float32)
+    with pytest.raises(fn.InputError, match="received  both"):
+        fn.value_and_grad(OBJECTIVE)(params, state, (*batch, ones), weights=ones)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (1, 2, 3, 4), "xy", {"x": 1}])
+def test_a_batch_is_a_pair_or_has_weights_too(batch):
+    params, state, _ = setup()
+    with pytest.raises(fn.InputError, match="a batch \\(inputs, targets\\) or \\(inputs, targets, weights\\)"):
+        fn.value_and_grad(OBJECTIVE)(params, state, batch)
+
+
+def test_weights_silence_an_infinite_loss(standard_promotion):
+    logits = jnp.array([[1.0, 2.0], [0.0, -jnp.inf]])
+    objective = fn.objective(fn.identity(), fn.cross_entropy())
+    of = fn.value_and_grad(objective)
+    batch = logits, np.array([0, 1], np.int32), np.array([2.0, 0.0], np.float32)
+    np.testing.assert_allclose(of({}, (), batch)[0][0], np.log1p(np.e), rtol=1e-6)
+
+
+def test_summaries_and_explanations_take_a_batch_with_weights():
+    params, state, batch = setup()
+    weights = np.array([1.0, 0, 0, 0, 0, 0], np.float32)
+    assert (
+        str(fn.summary(OBJECTIVE, (*batch, weights))).split("\n")[:-1]
+        == str(fn.summary(OBJECTIVE, batch)).split("\n")[:-1]
+    )
+    explained = fn.explain(OBJECTIVE, params, state, (*batch, weights))
+    np.testing.assert_allclose(explained.loss, plain_values(params, state, batch)[0], rtol=1e-5)
+
+
+def test_weights_form_no_nan_that_is_then_overwritten():
+    params, state, batch = setup()
+    with jax.debug_nans(True):
+        for weights in (np.arange(6.0), np.zeros(6), np.ones(6, bool)):
+            assert np.isfinite(fn.value_and_grad(OBJECTIVE)(params, state, (*batch, weights))[0][0])

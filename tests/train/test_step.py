@@ -313,3 +313,35 @@ def test_a_fresh_state_refuses_labels_that_the_loss_with_parameters_has_no_class
     with pytest.raises(fn.InputError, match="labels from 0 to 4") as caught:
         fresh(optax.sgd(0.1), HEAD, (BATCH[0], BATCH[1] + 1))
     assert caught.value.path == ("linear_cross_entropy",)
+
+
+WEIGHTS = np.array([0, 1, 2, 0.5, 0, 3, 1, 1, 0, 4, 1, 2], np.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"steps": 2}], ids=["plain", "micro", "scan"])
+def test_weights_in_the_batch_are_those_of_the_mean_over_all_of_it(options):
+    optimizer = optax.sgd(0.5)
+    steps = options.get("steps", 1)
+    batch = (*BATCH, WEIGHTS)
+    given = jax.tree.map(lambda leaf: np.stack([leaf] * steps), batch) if "steps" in options else batch
+    after, metrics = fn.train_step(OBJECTIVE, optimizer, **options)(fresh(optimizer), given)
+    wanted, coefficients = fresh(optimizer), WEIGHTS / WEIGHTS.sum()
+    for _ in range(steps):
+        wanted, numbers = fn.train_step(OBJECTIVE, optimizer)(wanted, BATCH, coefficients)
+    chex.assert_trees_all_close(after.params, wanted.params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(jax.tree.map(lambda m: m.reshape(-1)[-1], metrics), numbers, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [fn.train_step, fn.layerwise_step])
+def test_a_step_refuses_weights_in_the_batch_and_as_an_argument(make):
+    with pytest.raises(fn.InputError, match="received  both"):
+        make(OBJECTIVE, optax.sgd(0.1))(fresh(optax.sgd(0.1)), (*BATCH, WEIGHTS), WEIGHTS)
+
+
+def test_a_layerwise_step_takes_weights_in_the_batch():
+    optimizer = optax.sgd(0.5)
+    ends = [
+        make(OBJECTIVE, optimizer)(fresh(optimizer), (*BATCH, WEIGHTS)) for make in (fn.train_step, fn.layerwise_step)
+    ]
+    chex.assert_trees_all_close(ends[1][0].params, ends[0][0].params, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ends[1][1]["accuracy"], ends[0][1]["accuracy"], rtol=1e-6)
