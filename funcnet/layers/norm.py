@@ -167,18 +167,18 @@ def _moments(
             high = high - means[-1]
         return means, mean(jnp.square(high))
 
-    def again(values: Array, fits: Array, once: Any) -> Any:
-        high = values.astype(wide(values.dtype))
+    def again(values: Array, seen: Array, once: Any) -> Any:
+        high = values.astype(seen.dtype)
         power = jnp.where(jnp.isfinite(once[-1]), 1.0, _power(high, mean)).astype(high.dtype)
-        return jax.tree.map(partial(jnp.where, fits), once, (power, *moments(high * power, centrings)))
+        return jax.tree.map(partial(jnp.where, jnp.isfinite(seen)), once, (power, *moments(high * power, centrings)))
 
     means, square = moments(values.astype(wide(values.dtype)), centrings - sparing)
-    fits = jnp.isfinite(square)
+    seen = square
     if sparing:
-        fits = fits & (jnp.square(means[-1]) <= 64 * square)
+        seen = jnp.where(jnp.square(means[-1]) <= 64 * square, square, jnp.inf)
         means += (jnp.zeros_like(square),)
     once = jnp.ones_like(square), means, square
-    return lax.cond(jnp.all(fits), lambda values, fits, once: once, again, values, fits, once)
+    return lax.cond(jnp.isfinite(jnp.max(seen)), lambda values, seen, once: once, again, values, seen, once)
 
 
 def _power(high: Array, mean: Callable[[Array], Array]) -> Array:
