@@ -17,16 +17,20 @@ evaluation mean and var are the running ones, which every training pass moves to
 Every example's output depends on all others, so no example has a gradient of its own: the factors are marked `mixes`,
 and contractions that answer for each example are refused here, in the layers before and in those after.
 
-Residuals: x [B, .., C], and mean and rstd [C] in the dtype of the statistics.  Why these: x is the output of the layer
-before, x_hat would be an array of its own; in half precision x is exact, x_hat rounded.
+Residuals: x [B, .., C], and [1, .., C] in the dtype of the statistics the power of two that x is multiplied by, the
+means, the mean square and rstd.  Why these: x is the output of the layer before, x_hat would be an array of its own; in
+half precision x is exact, x_hat rounded.
 Numerics: statistics and sums in float32 for half precision. The variance is that of x less its mean, not the difference
-of two large means; of one value, or of equal ones, it is 0, and so is x_hat.
+of two large means; of one value, or of equal ones, it is 0, and so is x_hat. For that a feature that lies further from
+0 than 8 standard deviations is centred twice, and one whose squares overflow is right up to the largest finite number,
+as in layer norm (`norm`); both cost a second look at x, under `lax.cond`, and features that need neither none. The
+running variance of such large values is infinite where it is not representable itself, in float32 from 2e19 squared on.
 Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1 and section 3.
 """
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -36,19 +40,12 @@ from funcnet.arithmetic import flat, in_front, placed, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift, mixing, total
 from funcnet.layer import Layer
-
-
-class OfBatch(NamedTuple):
-    """Residuals of `batch_norm`: x [B, .., C], mean and rstd [C]."""
-
-    x: Array
-    mean: Array
-    rstd: Array
+from funcnet.layers.norm import Statistics, centre, own_power, positive, statistics
 
 
 def batch_norm(
     momentum: float = 0.9, eps: float = 1e-5, use_scale: bool = True, use_bias: bool = True
-) -> Layer[dict[str, Array], dict[str, Array], OfBatch]:
+) -> Layer[dict[str, Array], dict[str, Array], Statistics]:
     """y = scale * (x - mean) * rstd + bias for each feature of x [B, .., C]; params scale [C] (ones), bias [C] (zeros).
 
     `fwd` takes mean and variance from the batch, over all axes but the last, and returns the moved state; `apply` takes
@@ -70,10 +67,10 @@ def batch_norm(
         expect.InputError: if x is not floating of at least two axes, has not the state's and parameters' features, its
             dtype is not the parameters', or the contraction wants each example's own gradient.
     """
+    momentum = expect.number(momentum, "momentum")
     if not 0 <= momentum <= 1:
         raise InputError("a momentum from 0 to 1", f"momentum={momentum}", "use the default, 0.9")
-    if not eps > 0:
-        raise InputError("a positive eps", f"eps={eps}", "use the default, 1e-5")
+    eps = positive(eps, "1e-5")
     names = ("scale",) * use_scale + ("bias",) * use_bias
 
     def check(params: Any, state: Any, x: Array) -> None:
@@ -84,10 +81,13 @@ def batch_norm(
             raise InputError(wanted, describe(state), "pass the state that this layer's init returned for such input")
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
 
-    def line(params: dict[str, Array], x: Array, mean: Array, rstd: Array) -> Array:
-        """scale * (x - mean) * rstd + bias."""
-        slope = rstd * params["scale"].astype(rstd.dtype) if use_scale else rstd
-        y = (x - in_front(mean, x.ndim)) * in_front(slope, x.ndim)
+    def slope(params: dict[str, Array], rstd: Array) -> Array:
+        """scale * rstd."""
+        return rstd * in_front(params["scale"].astype(rstd.dtype), rstd.ndim) if use_scale else rstd
+
+    def line(params: dict[str, Array], centred: Array, rstd: Array) -> Array:
+        """scale * centred * rstd + bias."""
+        y = centred * slope(params, rstd)
         return y + in_front(params["bias"].astype(y.dtype), y.ndim) if use_bias else y
 
     @expect.by("batch_norm")
@@ -102,37 +102,37 @@ def batch_norm(
     def apply(params: dict[str, Array], state: dict[str, Array], x: Any) -> Array:
         x = jnp.asarray(x)
         check(params, state, x)
-        mean, var = (state[name].astype(wide(x.dtype)) for name in ("mean", "var"))
-        return line(params, x.astype(mean.dtype), mean, lax.rsqrt(var + eps)).astype(x.dtype)
+        mean, var = (in_front(state[name].astype(wide(x.dtype)), x.ndim) for name in ("mean", "var"))
+        return line(params, x.astype(mean.dtype) - mean, lax.rsqrt(var + eps)).astype(x.dtype)
 
     @expect.by("batch_norm")
     def fwd(params: dict[str, Array], state: dict[str, Array], x: Any, key: Array | None):
         x = jnp.asarray(x)
         check(params, state, x)
-        high = x.astype(wide(x.dtype))
-        mean = _mean(high)
-        var = _mean(jnp.square(high - in_front(mean, x.ndim)))
-        rstd = lax.rsqrt(var + eps)
-        move = lambda running, batch: momentum * running + (1 - momentum) * batch.astype(running.dtype)
+        high, saved = statistics(x, x, 2, eps, _mean, sparing=True)
+        mean, var = sum(saved.means) / saved.power, saved.square / saved.power / saved.power
+
+        def move(running: Array, batch: Array) -> Array:
+            return momentum * running + (1 - momentum) * batch.reshape(running.shape).astype(running.dtype)
+
         moved = {"mean": move(state["mean"], mean), "var": move(state["var"], var)}
-        return line(params, high, mean, rstd).astype(x.dtype), moved, OfBatch(x, mean, rstd)
+        return line(params, high, saved.rstd).astype(x.dtype), moved, saved
 
     @expect.by("batch_norm")
-    def bwd(params: dict[str, Array], residuals: OfBatch, dy: Any, contract=total):
-        x, mean, rstd = residuals
+    def bwd(params: dict[str, Array], residuals: Statistics, dy: Any, contract=total):
+        x, rstd = residuals.x, residuals.rstd
         mixing(contract)
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
-        x_hat, g = (x.astype(rstd.dtype) - in_front(mean, x.ndim)) * in_front(rstd, x.ndim), dy.astype(rstd.dtype)
-        dx = g - in_front(_mean(g), x.ndim) - x_hat * in_front(_mean(x_hat * g), x.ndim)
-        slope = rstd * params["scale"].astype(rstd.dtype) if use_scale else rstd
+        x_hat, g = centre(x, residuals) * rstd, dy.astype(rstd.dtype)
+        dx = (g - _mean(g) - x_hat * _mean(x_hat * g)) * slope(params, rstd) * own_power(residuals)
         factors = {"scale": Scale(x_hat, dy, mixes=True), "bias": Shift(dy, mixes=True)}
         dparams = {name: contract(factors[name], params[name]) for name in names}
-        return dparams, placed((dx * in_front(slope, x.ndim)).astype(x.dtype), x)
+        return dparams, placed(dx.astype(x.dtype), x)
 
     return Layer("batch_norm", init, apply, fwd, bwd)
 
 
 def _mean(x: Array) -> Array:
-    """[.., C] to [C]; the sum as `total` makes it, so that the compiler sees one where both are wanted."""
-    return jnp.sum(flat(x), axis=0) / prod(x.shape[:-1])
+    """[.., C] to [1, .., C]; the sum as `total` makes it, so that the compiler sees one where both are wanted."""
+    return in_front(jnp.sum(flat(x), axis=0) / prod(x.shape[:-1]), x.ndim)

@@ -14,21 +14,29 @@ RMS norm leaves the mean where it is: x_hat = x * rstd with rstd = 1 / sqrt(mean
 
 For both dscale is the factor Scale(x_hat, dy), and layer norm's dbias the factor Shift(dy).
 
-Residuals: x [.., D], and the mean, the mean square and rstd [.., 1] in the dtype of the statistics.  Why these: x is
-mostly alive anyhow, as the stream that a block adds to, where x_hat would be an array of its own; in half precision x
-is exact, x_hat rounded.
+The square of a large row overflows, in float32 from 2e19 on, where x_hat is of order 1. Both norms of p x with p^2 eps
+are those of x with eps, so such a row is multiplied by a small power of two p, which rounds nothing:
+
+    x_hat = (p x - mean(p x)) * rstd_p      rstd_p = 1 / sqrt(var(p x) + p^2 eps) = rstd / p      dx = p d(p x)
+
+Residuals: x [.., D], and p, the means, the mean square and rstd_p [.., 1] in the dtype of the statistics.  Why these: x
+is mostly alive anyhow, as the stream that a block adds to, where x_hat would be an array of its own; in half precision
+x is exact, x_hat rounded.
 Numerics: in float32 for half precision, rounded once. Layer norm centres twice, so that rows far from zero lose
 nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients: its mean is kept as the two that are
 taken off one after the other. Where x_hat explains nearly all of g, dx is a small difference of large terms: `pulled`
-forms it so that an error of rstd does not enter. A row whose mean square overflows, in float32 from 2e19 on, gives
-x_hat = 0 and dx = 0.
-Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
+forms it so that an error of rstd does not enter. p is 1 for a row whose sums are finite, and there all is as without
+it. A large row is right up to the largest finite number, whatever its neighbours are, and costs, as does one with a
+NaN, a second look at all of x: the sums are made again under `lax.cond`, which is free while there is no such row.
+Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467; the power of two as in
+Blue 1978, "A portable Fortran program to find the Euclidean norm of a vector", doi:10.1145/355769.355771.
 """
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -39,9 +47,13 @@ from funcnet.layer import Layer, stateless
 
 
 class Statistics(NamedTuple):
-    """Residuals of a norm: x; the means to take off it, one after the other; the mean square of the rest, and rstd."""
+    """Residuals of a norm: x, and the power of two p that it is multiplied by, 1 if it is not large.
+
+    Of p x the means to take off, one after the other; the mean square of the rest; and rstd, 1 / sqrt(square + p^2 eps).
+    """
 
     x: Array
+    power: Array
     means: tuple[Array, ...]
     square: Array
     rstd: Array
@@ -72,8 +84,7 @@ def rms_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics
 
 
 def _norm(name: str, eps: float, centred: bool) -> Layer:
-    if not eps > 0:
-        raise expect.InputError("a positive eps", f"eps={eps}", "use the default, 1e-6")
+    eps = positive(eps, "1e-6")
     names = ("scale", "bias") if centred else ("scale",)
 
     def init(key: Array, x: Any) -> dict[str, Array]:
@@ -84,42 +95,102 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Statistics]:
         expect.float_array(x, features=expect.size(params, "scale"))
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
-        high, saved = statistics(x, x.astype(wide(x.dtype)), 2 * centred, eps, _mean)
+        high, saved = statistics(x, x, 2 * centred, eps, _mean)
         y = high * saved.rstd * in_front(params["scale"].astype(high.dtype), x.ndim)
         if centred:
             y = y + in_front(params["bias"].astype(high.dtype), x.ndim)
         return y.astype(x.dtype), saved
 
     def bwd(params, residuals, dy, contract):
-        x, means, square, rstd = unshared(residuals)
+        saved = unshared(residuals)
+        x, dtype = saved.x, saved.rstd.dtype
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
-        high = centre(x.astype(square.dtype), *means)
-        g = dy.astype(square.dtype) * in_front(params["scale"].astype(square.dtype), dy.ndim)
-        dx = pulled(g - _mean(g) if centred else g, high, square, rstd, eps, _mean)
-        dparams = {"scale": contract(Scale(high * rstd, dy), params["scale"])}
+        high = centre(x, saved)
+        g = dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim) * own_power(saved)
+        if centred:
+            g = g - _mean(g)
+            inner, x_hat = _mean(g * high), high * saved.rstd
+        else:  # of x itself, else the compiler forms p x for both, and keeps it beside x
+            x = x.astype(dtype)
+            inner, x_hat = saved.power * _mean(g * x), x * (4 * saved.power * saved.rstd) / 4
+        dparams = {"scale": contract(Scale(x_hat, dy), params["scale"])}
         if centred:
             dparams["bias"] = contract(Shift(dy), params["bias"])
-        return dparams, placed(dx.astype(dy.dtype), x)
+        return dparams, placed(pulled(g, high, inner, saved, eps).astype(dy.dtype), saved.x)
 
     return stateless(name, init, fwd, bwd)
 
 
+def positive(eps: Any, default: str) -> float:
+    """`eps` as a Python number, if it is one to be added to a square."""
+    eps = expect.number(eps, "eps")
+    if not 0 < eps < float("inf"):
+        raise expect.InputError("a positive eps", f"eps={eps}", f"use the default, {default}")
+    return eps
+
+
 def statistics(
-    x: Array, high: Array, centrings: int, eps: float, mean: Callable[[Array], Array]
+    x: Array, values: Array, centrings: int, eps: float, mean: Callable[[Array], Array], sparing: bool = False
 ) -> tuple[Array, Statistics]:
-    """`high`, which is x made wide, centred, and its statistics."""
-    means = ()
-    for _ in range(centrings):  # each takes off the rounding error of the one before
-        means += (mean(high),)
-        high = centre(high, means[-1])
-    square = mean(jnp.square(high))
-    return high, Statistics(x, means, square, lax.rsqrt(square + eps))
+    """p x centred, made wide and in the shape of `values`, which is x or x regrouped for `mean`; and its statistics.
+
+    Args:
+        x: to be kept.
+        values: what `mean` takes, and what is centred.
+        centrings: how many means are taken off; each takes off the rounding error of the one before.
+        eps: added to the mean square.
+        mean: over the values that share statistics, axes kept; a function of its module, which compiled code is kept by.
+        sparing: leave the last mean 0 where the one before is within 8 standard deviations of 0, which rounding hardly
+            moves, and take it only if there are others.
+    """
+    power, means, square = _moments(values, centrings, mean, sparing)
+    saved = Statistics(x, power, means, square, square)
+    own = own_power(saved)
+    saved = saved._replace(rstd=lax.rsqrt(square + eps * own * own))
+    return centre(values, saved), saved
 
 
-def centre(high: Array, *means: Array) -> Array:
-    """Take the means off, one after the other."""
-    return reduce(jnp.subtract, means, high)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _moments(
+    values: Array, centrings: int, mean: Callable[[Array], Array], sparing: bool
+) -> tuple[Array, tuple[Array, ...], Array]:
+    """p, the means to take off p x, and the mean square of the rest.
+
+    Compiled as one, so that without `jit` too no infinite sum is seen that is then made again.
+    """
+
+    def moments(high: Array, centrings: int) -> tuple[tuple[Array, ...], Array]:
+        means = ()
+        for _ in range(centrings):
+            means += (mean(high),)
+            high = high - means[-1]
+        return means, mean(jnp.square(high))
+
+    def again(values: Array, seen: Array, once: Any) -> Any:
+        high = values.astype(seen.dtype)
+        power = jnp.where(jnp.isfinite(once[-1]), 1.0, _power(high, mean)).astype(high.dtype)
+        return jax.tree.map(partial(jnp.where, jnp.isfinite(seen)), once, (power, *moments(high * power, centrings)))
+
+    means, square = moments(values.astype(wide(values.dtype)), centrings - sparing)
+    seen = square
+    if sparing:
+        seen = jnp.where(jnp.square(means[-1]) <= 64 * square, square, jnp.inf)
+        means += (jnp.zeros_like(square),)
+    once = jnp.ones_like(square), means, square
+    return lax.cond(jnp.isfinite(jnp.max(seen)), lambda values, seen, once: once, again, values, seen, once)
+
+
+def _power(high: Array, mean: Callable[[Array], Array]) -> Array:
+    """A power of two near 1 / mean(|x|), at least 4 times the smallest normal number, where mean(|x|) is large."""
+    info = jnp.finfo(high.dtype)
+    size = lax.stop_gradient(mean(jnp.abs(high) * 2.0**-32))  # no sum of less than 2^32 overflows
+    return lax.reduce_precision(jnp.maximum(2.0**-32 / size, 4 * float(info.tiny)), info.nexp, 0)
+
+
+def centre(values: Array, saved: Statistics) -> Array:
+    """p x less the means, one after the other, in the shape of `values`."""
+    return reduce(jnp.subtract, saved.means, values.astype(saved.power.dtype) * saved.power)
 
 
 def unshared(saved: Statistics) -> Statistics:
@@ -127,14 +198,20 @@ def unshared(saved: Statistics) -> Statistics:
     return Statistics(saved.x, *lax.optimization_barrier(saved[1:]))
 
 
-def pulled(g: Array, x: Array, square: Array, rstd: Array, eps: float, mean: Callable[[Array], Array]) -> Array:
-    """rstd * (g - x_hat * mean(g * x_hat)), where x_hat = x * rstd, rstd = 1 / sqrt(square + eps), square = mean(x^2).
+def pulled(g: Array, high: Array, inner: Array, saved: Statistics, eps: float) -> Array:
+    """rstd_p * (g - x_hat * mean(g * x_hat)) where x_hat = high * rstd_p, high is p x centred, inner mean(g * high).
 
-    Written as rstd^3 * (g * eps + (g * square - x * mean(g * x))): no rounding of rstd enters the difference. One rstd
-    is multiplied into the numbers of each row first, so that nothing overflows or vanishes; where square has, dx is 0.
+    Written as rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no rounding of rstd_p enters the difference. One
+    rstd_p is multiplied into the numbers of each row first, so that nothing overflows or vanishes.
     """
+    square, rstd, own = saved.square, saved.rstd, own_power(saved)
     by_rstd = lambda row: jnp.where(rstd > 0, row * rstd, 0.0)
-    return rstd * rstd * (g * by_rstd(eps) + (g * by_rstd(square) - x * by_rstd(mean(g * x))))
+    return rstd * rstd * (g * by_rstd(eps * own * own) + (g * by_rstd(square) - high * by_rstd(inner)))
+
+
+def own_power(saved: Statistics) -> Array:
+    """p, and 1 for a row that is all one value: nothing of it is left to scale, and p^2 eps would vanish too."""
+    return jnp.where(saved.square == 0, 1.0, saved.power).astype(saved.power.dtype)
 
 
 def _mean(x: Array) -> Array:

@@ -13,9 +13,11 @@ To unit length, over the last axis:
 
     y = x / |x|        dx = (dy - y <y, dy>) / |x|        both 0 at x = 0, where there is no direction
 
-Residuals: x [B, .., C], the means, mean square and rstd [B, 1, G, 1] in the dtype of the statistics; y and |x| [.., 1].
+Residuals: x [B, .., C], and [B, 1, G, 1] in the dtype of the statistics the power of two that x is multiplied by, the
+means, the mean square and rstd; y and |x| [.., 1].
 Numerics: in float32 for half precision. Group norm centres twice, as layer norm does (`norm`), so that values far from
-zero lose nothing. |x| is taken of x / max |x|, so that no square overflows or vanishes.
+zero lose nothing, and as there groups up to the largest finite number are right, whose squares overflow. |x| is taken
+of x / max |x|, so that no square overflows or vanishes.
 Source: Wu and He 2018, arXiv:1803.08494; Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
 """
 
@@ -29,7 +31,7 @@ from funcnet.arithmetic import in_front, placed, regrouped, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.norm import Statistics, centre, pulled, statistics, unshared
+from funcnet.layers.norm import Statistics, centre, own_power, positive, pulled, statistics, unshared
 
 
 class Direction(NamedTuple):
@@ -69,8 +71,7 @@ def instance_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Stati
 
 def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
     """`groups` None for as many as there are channels."""
-    if not eps > 0:
-        raise InputError("a positive eps", f"eps={eps}", "use the default, 1e-6")
+    eps = positive(eps, "1e-6")
 
     def check(x: Any, channels: int | None = None) -> None:
         expect.float_array(x, rank=2, features=channels)
@@ -90,19 +91,21 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Statistics]:
         check(x, expect.size(params, "scale"))
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
-        high, saved = statistics(x, grouped(x.astype(wide(x.dtype))), 2, eps, _mean)
+        high, saved = statistics(x, grouped(x), 2, eps, _mean)
         x_hat = regrouped(high * saved.rstd, x.shape)
         scale, bias = (in_front(params[name].astype(high.dtype), x.ndim) for name in ("scale", "bias"))
         return (x_hat * scale + bias).astype(x.dtype), saved
 
     def bwd(params, residuals, dy, contract):
-        x, means, square, rstd = unshared(residuals)
+        saved = unshared(residuals)
+        x, dtype = saved.x, saved.rstd.dtype
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
-        high = centre(grouped(x.astype(square.dtype)), *means)
-        g = grouped(dy.astype(square.dtype) * in_front(params["scale"].astype(square.dtype), dy.ndim))
-        dx = regrouped(pulled(g - _mean(g), high, square, rstd, eps, _mean), dy.shape)
-        x_hat = regrouped(high * rstd, dy.shape)
+        high = centre(grouped(x), saved)
+        g = grouped(dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim)) * own_power(saved)
+        g = g - _mean(g)
+        dx = regrouped(pulled(g, high, _mean(g * high), saved, eps), dy.shape)
+        x_hat = regrouped(high * saved.rstd, dy.shape)
         dparams = {
             "scale": contract(Scale(x_hat, dy), params["scale"]),
             "bias": contract(Shift(dy), params["bias"]),
