@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Contraction, total
 
@@ -155,24 +156,26 @@ def no_params(key: Array | None, x: Any) -> dict[str, Array]:
 def elementwise(
     name: str, f: Callable[[Array], Array], df: Callable[[Array], Array], saves: Literal["input", "output"] = "input"
 ) -> Layer[dict, tuple[()], Array]:
-    """y = f(x), element by element, with dx = dy * df(saved).
+    """y = f(x), element by element, with dx = dy * df(saved); f and df are given half precision in float32.
 
     Args:
         name: the layer's.
         f: plain JAX, differentiable in both modes; at a kink its own derivative must be the one that df gives.
         df: the derivative of f as a function of what is saved.
         saves: "input" if df wants x, "output" if it wants y. Prefer the output: the next layer mostly saves it anyway,
-            so it takes no memory of its own.
+            so it takes no memory of its own. It is rounded to x's dtype: where df takes a difference, as 1 - y^2, half
+            precision keeps too few of its digits.
     """
 
     def fwd(params, x):
         expect.float_array(x)
-        y = f(x)
+        y = f(x.astype(wide(x.dtype))).astype(x.dtype)
         return y, x if saves == "input" else y
 
     def bwd(params, saved, dy, contract):
         dy = expect.cotangent(dy, saved.shape, saved.dtype)
-        return {}, dy * df(saved)
+        high = wide(dy.dtype)
+        return {}, (dy.astype(high) * df(saved.astype(high))).astype(dy.dtype)
 
     return stateless(name, no_params, fwd, bwd)
 
