@@ -4,7 +4,7 @@ Every complaint has the same four parts: where (the layer's path), what was expe
 Shapes and dtypes are known while JAX traces, so these checks cost nothing in a compiled step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -188,14 +188,18 @@ def _shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf) if numeric else leaf.dtype)
 
 
-def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype."""
+def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]], wider: Collection[str] = ()) -> None:
+    """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype.
+
+    Those named in `wider` may have more digits.
+    """
     wanted = "parameters {" + ", ".join(f"{k}: {dtype}[{', '.join(map(str, s))}]" for k, s in shapes.items()) + "}"
     if not isinstance(params, Mapping) or params.keys() != shapes.keys():
         raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned")
     if any(not is_array(params[name]) or params[name].shape != shape for name, shape in shapes.items()):
         raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned for such input")
-    if any(params[name].dtype != dtype for name in shapes):
+    digits = lambda name: jnp.promote_types(params[name].dtype, dtype) if name in wider else dtype
+    if any(params[name].dtype != digits(name) for name in shapes):
         remedy = "convert the input or the parameters; for half-precision compute wrap the layer in mixed(...)"
         raise InputError(wanted, describe(params), remedy)
 

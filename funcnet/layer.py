@@ -51,6 +51,8 @@ class Layer(Generic[Params, State, Residuals]):
             but for `freeze`, which has both in its state.
         rebuild: the same combinator over other parts of the same names; None for a layer without parts.
         made: by which combinator, and of what; None for most layers not made of others.
+        unrounded: names of those of its own params that may be of a wider dtype than x, and that `mixed` therefore
+            does not round to the dtype it computes in: an exponential, for one, makes of their rounding a larger one.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Layer(Generic[Params, State, Residuals]):
     parts: Mapping[str, "Layer"] = field(default_factory=dict)
     rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None
     made: "Made | None" = None
+    unrounded: tuple[str, ...] = ()
 
     @property
     def combinator(self) -> str:
@@ -199,6 +202,12 @@ def undoing(layer: Layer) -> Undo | None:
     if layer.made and layer.combinator == "named":
         return undoing(layer.made.inner)
     return layer.made.undo if layer.made and layer.combinator else None
+
+
+def unrounded(layer: Layer) -> tuple[str, ...]:
+    """Paths of the params that may be wider than their layer's x: its own and those of its parts."""
+    of_parts = (f"{name}/{path}" for name, part in layer.parts.items() for path in unrounded(part))
+    return (*layer.unrounded, *of_parts)
 
 
 def without_x(undo: Undo) -> Callable[..., tuple[Any, Any]]:
