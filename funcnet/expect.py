@@ -14,6 +14,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from funcnet.arithmetic import wider
+
 Tree = Any
 
 
@@ -121,17 +123,22 @@ def sequences(x: Any, features: int | None = None, what: str = "x") -> None:
 
 def fraction(value: Any, what: str, remedy: str) -> float:
     """`value` if it is a number of at least 0 and less than 1."""
-    if isinstance(value, Real) and 0 <= float(value) < 1:
+    if _is_real(value) and 0 <= float(value) < 1:
         return float(value)
     raise InputError(f"a {what} of at least 0 and less than 1", f"{what}={value!r}", remedy)
 
 
 def number(value: Any, what: str) -> float:
     """`value`, a real number, as Python's own: NumPy's and JAX's would turn what they meet into their own dtype."""
-    scalar = is_concrete(value) and value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
-    if isinstance(value, bool) or not (isinstance(value, Real) or scalar) or jnp.iscomplexobj(value):
+    if not _is_real(value):
         raise InputError(f"{what} as a real number", f"{what}={value!r}", "give one, such as 0.5")
     return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether `value` is a real number, Python's, NumPy's or JAX's, and no boolean."""
+    scalar = is_concrete(value) and value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
+    return not isinstance(value, bool) and (isinstance(value, Real) or scalar) and not jnp.iscomplexobj(value)
 
 
 def floating_dtype(given: Any) -> Any:
@@ -188,18 +195,15 @@ def _shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf) if numeric else leaf.dtype)
 
 
-def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]], wider: Collection[str] = ()) -> None:
-    """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype.
-
-    Those named in `wider` may have more digits.
-    """
+def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]], may_be_wider: Collection[str] = ()) -> None:
+    """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype; some may be wider."""
     wanted = "parameters {" + ", ".join(f"{k}: {dtype}[{', '.join(map(str, s))}]" for k, s in shapes.items()) + "}"
     if not isinstance(params, Mapping) or params.keys() != shapes.keys():
         raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned")
     if any(not is_array(params[name]) or params[name].shape != shape for name, shape in shapes.items()):
         raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned for such input")
-    digits = lambda name: jnp.promote_types(params[name].dtype, dtype) if name in wider else dtype
-    if any(params[name].dtype != digits(name) for name in shapes):
+    fits = lambda name, p: p.dtype == dtype or (name in may_be_wider and is_floating(p) and wider(p.dtype, dtype))
+    if not all(fits(name, params[name]) for name in shapes):
         remedy = "convert the input or the parameters; for half-precision compute wrap the layer in mixed(...)"
         raise InputError(wanted, describe(params), remedy)
 

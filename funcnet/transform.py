@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import wider
 from funcnet.expect import InputError, describe, is_floating
 from funcnet.factors import total
 from funcnet.layer import Layer, a_layer, around, unrounded
@@ -96,9 +97,10 @@ def mixed(
     with expect.by("mixed"):
         if isinstance(keep, str):
             raise InputError("keep as a tuple of paths", repr(keep), f'write keep=("{keep}",)')
+        mostly = layer
         for path in keep:
-            layer = _at(layer, path, path.split("/"), lambda part: mixed(part, param, param, compute))
-    return _mixed(layer, param, compute, output, tuple(keep))
+            mostly = _at(mostly, path, path.split("/"), lambda part: mixed(part, param, param, compute))
+    return _mixed(mostly, layer, param, compute, output, tuple(keep))
 
 
 def _at(layer: Layer, path: str, names: list[str], wrap: Callable[[Layer], Layer]) -> Layer:
@@ -113,8 +115,11 @@ def _at(layer: Layer, path: str, names: list[str], wrap: Callable[[Layer], Layer
     return layer.rebuild({**layer.parts, name: _at(layer.parts[name], path, rest, wrap)})
 
 
-def _mixed(layer: Layer, param: Any, compute: Any, output: Any, keep: tuple[str, ...]) -> Layer:
-    """`mixed` of a layer whose parts at the paths in `keep` compute in `param` themselves."""
+def _mixed(layer: Layer, first: Layer, param: Any, compute: Any, output: Any, keep: tuple[str, ...]) -> Layer:
+    """`mixed` of a layer whose parts at the paths in `keep` compute in `param` themselves.
+
+    `first` is the layer without that: it is initialised, as a whole in `param`.
+    """
     kept = (*keep, *unrounded(layer))
 
     def computing(params, state):
@@ -131,7 +136,7 @@ def _mixed(layer: Layer, param: Any, compute: Any, output: Any, keep: tuple[str,
 
     def init(key, x):
         check(x)
-        params, state = layer.init(key, jax.eval_shape(lambda x: cast(x, param), x))
+        params, state = first.init(key, jax.eval_shape(lambda x: cast(x, param), x))
         return cast(params, param), frozen_as(param, state)
 
     def apply(params, state, x):
@@ -152,7 +157,7 @@ def _mixed(layer: Layer, param: Any, compute: Any, output: Any, keep: tuple[str,
         return dparams, cast(dx, output)
 
     def again(layer):
-        return _mixed(layer, param, compute, output, keep)
+        return _mixed(layer, first if keep else layer, param, compute, output, keep)
 
     return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), again, "mixed")
 
@@ -255,15 +260,14 @@ def named(name: str, layer: Layer) -> Layer:
 def cast(tree: Tree, dtype: Any, kept: tuple[str, ...] = (), at: str = "") -> Tree:
     """`tree` with its floating arrays in `dtype`; integers, booleans and keys as they are.
 
-    Those at or below the paths `kept`, of which the tree itself lies at `at`, are in the wider of `dtype` and
-    their own.
+    Those at or below the paths `kept`, of which the tree itself lies at `at`, stay as they are where they are wider.
     """
 
     def one(path, leaf):
         if not is_floating(leaf):
             return leaf
         below = any(f"{at}{_named(path)}".startswith(f"{each}/") for each in kept)
-        return leaf.astype(jnp.promote_types(leaf.dtype, dtype) if below else dtype)
+        return leaf if below and wider(leaf.dtype, dtype) else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -111,14 +111,14 @@ def lru(
         return {name: value if name in LOGARITHMS else value.astype(dtype) for name, value in drawn.items()}
 
     def turning(params: dict[str, Array], x: Array) -> Turning:
-        high = jnp.promote_types(params["nu"].dtype, params["theta"].dtype)
-        high = wide(jnp.promote_types(high, x.dtype))
+        high = wide(max((params[name].dtype for name in LOGARITHMS), key=lambda dtype: jnp.finfo(dtype).bits))
         a, b = -jnp.exp(params["nu"].astype(high)), jnp.exp(params["theta"].astype(high))
         factor = jnp.exp(lax.complex(a, b))
         # JAX differentiates expm1 to expm1 + 1, which loses what is left of e^(2a) where that is small.
         square = jnp.where(2 * a < -1, 1 - jnp.exp(2 * a), -jnp.expm1(2 * a))
+        real, imag = (part.astype(wide(x.dtype)) for part in (jnp.real(factor), jnp.imag(factor)))
         a, b, gain = (each.astype(wide(x.dtype)) for each in (a, b, jnp.sqrt(square)))
-        return Turning(a, b, gain, factor.astype(jnp.promote_types(a.dtype, jnp.complex64)))
+        return Turning(a, b, gain, lax.complex(real, imag))
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Driven]:
         fits(params, x)
