@@ -14,6 +14,11 @@ def wide(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
+def wider(dtype: Any, than: Any) -> bool:
+    """Whether one floating dtype has more bits than another."""
+    return jnp.finfo(dtype).bits > jnp.finfo(than).bits
+
+
 def added(*arrays: Array) -> Array:
     """Their sum, made wide and rounded once."""
     return reduce(jnp.add, [a.astype(wide(a.dtype)) for a in arrays]).astype(arrays[0].dtype)

@@ -4,7 +4,7 @@ Every complaint has the same four parts: where (the layer's path), what was expe
 Shapes and dtypes are known while JAX traces, so these checks cost nothing in a compiled step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -13,6 +13,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+
+from funcnet.arithmetic import wider
 
 Tree = Any
 
@@ -213,14 +215,15 @@ def _shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf) if numeric else leaf.dtype)
 
 
-def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype."""
+def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]], may_be_wider: Collection[str] = ()) -> None:
+    """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype; some may be wider."""
     wanted = "parameters {" + ", ".join(f"{k}: {dtype}[{', '.join(map(str, s))}]" for k, s in shapes.items()) + "}"
     if not isinstance(params, Mapping) or params.keys() != shapes.keys():
         raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned")
     if any(not is_array(params[name]) or params[name].shape != shape for name, shape in shapes.items()):
         raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned for such input")
-    if any(params[name].dtype != dtype for name in shapes):
+    fits = lambda name, p: p.dtype == dtype or (name in may_be_wider and is_floating(p) and wider(p.dtype, dtype))
+    if not all(fits(name, params[name]) for name in shapes):
         remedy = "convert the input or the parameters; for half-precision compute wrap the layer in mixed(...)"
         raise InputError(wanted, describe(params), remedy)
 

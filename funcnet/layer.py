@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Contraction, total
 
@@ -50,6 +51,8 @@ class Layer(Generic[Params, State, Residuals]):
             but for `freeze`, which has both in its state.
         rebuild: the same combinator over other parts of the same names; None for a layer without parts.
         made: by which combinator, and of what; None for most layers not made of others.
+        unrounded: names of those of its own params that may be of a wider dtype than x, and that `mixed` therefore
+            does not round to the dtype it computes in: an exponential, for one, makes of their rounding a larger one.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Layer(Generic[Params, State, Residuals]):
     parts: Mapping[str, "Layer"] = field(default_factory=dict)
     rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None
     made: "Made | None" = None
+    unrounded: tuple[str, ...] = ()
 
     @property
     def combinator(self) -> str:
@@ -155,24 +159,26 @@ def no_params(key: Array | None, x: Any) -> dict[str, Array]:
 def elementwise(
     name: str, f: Callable[[Array], Array], df: Callable[[Array], Array], saves: Literal["input", "output"] = "input"
 ) -> Layer[dict, tuple[()], Array]:
-    """y = f(x), element by element, with dx = dy * df(saved).
+    """y = f(x), element by element, with dx = dy * df(saved); f and df are given half precision in float32.
 
     Args:
         name: the layer's.
         f: plain JAX, differentiable in both modes; at a kink its own derivative must be the one that df gives.
         df: the derivative of f as a function of what is saved.
         saves: "input" if df wants x, "output" if it wants y. Prefer the output: the next layer mostly saves it anyway,
-            so it takes no memory of its own.
+            so it takes no memory of its own. It is rounded to x's dtype: where df takes a difference, as 1 - y^2, half
+            precision keeps too few of its digits.
     """
 
     def fwd(params, x):
         expect.float_array(x)
-        y = f(x)
+        y = f(x.astype(wide(x.dtype))).astype(x.dtype)
         return y, x if saves == "input" else y
 
     def bwd(params, saved, dy, contract):
         dy = expect.cotangent(dy, saved.shape, saved.dtype)
-        return {}, dy * df(saved)
+        high = wide(dy.dtype)
+        return {}, (dy.astype(high) * df(saved.astype(high))).astype(dy.dtype)
 
     return stateless(name, no_params, fwd, bwd)
 
@@ -196,6 +202,12 @@ def undoing(layer: Layer) -> Undo | None:
     if layer.made and layer.combinator == "named":
         return undoing(layer.made.inner)
     return layer.made.undo if layer.made and layer.combinator else None
+
+
+def unrounded(layer: Layer) -> tuple[str, ...]:
+    """Paths of the params that may be wider than their layer's x: its own and those of its parts."""
+    of_parts = (f"{name}/{path}" for name, part in layer.parts.items() for path in unrounded(part))
+    return (*layer.unrounded, *of_parts)
 
 
 def without_x(undo: Undo) -> Callable[..., tuple[Any, Any]]:

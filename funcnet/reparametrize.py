@@ -36,7 +36,7 @@ from funcnet import expect
 from funcnet.arithmetic import flat, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Contraction, Shift, per_example, total
-from funcnet.layer import Layer, a_layer, child
+from funcnet.layer import Layer, a_layer, child, unrounded
 from funcnet.layers.normalize import unit, unit_pullback
 
 Tree = Any
@@ -186,7 +186,9 @@ def spectral_norm(layer: Layer, names: tuple[str, ...] = ("kernel",), iterations
 def _around(layer: Layer, name: str, init: Callable, apply: Callable, fwd: Callable, bwd: Callable) -> Layer:
     """A layer, or a loss with all that a training step wants to know of it, without its parts."""
     ours = {"name": name, "init": init, "apply": apply, "fwd": fwd, "bwd": bwd}
-    return replace(layer, **ours, parts={}, rebuild=None, made=None)
+    paths = unrounded(layer)
+    in_state = [f"layer/{path}" for path in paths]  # of frozen params, in the state of `spectral_norm`
+    return replace(layer, **ours, parts={}, rebuild=None, made=None, unrounded=(*paths, *in_state))
 
 
 def _unless_zero(new: Array, old: Array) -> Array:

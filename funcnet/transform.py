@@ -4,7 +4,7 @@
 transparent: name, params and parts are those of the layer they are given, but for what they are there to change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import wider
 from funcnet.expect import InputError, describe, is_floating
 from funcnet.factors import total
-from funcnet.layer import Layer, a_layer, around
+from funcnet.layer import Layer, a_layer, around, unrounded
 from funcnet.order import after
 
 Tree = Any
@@ -60,7 +61,14 @@ class Mixed(NamedTuple):
     outputs: Tree
 
 
-def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", output: Any = "float32") -> Layer:
+def mixed(
+    layer: Layer,
+    param: Any = "float32",
+    compute: Any = "bfloat16",
+    output: Any = "float32",
+    *,
+    keep: Sequence[str] = (),
+) -> Layer:
     """The same layer with a dtype each for its params, its computation and its input and output.
 
     Floating params and inputs are cast to `compute` on the way in, outputs to `output` on the way out; cotangents go
@@ -68,17 +76,55 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
     Gradients are contracted wide and handed out in the params' own dtype, not rounded to `compute` first. Residuals are
     in `compute`. Names and params are the layer's own; frozen params (`freeze`) are treated alike.
 
+    There are two exceptions. Params that a layer says may be wider than its input (`Layer.unrounded`: nu and theta of
+    an `lru`, the logarithms of its decay and angle) are given to it in `param`. And the layers named in `keep` compute
+    in `param` as a whole, from an input in `compute` to an output in `compute`:
+
+        mixed(serial(embedding(V, D), layer_norm(), blocks, head=dense(V)), keep=("layer_norm", "head"))
+
     Args:
         layer: any layer.
         param: dtype of the params that `init` makes and `bwd` returns gradients in.
         compute: dtype that the layer works in.
         output: dtype of y, and of x and dx where they are floating.
+        keep: paths of layers among the parts, names joined by "/" as among the params, that compute in `param`.
 
     Raises:
-        InputError: if a floating input is not of dtype `output`, or one of the three is no floating dtype.
+        InputError: if a floating input is not of dtype `output`, one of the three is no floating dtype, or a path in
+            `keep` leads to no layer.
     """
     a_layer(layer)
     param, compute, output = map(expect.floating_dtype, (param, compute, output))
+    with expect.by("mixed"):
+        if isinstance(keep, str):
+            raise InputError("keep as a tuple of paths", repr(keep), f'write keep=("{keep}",)')
+        mostly = layer
+        for path in keep:
+            mostly = _at(mostly, path, path.split("/"), lambda part: mixed(part, param, param, compute))
+    return _mixed(mostly, layer, param, compute, output, tuple(keep))
+
+
+def _at(layer: Layer, path: str, names: list[str], wrap: Callable[[Layer], Layer]) -> Layer:
+    """The layer with `wrap` around the part that the names lead to; `path` is all of them, for the error."""
+    if not names:
+        return wrap(layer)
+    name, *rest = names
+    if name not in layer.parts or layer.rebuild is None:
+        received = f"{path!r}, where {layer.name} has the parts {list(layer.parts)}"
+        remedy = "name a layer as `fn.summary` does; a param alone cannot be kept, but the layer it is of can"
+        raise InputError("paths of layers to keep", received, remedy)
+    return layer.rebuild({**layer.parts, name: _at(layer.parts[name], path, rest, wrap)})
+
+
+def _mixed(layer: Layer, first: Layer, param: Any, compute: Any, output: Any, keep: tuple[str, ...]) -> Layer:
+    """`mixed` of a layer whose parts at the paths in `keep` compute in `param` themselves.
+
+    `first` is the layer without that: it is initialised, as a whole in `param`.
+    """
+    kept = (*keep, *unrounded(layer))
+
+    def computing(params, state):
+        return cast(params, compute, kept), frozen_as(compute, state, kept)
 
     @expect.by("mixed")
     def check(x, what="an input"):
@@ -91,14 +137,14 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
 
     def init(key, x):
         check(x)
-        params, state = layer.init(key, jax.eval_shape(lambda x: cast(x, param), x))
+        params, state = first.init(key, jax.eval_shape(lambda x: cast(x, param), x))
         return cast(params, param), frozen_as(param, state)
 
     def apply(params, state, x):
-        return cast(layer.apply(cast(params, compute), frozen_as(compute, state), enter(x)), output)
+        return cast(layer.apply(*computing(params, state), enter(x)), output)
 
     def fwd(params, state, x, key):
-        y, new_state, residuals = layer.fwd(cast(params, compute), frozen_as(compute, state), enter(x), key)
+        y, new_state, residuals = layer.fwd(*computing(params, state), enter(x), key)
         outputs = jax.tree.map(lambda leaf: jnp.zeros((0,), leaf.dtype), y)
         return cast(y, output), _refrozen(state, new_state), Mixed(residuals, outputs)
 
@@ -108,11 +154,11 @@ def mixed(layer: Layer, param: Any = "float32", compute: Any = "bfloat16", outpu
         if fits:  # else the layer inside says what is wrong
             check(dy, "a cotangent")
             dy = jax.tree.map(lambda like, leaf: cast(leaf, like.dtype), saved.outputs, dy)
-        dparams, dx = layer.bwd(cast(params, compute), saved.residuals, dy, in_param_dtype)
+        dparams, dx = layer.bwd(cast(params, compute, kept), saved.residuals, dy, in_param_dtype)
         return dparams, cast(dx, output)
 
     def again(layer):
-        return mixed(layer, param, compute, output)
+        return _mixed(layer, first if keep else layer, param, compute, output, keep)
 
     return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), again, "mixed")
 
@@ -173,21 +219,28 @@ def freeze(layer: Layer) -> Layer:
     return around(layer, replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd), freeze, "freeze")
 
 
-def frozen_as(dtype: Any, state: Tree) -> Tree:
-    """`state` with the frozen params in it in `dtype`."""
-    return _over_frozen(lambda frozen: Frozen(cast(frozen.params, dtype), frozen_as(dtype, frozen.state)), state)
+def frozen_as(dtype: Any, state: Tree, kept: tuple[str, ...] = (), at: str = "") -> Tree:
+    """`state`, which lies at the path `at`, with the frozen params in it in `dtype`; `kept` as for `cast`."""
+
+    def one(path, frozen):
+        here = at + _named(path)
+        state = frozen_as(dtype, frozen.state, kept, here)
+        return Frozen(cast(frozen.params, dtype, kept, here), state)
+
+    return _over_frozen(one, state)
 
 
 def _refrozen(old: Tree, new: Tree) -> Tree:
     """The new state with the frozen params of the old one."""
-    return _over_frozen(lambda a, b: Frozen(a.params, _refrozen(a.state, b.state)), old, new)
+    return _over_frozen(lambda _, a, b: Frozen(a.params, _refrozen(a.state, b.state)), old, new)
 
 
 def _over_frozen(f: Callable[..., Frozen], state: Tree, *others: Tree) -> Tree:
-    """f of each outermost `Frozen` in a state, and of those in its place in others; else the last one's leaves."""
+    """f of the path of each outermost `Frozen` in a state, of it, and of those in its place in others; else the last
+    one's leaves."""
     is_frozen = lambda node: isinstance(node, Frozen)
-    one = lambda *nodes: f(*nodes) if is_frozen(nodes[0]) else nodes[-1]
-    return jax.tree.map(one, state, *others, is_leaf=is_frozen)
+    one = lambda path, *nodes: f(path, *nodes) if is_frozen(nodes[0]) else nodes[-1]
+    return jax.tree_util.tree_map_with_path(one, state, *others, is_leaf=is_frozen)
 
 
 def named(name: str, layer: Layer) -> Layer:
@@ -205,6 +258,21 @@ def named(name: str, layer: Layer) -> Layer:
     return around(layer, replace(layer, name=name), lambda other: named(name, other), "named")
 
 
-def cast(tree: Tree, dtype: Any) -> Tree:
-    """`tree` with its floating arrays in `dtype`; integers, booleans and keys as they are."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_floating(leaf) else leaf, tree)
+def cast(tree: Tree, dtype: Any, kept: tuple[str, ...] = (), at: str = "") -> Tree:
+    """`tree` with its floating arrays in `dtype`; integers, booleans and keys as they are.
+
+    Those at or below the paths `kept`, of which the tree itself lies at `at`, stay as they are where they are wider.
+    """
+
+    def one(path, leaf):
+        if not is_floating(leaf):
+            return leaf
+        below = any(f"{at}{_named(path)}".startswith(f"{each}/") for each in kept)
+        return leaf if below and wider(leaf.dtype, dtype) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _named(path: tuple[Any, ...]) -> str:
+    """The names in a path of JAX's, each with a "/" behind it."""
+    return "".join(f"{entry.key}/" for entry in path if isinstance(entry, jax.tree_util.DictKey))

@@ -53,7 +53,7 @@ def test_a_layer_has_no_parts_and_no_way_to_rebuild_unless_it_says_so():
     layer = affine()
     assert dict(layer.parts) == {}
     assert layer.rebuild is None
-    names = ["name", "init", "apply", "fwd", "bwd", "parts", "rebuild", "made"]
+    names = ["name", "init", "apply", "fwd", "bwd", "parts", "rebuild", "made", "unrounded"]
     assert [field.name for field in fields(layer)] == names
 
 

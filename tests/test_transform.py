@@ -1,5 +1,7 @@
 """What `remat`, `mixed`, `freeze` and `named` change, and what they leave alone."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -439,3 +441,124 @@ def test_a_cotangent_of_another_dtype_is_refused():
     y, _, residuals = layer.fwd(params, state, jnp.ones((2, 4)), None)
     with pytest.raises(fn.InputError, match="a cotangent of dtype float32"):
         layer.bwd(params, residuals, y.astype(jnp.float16))
+
+
+# mixed: what it leaves alone
+
+
+def relative(got, wanted):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+
+
+LONG = (2, 64, 4)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda layer, **to: fn.mixed(layer, **to),
+        lambda layer, **to: fn.mixed(fn.serial(fn.serial(layer)), **to),
+        lambda layer, **to: fn.mixed(fn.repeat(fn.skip(layer), 1), **to),
+        lambda layer, **to: fn.mixed(fn.remat(fn.named("recurrence", layer)), **to),
+        lambda layer, **to: fn.mixed(fn.weight_norm(fn.serial(layer), ("kernel_real",)), **to),
+    ],
+    ids=["alone", "in serial", "in repeat", "in remat", "in weight_norm"],
+)
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+def test_the_logarithms_of_an_lru_are_not_rounded_by_mixed(wrap, compute, x64):
+    """Rounded, they turn the states by another angle at every step: y was off by 9% to 63%. Many draws at once."""
+    lru = fn.lru(4, 8, r_min=0.9, r_max=0.999)
+    layer, exact = wrap(lru, compute=compute), wrap(lru, param="float64", compute="float64", output="float64")
+    x, dy = normal(1, S(LONG, jnp.float32)), normal(2, S(LONG, jnp.float32))
+
+    def run(layer, params, x, dy):
+        y, _, residuals = layer.fwd(params, state, x, None)
+        return y, *layer.bwd(params, residuals, dy)
+
+    @jax.jit
+    @jax.vmap
+    def both(params):
+        high = cast((params, x, dy), jnp.float64)
+        return run(layer, params, x, dy), run(exact, *high)
+
+    params, state = jax.vmap(lambda key: layer.init(key, x))(jax.random.split(KEY, 12))
+    assert dtypes(params) == {"float32"}
+    got, wanted = both(params)
+    assert dtypes(got) == {"float32"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        mine = dict(jax.tree_util.tree_leaves_with_path(got))[path]
+        for a, b in zip(mine, leaf, strict=True):
+            assert relative(a, b) < (0.02 if path else 0.01), jax.tree_util.keystr(path)
+
+
+def test_the_logarithms_of_a_frozen_lru_are_not_rounded_either():
+    seen = []
+
+    def note(params, x):
+        seen.append({name: str(leaf.dtype) for name, leaf in params.items()})
+        return x
+
+    lru = fn.stateless("lru", fn.lru(4, 8).init, lambda params, x: (note(params, x), x), None)
+    lru = replace(lru, init=fn.lru(4, 8).init, unrounded=("nu", "theta"))
+    layer = fn.mixed(
+        fn.serial(fn.freeze(lru), fn.spectral_norm(fn.serial(fn.dense(4), fn.freeze(lru))), fn.freeze(fn.serial(lru)))
+    )
+    params, state = layer.init(KEY, S((2, 3, 4), jnp.float32))
+    layer.apply(params, state, jnp.ones((2, 3, 4)))
+    half = dict.fromkeys(["kernel_real", "kernel_imag", "out_real", "out_imag"], "bfloat16")
+    assert seen == [half | {"nu": "float32", "theta": "float32"}] * 3
+
+
+def test_an_lru_of_half_precision_has_its_logarithms_in_float32():
+    params, _ = fn.lru(4, 8).init(KEY, S(LONG, jnp.bfloat16))
+    assert {name: str(leaf.dtype) for name, leaf in params.items() if leaf.dtype != jnp.bfloat16} == {
+        "nu": "float32",
+        "theta": "float32",
+    }
+
+
+KEEPING = fn.serial(
+    fn.dense(4), fn.repeat(fn.serial(fn.layer_norm(), fn.dense(4)), 2), fn.dropout(0.2), head=fn.dense(3)
+)
+
+
+def test_layers_that_are_kept_compute_in_the_dtype_of_params():
+    model = fn.mixed(KEEPING, keep=("repeat/layer_norm", "head"))
+    params, state, x = draw(KEEPING, (5, 4))
+    assert list(model.parts) == list(KEEPING.parts)
+    assert_equal(model.init(KEY, x), fn.mixed(KEEPING).init(KEY, x))
+
+    def by_hand(params, x):
+        low = lambda tree: cast(tree, jnp.bfloat16)
+        x = fn.dense(4).apply(low(params["dense"]), (), low(x))
+        for i in range(2):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], params["repeat"])
+            x = low(fn.layer_norm().apply(own["layer_norm"], (), cast(x, jnp.float32)))
+            x = fn.dense(4).apply(low(own["dense"]), (), x)
+        head = fn.dense(3).apply(params["head"], (), cast(x, jnp.float32))
+        return cast(low(head), jnp.float32)
+
+    np.testing.assert_allclose(model.apply(params, state, x), by_hand(params, x), rtol=1e-2, atol=1e-2)
+    y, _, residuals = model.fwd(params, state, x, KEY)
+    dparams, dx = model.bwd(params, residuals, y)
+    assert dtypes((y, dparams, dx)) == {"float32"}
+    assert residuals.residuals["head"].residuals.dtype == jnp.float32
+    assert residuals.residuals["dense"].dtype == jnp.bfloat16
+    exact = KEEPING.bwd(params, KEEPING.fwd(params, state, x, KEY)[2], y)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=0.06 * np.abs(b).max()), dparams, exact)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (("hed",), "'hed', where serial has the parts"),
+        (("head/kernel",), "'head/kernel', where dense has the parts"),
+        (("repeat/norm",), "where repeat has the parts"),
+        (("",), "''"),
+        ("head", "a tuple of paths"),
+    ],
+)
+def test_a_path_that_leads_to_no_layer_is_refused(keep, message):
+    with pytest.raises(fn.InputError, match=message):
+        fn.mixed(KEEPING, keep=keep)

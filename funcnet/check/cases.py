@@ -484,6 +484,16 @@ CASES: tuple[Case, ...] = (
     Case("mixed/loss", mixed(cross_entropy()), ("f32[4,5]", "i32[4]<5"), ("float32",)),
     Case("mixed/head and loss", mixed(linear_cross_entropy(7, chunk=20)), ("f32[2,3,4]", "i32[2,3]<7"), ("float32",)),
     Case("mixed/repeated", repeat(mixed(dense(3)), 2), "f32[4,3]", ("float32",)),
+    Case("mixed/unrounded", mixed(serial(lru(3, 4), lru(2, 3, r_min=0.9))), "f32[2,5,3]", ("float32",)),
+    Case(
+        "mixed/unrounded, frozen, repeated",
+        mixed(repeat(serial(freeze(lru(3, 2)), dense(3)), 2)),
+        "f32[2,3,3]",
+        ("float32",),
+    ),
+    Case(
+        "mixed/parts kept", mixed(repeat(serial(rms_norm(), dense(4)), 2), keep=("rms_norm",)), "f32[3,4]", ("float32",)
+    ),
     Case("mixed/frozen parts", mixed(serial(freeze(serial(freeze(dense(3)), dense(2))))), "f32[4,5]", ("float32",)),
     Case("branch", branch(dense(3), serial(dense(2), softsign())), "f32[4,5]"),
     Case("branch/of a pair, one branch", branch(parallel(tanh(), flatten())), ("f32[4,5]", "i32[4,2,3]<7")),

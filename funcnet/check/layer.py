@@ -12,7 +12,7 @@ from funcnet.check.plain import trace
 from funcnet.check.spec import drawn
 from funcnet.check.subject import Subject, quickly
 from funcnet.expect import describe, is_floating
-from funcnet.layer import Layer
+from funcnet.layer import Layer, unrounded
 from funcnet.transform import cast
 
 Tree = Any
@@ -27,7 +27,7 @@ def layer_at(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed:
         params, state = drawn(params, seed), drawn(state, seed)
         fresh, own_state = _initial(layer, key, x) if params is None or state is None else (None, None)
         params = jax.tree.map(lambda p: moved(p, rng), fresh) if params is None else params
-        params = cast(jax.tree.map(_array, params), dtype)
+        params = cast(jax.tree.map(_array, params), dtype, unrounded(layer))
         # a state keeps the dtype that the layer gave it: statistics may be wider than x
         state = own_state if state is None else cast(jax.tree.map(_array, state), dtype)
         plain = trace(lambda params, x: layer.fwd(params, state, x, key)[0], params, x)

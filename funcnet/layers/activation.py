@@ -3,19 +3,27 @@
     y = f(x)        dx = dy * f'(x)
 
 Each rule keeps one array, the cheaper of x and y. Where f' can be written in terms of y it is y: the next layer mostly
-saves y as its own input, so that the two share their memory. Otherwise it is x. Each docstring states f', what is
-saved, and the value of f' at a kink, where f has no derivative; the plain forward has the same value there.
+saves y as its own input, so that the two share their memory. Otherwise it is x, and in half precision also where f' is
+a difference, as 1 - y^2 is, of which a rounded y leaves nothing. Each docstring states f', what is saved, and the value
+of f' at a kink, where f has no derivative; the plain forward has the same value there.
 
-Numerics: computed in x's dtype. NaN stays NaN in every one of them. The derivatives of gelu and silu are written to
-share no expensive subexpression with f: the compiler would keep that for the backward pass, beside x.
+Numerics: half precision is computed in float32 and rounded once: for every one of its numbers y is within 1 unit in the
+last place of the exact value, and f' within 2. Infinite inputs have the limits, and NaN stays NaN. One exception: on
+CPUs XLA takes subnormal numbers for 0, so in float32 and bfloat16 a result below 1e-35, and any of a subnormal x, may
+be what it is of 0. The derivatives of gelu and silu are written to share no expensive subexpression with f: the
+compiler would keep that for the backward pass, beside x.
 """
 
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 from jax import Array, lax, nn
 
+from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError
+from funcnet.factors import total
 from funcnet.layer import Layer, elementwise
 
 Activation = Layer[dict, tuple[()], Array]
@@ -42,39 +50,54 @@ def relu6() -> Activation:
 
 def leaky_relu(slope: float = 0.01) -> Activation:
     """y = x for x > 0, else slope * x; y' = 1 for y > 0, else slope, at the kink x = 0 too. Saves y. slope >= 0."""
+    slope = expect.number(slope, "slope")
     _require(slope >= 0, "slope", slope, "not negative")
-    f = lambda x: jnp.where(x <= 0, slope * x, x)
+    f = lambda x: jnp.where(x <= 0, slope * x if slope else 0.0, x)  # 0 times an infinity is no number
     return elementwise("leaky_relu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), slope), "output")
 
 
 def elu(alpha: float = 1.0) -> Activation:
-    """y = x for x > 0, else alpha * (e^x - 1); y' = 1 for y > 0, else y + alpha (alpha at x = 0). Saves y. alpha > 0.
+    """y = x for x > 0, else alpha * (e^x - 1); y' = 1 for y > 0, else y + alpha (alpha at x = 0). alpha > 0.
 
+    Saves y; in half precision x, with y' = alpha e^x for x <= 0.
     Source: Clevert, Unterthiner and Hochreiter 2016, arXiv:1511.07289.
     """
+    alpha = expect.number(alpha, "alpha")
     _require(alpha > 0, "alpha", alpha, "positive")
     f = lambda x: jnp.where(x <= 0, alpha * _expm1_below_zero(x), x)
-    return elementwise("elu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), y + alpha), "output")
+    return _by_precision(
+        elementwise("elu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), y + alpha), "output"),
+        elementwise("elu", f, lambda x: jnp.where(x > 0, jnp.ones_like(x), alpha * _exp_below_zero(x))),
+    )
 
 
 def celu(alpha: float = 1.0) -> Activation:
-    """y = x for x > 0, else alpha * (e^(x / alpha) - 1); y' = 1 for y > 0, else 1 + y / alpha. Saves y. alpha > 0.
+    """y = x for x > 0, else alpha * (e^(x / alpha) - 1); y' = 1 for y > 0, else 1 + y / alpha. alpha > 0.
 
+    Saves y; in half precision x, with y' = e^(x / alpha) for x <= 0.
     Source: Barron 2017, arXiv:1704.07483.
     """
+    alpha = expect.number(alpha, "alpha")
     _require(alpha > 0, "alpha", alpha, "positive")
     f = lambda x: jnp.where(x <= 0, alpha * _expm1_below_zero(x / alpha), x)
-    return elementwise("celu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), 1 + y / alpha), "output")
+    return _by_precision(
+        elementwise("celu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), 1 + y / alpha), "output"),
+        elementwise("celu", f, lambda x: jnp.where(x > 0, jnp.ones_like(x), _exp_below_zero(x / alpha))),
+    )
 
 
 def selu() -> Activation:
-    """y = s * elu(x; a), a = 1.6733, s = 1.0507; y' = s for y > 0, else y + s * a, at the kink x = 0 too. Saves y.
+    """y = s * elu(x; a), a = 1.6733, s = 1.0507; y' = s for y > 0, else y + s * a, at the kink x = 0 too.
 
+    Saves y; in half precision x, with y' = s a e^x for x <= 0.
     Source: Klambauer et al. 2017, arXiv:1706.02515.
     """
     a, s = _SELU_ALPHA, _SELU_SCALE
     f = lambda x: jnp.where(x <= 0, s * a * _expm1_below_zero(x), s * x)
-    return elementwise("selu", f, lambda y: jnp.where(y > 0, s * jnp.ones_like(y), y + s * a), "output")
+    return _by_precision(
+        elementwise("selu", f, lambda y: jnp.where(y > 0, s * jnp.ones_like(y), y + s * a), "output"),
+        elementwise("selu", f, lambda x: jnp.where(x > 0, s * jnp.ones_like(x), s * a * _exp_below_zero(x))),
+    )
 
 
 def gelu(approximate: bool = False) -> Activation:
@@ -83,33 +106,35 @@ def gelu(approximate: bool = False) -> Activation:
     With approximate=True, y = x s(x) with s = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), which is the tanh form
     x (1 + t) / 2, t = tanh u; y' = (1 + t) / 2 + x (1 - t^2) u' / 2.
 
-    Numerics: Phi is (1 + erf(x / sqrt 2)) / 2, so in float32 y is off by at most 2e-7 in absolute value.
+    Numerics: in float32 Phi is (1 + erf(x / sqrt 2)) / 2, or (1 + t) / 2, the fastest: y is off by at most 2e-7, which
+    from x = -3 on is more than the last digits of y, and all of them at -6. In half precision it is
+    erfc(-x / sqrt 2) / 2, or s, which keep them.
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
     if approximate:
-        return elementwise("gelu", _gelu_tanh, _gelu_tanh_slope)
+        return _by_precision(elementwise("gelu", _gelu_tanh, _gelu_tanh_slope), GELU_TANH_IN_HALF)
     root, density = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
 
     def f(x: Array) -> Array:
-        return x * (0.5 + 0.5 * lax.erf(x * root))
+        return jnp.maximum(x, -40.0) * (0.5 + 0.5 * lax.erf(x * root))
 
     def df(x: Array) -> Array:
+        x = jnp.clip(x, -40.0, 40.0)  # beyond, the slope is 0 or 1, and x phi(x) no number at an infinity
         # erf is odd; with the sign turned it is not the erf of f, so that the compiler does not keep that one.
         return 0.5 - 0.5 * lax.erf(x * -root) + x * (density * jnp.exp(-0.5 * x * x))
 
-    return elementwise("gelu", f, df)
+    return _by_precision(elementwise("gelu", f, df), GELU_IN_HALF)
 
 
 def silu() -> Activation:
     """y = x s(x), s the sigmoid; y' = s (1 + x (1 - s)). Saves x. Also called swish."""
 
     def df(x: Array) -> Array:
-        e = jnp.exp(-jnp.abs(x))
-        large = 1 / (1 + e)
-        s, rest = jnp.where(x >= 0, large, e * large), jnp.where(x >= 0, e * large, large)  # rest = 1 - s
+        x = jnp.clip(x, -1e3, 1e3)
+        s, rest = _sigmoids(x)
         return s * (1 + x * rest)
 
-    return elementwise("silu", lambda x: x * nn.sigmoid(x), df)
+    return elementwise("silu", lambda x: jnp.maximum(x, -1e3) * nn.sigmoid(x), df)
 
 
 def mish() -> Activation:
@@ -119,12 +144,13 @@ def mish() -> Activation:
     """
 
     def df(x: Array) -> Array:
+        x = jnp.clip(x, -1e3, 1e3)
         u = jnp.exp(jnp.minimum(x, -x))  # e^-|x|, of which all of this is a rational function
         above, below = 1 + 2 * u + 2 * u * u, 2 + 2 * u + u * u
         t = jnp.where(x >= 0, (1 + 2 * u) / above, (2 * u + u * u) / below)
         return t + x * (4 * (1 + u) * jnp.where(x >= 0, jnp.square(u / above), u / jnp.square(below)))
 
-    return elementwise("mish", lambda x: x * jnp.tanh(nn.softplus(x)), df)
+    return elementwise("mish", lambda x: jnp.maximum(x, -1e3) * jnp.tanh(nn.softplus(x)), df)
 
 
 def softplus() -> Activation:
@@ -133,8 +159,8 @@ def softplus() -> Activation:
 
 
 def sigmoid() -> Activation:
-    """y = 1 / (1 + e^-x); y' = y (1 - y). Saves y."""
-    return elementwise("sigmoid", nn.sigmoid, lambda y: y * (1 - y), "output")
+    """y = 1 / (1 + e^-x); y' = y (1 - y). Saves y; in half precision x."""
+    return _by_precision(elementwise("sigmoid", nn.sigmoid, lambda y: y * (1 - y), "output"), SIGMOID_IN_HALF)
 
 
 def log_sigmoid() -> Activation:
@@ -143,8 +169,11 @@ def log_sigmoid() -> Activation:
 
 
 def tanh() -> Activation:
-    """y = tanh(x); y' = 1 - y^2 = (1 - y)(1 + y). Saves y."""
-    return elementwise("tanh", jnp.tanh, lambda y: (1 - y) * (1 + y), "output")
+    """y = tanh(x); y' = 1 - y^2 = (1 - y)(1 + y). Saves y; in half precision x, with y' = 4 s (1 - s), s = s(2 x)."""
+    return _by_precision(
+        elementwise("tanh", jnp.tanh, lambda y: (1 - y) * (1 + y), "output"),
+        elementwise("tanh", jnp.tanh, lambda x: 4 * _sigmoid_slope(2 * x)),
+    )
 
 
 def hard_tanh() -> Activation:
@@ -155,7 +184,7 @@ def hard_tanh() -> Activation:
 def hard_sigmoid() -> Activation:
     """y = min(max(x + 3, 0), 6) / 6; y' = [0 < y < 1] / 6, so 0 at the kinks -3 and 3. Saves y.
 
-    Numerics: where y rounds to 1, at the last numbers below 3, y' is 0 already.
+    Numerics: where y rounds to 1, at the last numbers of float32 below 3, y' is 0 already.
     """
     f = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, 1.0, (x + 3) / 6))
     df = lambda y: _one_where((y > 0) & (y < 1), y) / 6
@@ -164,7 +193,7 @@ def hard_sigmoid() -> Activation:
 
 def hard_silu() -> Activation:
     """y = x hard_sigmoid(x); y' = 0 for x <= -3, 1 for x >= 3, else (2 x + 3) / 6. Saves x."""
-    f = lambda x: jnp.where(x <= -3, 0.0 * x, jnp.where(x >= 3, x, x * ((x + 3) / 6)))
+    f = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, x, x * ((x + 3) / 6)))
     df = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, 1.0, (2 * x + 3) / 6))
     return elementwise("hard_silu", f, df)
 
@@ -172,9 +201,11 @@ def hard_silu() -> Activation:
 def squareplus(b: float = 4.0) -> Activation:
     """y = (x + sqrt(x^2 + b)) / 2; y' = 1 / (1 + b / (2 y)^2). Saves y. b > 0.
 
-    Numerics: for x < 0 as (b / 2) / (sqrt(x^2 + b) - x), which does not cancel.
+    Numerics: for x < 0 as (b / 2) / (sqrt(x^2 + b) - x), which does not cancel. In half precision y' is within 2.5
+    units in the last place: it doubles the relative error of a rounded y.
     Source: Barron 2021, arXiv:2112.11687.
     """
+    b = expect.number(b, "b")
     _require(b > 0, "b", b, "positive")
 
     def f(x: Array) -> Array:
@@ -187,8 +218,31 @@ def squareplus(b: float = 4.0) -> Activation:
 
 
 def softsign() -> Activation:
-    """y = x / (1 + |x|); y' = (1 - |y|)^2. Saves y."""
-    return elementwise("softsign", lambda x: x / (1 + jnp.abs(x)), lambda y: jnp.square(1 - jnp.abs(y)), "output")
+    """y = x / (1 + |x|); y' = (1 - |y|)^2. Saves y; in half precision x, with y' = 1 / (1 + |x|)^2."""
+
+    def f(x: Array) -> Array:
+        largest = float(jnp.finfo(x.dtype).max)
+        x = jnp.clip(x, -largest, largest)  # an infinity by another is no number
+        return x / (1 + jnp.abs(x))
+
+    return _by_precision(
+        elementwise("softsign", f, lambda y: jnp.square(1 - jnp.abs(y)), "output"),
+        elementwise("softsign", f, lambda x: jnp.square(1 / (1 + jnp.abs(x)))),
+    )
+
+
+def _by_precision(single: Activation, half: Activation) -> Activation:
+    """`single`, in half precision `half`: slower, or with more memory, and right to the last digit of what is small."""
+
+    def of(x: Array) -> Activation:
+        return half if expect.is_floating(x) and x.dtype != wide(x.dtype) else single
+
+    return replace(
+        single,
+        apply=lambda params, state, x: of(x).apply(params, state, x),
+        fwd=lambda params, state, x, key: of(x).fwd(params, state, x, key),
+        bwd=lambda params, saved, dy, contract=total: of(saved).bwd(params, saved, dy, contract),
+    )
 
 
 def _one_where(condition: Array, like: Array) -> Array:
@@ -205,14 +259,57 @@ def _expm1_below_zero(x: Array) -> Array:
     return jnp.expm1(jnp.where(x <= 0, x, 0.0))
 
 
+def _exp_below_zero(x: Array) -> Array:
+    """e^x for x <= 0; 1 above."""
+    return jnp.exp(jnp.where(x <= 0, x, 0.0))
+
+
+def _sigmoids(x: Array) -> tuple[Array, Array]:
+    """sigmoid(x) and sigmoid(-x), which is 1 - sigmoid(x), neither of them a difference."""
+    e = jnp.exp(-jnp.abs(x))
+    large = 1 / (1 + e)
+    return jnp.where(x >= 0, large, e * large), jnp.where(x >= 0, e * large, large)
+
+
+def _sigmoid_slope(x: Array) -> Array:
+    s, rest = _sigmoids(x)
+    return s * rest
+
+
 def _gelu_tanh(x: Array) -> Array:
-    return x * (0.5 + 0.5 * jnp.tanh(_TANH_SCALE * (x + _TANH_CUBE * x * x * x)))
+    return jnp.maximum(x, -10.0) * (0.5 + 0.5 * jnp.tanh(_TANH_SCALE * (x + _TANH_CUBE * x * x * x)))
 
 
 def _gelu_tanh_slope(x: Array) -> Array:
     x = jnp.clip(x, -10.0, 10.0)  # beyond, the slope is 0 or 1, and x^3 may overflow
     t = jnp.tanh(-_TANH_SCALE * (x + _TANH_CUBE * x * x * x))  # negative, as erf in the exact form
     return 0.5 - 0.5 * t + x * ((0.5 - 0.5 * t * t) * (_TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)))
+
+
+def _erfc_gelu(x: Array) -> Array:
+    return jnp.maximum(x, -40.0) * (0.5 * lax.erfc(x * -math.sqrt(0.5)))
+
+
+def _erfc_gelu_slope(x: Array) -> Array:
+    x = jnp.clip(x, -40.0, 40.0)
+    tail = 0.5 * lax.erfc(jnp.abs(x) * math.sqrt(0.5))  # of |x|, which is not the erfc of the function either
+    return jnp.where(x < 0, tail, 1 - tail) + x * (jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))
+
+
+def _sigmoid_gelu(x: Array) -> Array:
+    x = jnp.maximum(x, -20.0)
+    return x * nn.sigmoid(2 * _TANH_SCALE * (x + _TANH_CUBE * x * x * x))
+
+
+def _sigmoid_gelu_slope(x: Array) -> Array:
+    x = jnp.clip(x, -20.0, 20.0)
+    s, rest = _sigmoids(2 * _TANH_SCALE * (x + _TANH_CUBE * x * x * x))
+    return s * (1 + x * rest * (2 * _TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)))
+
+
+SIGMOID_IN_HALF = elementwise("sigmoid", nn.sigmoid, _sigmoid_slope)
+GELU_IN_HALF = elementwise("gelu", _erfc_gelu, _erfc_gelu_slope)
+GELU_TANH_IN_HALF = elementwise("gelu", _sigmoid_gelu, _sigmoid_gelu_slope)
 
 
 def _require(holds: bool, name: str, value: float, what: str) -> None:

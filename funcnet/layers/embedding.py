@@ -134,7 +134,7 @@ def sinusoidal_positions(base: float = 1e4) -> Layer[dict, tuple[()], tuple[()]]
     Raises:
         expect.InputError: if x is not floating, or D is odd.
     """
-    _require_base(base)
+    base = _checked_base(base)
 
     def fwd(params: dict, x: Array) -> tuple[Array, tuple[()]]:
         expect.float_array(x, rank=2)
@@ -164,7 +164,7 @@ def rotary(x: Array, positions: Array, base: float = 1e4) -> Array:
         expect.InputError: if x or positions are not so.
     """
     expect.float_array(x)
-    _require_base(base)
+    base = _checked_base(base)
     signed = expect.is_array(positions) and not jnp.issubdtype(positions.dtype, jnp.unsignedinteger)
     if not signed or not _broadcasts(positions.shape, x.shape[:-1]):
         wanted = f"signed positions with {x.ndim - 1} axes, of the sizes {list(x.shape[:-1])} or 1"
@@ -228,6 +228,8 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))
 
 
-def _require_base(base: float) -> None:
+def _checked_base(base: float) -> float:
+    base = expect.number(base, "base")
     if not base > 1:
         raise InputError("a base greater than 1", f"base={base}", "use the default, 1e4")
+    return base

@@ -10,7 +10,7 @@ They have no parameters: a `dense(2 * features)` in front makes both halves. The
 the first paper; a kernel packed as [gate, values], as some language models have it, needs its halves exchanged.
 
 Residuals: x [.., 2 F].  Why this: s(b) is computed again in `bwd`, and x is the output of the layer in front.
-Numerics: computed in x's dtype, the gate as in `funcnet.layers.activation`.
+Numerics: as in `funcnet.layers.activation`: half precision in float32, rounded once.
 Source: Dauphin et al. 2017, arXiv:1612.08083; Shazeer 2020, arXiv:2002.05202.
 """
 
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
+from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
 from funcnet.layer import no_params, stateless
-from funcnet.layers.activation import Activation, gelu, sigmoid, silu
+from funcnet.layers.activation import GELU_IN_HALF, GELU_TANH_IN_HALF, SIGMOID_IN_HALF, Activation, gelu, sigmoid, silu
 
 
 def glu() -> Activation:
@@ -29,37 +30,42 @@ def glu() -> Activation:
     Raises:
         expect.InputError: if x is not floating, or its last axis is odd.
     """
-    return _gated("glu", sigmoid())
+    return _gated("glu", sigmoid(), SIGMOID_IN_HALF)
 
 
 def swiglu() -> Activation:
     """y = a * silu(b) for x = [a, b] [.., 2 F]: to [.., F]. Raises as `glu`."""
-    return _gated("swiglu", silu())
+    return _gated("swiglu", silu(), silu())
 
 
 def geglu(approximate: bool = False) -> Activation:
     """y = a * gelu(b) for x = [a, b] [.., 2 F]: to [.., F]; `approximate` as for `gelu`. Raises as `glu`."""
-    return _gated("geglu", gelu(approximate))
+    return _gated("geglu", gelu(approximate), GELU_TANH_IN_HALF if approximate else GELU_IN_HALF)
 
 
-def _gated(name: str, gate: Activation) -> Activation:
-    def halves(x: Array) -> list[Array]:
+def _gated(name: str, single: Activation, half: Activation) -> Activation:
+    """Gated by `single`; where x is of half precision by `half`, in float32."""
+
+    def halves(x: Array) -> tuple[Activation, Array, Array]:
+        """The gate, a, and b made wide."""
         expect.float_array(x)
         if x.shape[-1] % 2:
             raise InputError(
                 "an even number of features on the last axis", describe(x), "double those of the layer before"
             )
-        return jnp.split(x, 2, axis=-1)
+        a, b = jnp.split(x, 2, axis=-1)
+        high = wide(x.dtype)
+        return single if x.dtype == high else half, a.astype(high), b.astype(high)
 
     def fwd(params: dict, x: Array) -> tuple[Array, Array]:
-        a, b = halves(x)
-        return a * gate.apply({}, (), b), x
+        gate, a, b = halves(x)
+        return (a * gate.apply({}, (), b)).astype(x.dtype), x
 
     def bwd(params, x, dy, contract):
-        a, b = halves(x)
-        dy = expect.cotangent(dy, a.shape, a.dtype)
+        gate, a, b = halves(x)
+        dy = expect.cotangent(dy, a.shape, x.dtype).astype(a.dtype)
         s, _, saved = gate.fwd({}, (), b, None)
         db = gate.bwd({}, saved, dy * a)[1]
-        return {}, jnp.concatenate([dy * s, db], axis=-1)
+        return {}, jnp.concatenate([dy * s, db], axis=-1).astype(x.dtype)
 
     return stateless(name, no_params, fwd, bwd)

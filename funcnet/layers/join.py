@@ -28,8 +28,9 @@ def concat(axis: int = -1) -> Layer[dict, tuple[()], tuple[Array, ...]]:
     Raises:
         expect.InputError: if x is no tuple of such arrays, or the axis is the batch axis or none of theirs.
     """
-    if isinstance(axis, bool) or not isinstance(axis, int) or axis == 0:
+    if isinstance(axis, bool) or not hasattr(axis, "__index__") or int(axis) == 0:
         raise InputError("an axis as a whole number, not that of the batch", repr(axis), "use -1 for the features")
+    axis = int(axis)
 
     def place(xs: Any) -> int:
         """The axis, counted from the front."""

@@ -21,13 +21,16 @@ of which nu and theta have the factors Shift(a da) and Shift(b db). As a goes to
 
 Residuals: x [B, T, D] and h [B, T, N].  Why these: autodiff would keep the tree of the scan, log T arrays like h; w and
 u follow from h.
-Numerics: states and sums in float32 (complex64) for half precision.
+Numerics: states and sums in float32 (complex64) for half precision. nu and theta are float32 or wider whatever x is,
+and `mixed` leaves them so: rounded to bfloat16 these logarithms are off by up to 1/64, and by as much of itself the
+angle of every step.
 Initial values: |lambda|^2 uniform between r_min^2 and r_max^2, the angle uniform up to max_phase; kernels normal, with
 the variance of their inputs shared between real and imaginary part.
 Source: Orvieto et al. 2023, arXiv:2303.06349, section 3 (the linear recurrent unit); Blelloch 1990, "Prefix sums and
 their applications" (the scan); Martin and Cundy 2018, arXiv:1709.04057 (its backward pass).
 """
 
+from dataclasses import replace
 from math import log
 from typing import Any, NamedTuple
 
@@ -41,6 +44,7 @@ from funcnet.expect import InputError
 from funcnet.factors import Outer, Shift
 from funcnet.layer import Layer, stateless
 
+LOGARITHMS = ("nu", "theta")
 KERNELS = ("kernel_real", "kernel_imag", "out_real", "out_imag")
 
 
@@ -65,7 +69,8 @@ def lru(
 ) -> Layer[dict[str, Array], tuple[()], Driven]:
     """The linear recurrent unit over [B, T, D], to [B, T, F], with N complex states; h begins at 0.
 
-    Params nu and theta [N], kernel_real and kernel_imag [D, N], out_real and out_imag [N, F]: a, b, K, L, P, Q above.
+    Params nu and theta [N], kernel_real and kernel_imag [D, N], out_real and out_imag [N, F]: a, b, K, L, P, Q above;
+    nu and theta in float32 for half precision.
     It has no nonlinearity: put one behind it, such as `fn.skip(fn.serial(fn.layer_norm(), fn.lru(64, 64), fn.gelu()))`.
 
     Args:
@@ -78,6 +83,8 @@ def lru(
         expect.InputError: for options out of range, and for x that is not [B, T, D] or has not the parameters' D.
     """
     features, states = expect.count(features, "features"), expect.count(states, "states")
+    r_min, r_max = expect.number(r_min, "r_min"), expect.number(r_max, "r_max")
+    max_phase = expect.number(max_phase, "max_phase")
     if not 0 <= r_min < r_max <= 1 or not 0 < max_phase < float("inf"):
         received = f"r_min={r_min}, r_max={r_max}, max_phase={max_phase}"
         raise InputError("0 <= r_min < r_max <= 1 and a positive max_phase", received, "use the defaults")
@@ -88,7 +95,7 @@ def lru(
 
     def fits(params: Any, x: Any) -> None:
         expect.sequences(x, expect.size(params, "kernel_real"))
-        expect.fields(params, x.dtype, shapes(x.shape[-1]))
+        expect.fields(params, x.dtype, shapes(x.shape[-1]), LOGARITHMS)
 
     def init(key: Array, x: Any) -> dict[str, Array]:
         expect.sequences(x)
@@ -101,18 +108,21 @@ def lru(
             shape = shapes(x.shape[-1])[name]
             variance = (2 if name.startswith("kernel") else 1) * shape[0]
             drawn[name] = jax.random.normal(k, shape, wide(dtype)) / variance**0.5
-        return {name: value.astype(dtype) for name, value in drawn.items()}
+        return {name: value if name in LOGARITHMS else value.astype(dtype) for name, value in drawn.items()}
 
-    def turning(params: dict[str, Array]) -> Turning:
-        high = wide(params["nu"].dtype)
+    def turning(params: dict[str, Array], x: Array) -> Turning:
+        high = wide(max((params[name].dtype for name in LOGARITHMS), key=lambda dtype: jnp.finfo(dtype).bits))
         a, b = -jnp.exp(params["nu"].astype(high)), jnp.exp(params["theta"].astype(high))
+        factor = jnp.exp(lax.complex(a, b))
         # JAX differentiates expm1 to expm1 + 1, which loses what is left of e^(2a) where that is small.
         square = jnp.where(2 * a < -1, 1 - jnp.exp(2 * a), -jnp.expm1(2 * a))
-        return Turning(a, b, jnp.sqrt(square), jnp.exp(lax.complex(a, b)))
+        real, imag = (part.astype(wide(x.dtype)) for part in (jnp.real(factor), jnp.imag(factor)))
+        a, b, gain = (each.astype(wide(x.dtype)) for each in (a, b, jnp.sqrt(square)))
+        return Turning(a, b, gain, lax.complex(real, imag))
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Driven]:
         fits(params, x)
-        turn = turning(params)
+        turn = turning(params, x)
         v = lax.complex(*(contract_last(x, params[name], 0) for name in KERNELS[:2]))
         h = _recurrence(turn.factor, v * in_front(turn.gain, 3).astype(v.dtype), reverse=False)
         real, imag = (contract_last(part.astype(x.dtype), params[name], 0) for part, name in _parts(h, KERNELS[2:]))
@@ -122,7 +132,7 @@ def lru(
         x, h = residuals
         fits(params, x)
         dy = expect.cotangent(dy, (*x.shape[:2], features), x.dtype)
-        turn = turning(params)
+        turn = turning(params, x)
         p = lax.complex(contract_last(dy, params["out_real"], 1), -contract_last(dy, params["out_imag"], 1))
         g = _recurrence(jnp.conj(turn.factor), p, reverse=True)
         w = in_front(turn.factor, 3) * jnp.concatenate([jnp.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
@@ -138,7 +148,7 @@ def lru(
         factors |= {"out_real": Outer(real, dy), "out_imag": Outer(imag, -dy)}
         return {name: contract(factors[name], params[name]) for name in params}, dx.astype(x.dtype)
 
-    return stateless("lru", init, fwd, bwd)
+    return replace(stateless("lru", init, fwd, bwd), unrounded=LOGARITHMS)
 
 
 def _recurrence(factor: Array, u: Array, reverse: bool) -> Array:

@@ -33,6 +33,8 @@ def prelu(slope: float = 0.25) -> Layer[dict[str, Array], tuple[()], Array]:
         expect.InputError: if x is not floating, its last axis is not C, or its dtype is not the parameter's.
     """
 
+    slope = expect.number(slope, "slope")
+
     def init(key: Array, x: Any) -> dict[str, Array]:
         expect.float_array(x)
         return {"slope": jnp.full(x.shape[-1], slope, expect.dtype(x))}

@@ -217,7 +217,7 @@ def lstm(
     def bias_init(dtype):
         return {"bias": jnp.zeros(4 * features, dtype).at[features : 2 * features].set(forget_bias)}
 
-    features = expect.count(features, "features")
+    features, forget_bias = expect.count(features, "features"), expect.number(forget_bias, "forget_bias")
     inits = kernel_init, recurrent_init, bias_init
     cell = Cell(4, 2, _sum, gates, step, back)
     return _recurrent("lstm", features, cell, inits, reverse, return_state)

@@ -1,22 +1,30 @@
-"""Activations: each rule, its values against NumPy and SciPy, kinks, extreme inputs and what is saved."""
+"""Activations: each rule, its values against NumPy and SciPy, kinks, extreme inputs and what is saved.
+
+In half precision every number there is: 65,536 values and slopes.
+"""
 
 import inspect
+import re
 from functools import cache
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 import scipy.special as sp
 
 import funcnet as fn
 from funcnet.layers import activation
+from tests.halves import HALVES, assert_within, every, exact
 
 SELU = 1.0507009873554805, 1.6732632423543772
 hard_sigmoid = lambda x: np.clip((x + 3) / 6, 0, 1)
 elu = lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
-tanh_gelu = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+tanh_gelu = lambda x: x * sp.expit(2 * cubic(x))
+cubic = lambda x: np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+squareplus = lambda x, b: np.where(x < 0, b / 2 / (np.hypot(x, b**0.5) + np.abs(x)), (x + np.hypot(x, b**0.5)) / 2)
 
 # name: (constructor, arguments, the same function in NumPy, its derivative at kinks)
 TABLE = {
@@ -42,10 +50,45 @@ TABLE = {
     "hard_tanh": (fn.hard_tanh, {}, lambda x: np.clip(x, -1, 1), {-1.0: 0, 1.0: 0, 0.0: 1}),
     "hard_sigmoid": (fn.hard_sigmoid, {}, hard_sigmoid, {-3.0: 0, 3.0: 0, 0.0: 1 / 6}),
     "hard_silu": (fn.hard_silu, {}, lambda x: x * hard_sigmoid(x), {-3.0: 0, 3.0: 1, 0.0: 0.5}),
-    "squareplus": (fn.squareplus, {}, lambda x: (x + np.sqrt(x * x + 4)) / 2, {0.0: 0.5}),
-    "squareplus 0.5": (fn.squareplus, {"b": 0.5}, lambda x: (x + np.sqrt(x * x + 0.5)) / 2, {0.0: 0.5}),
+    "squareplus": (fn.squareplus, {}, lambda x: squareplus(x, 4), {0.0: 0.5}),
+    "squareplus 0.5": (fn.squareplus, {"b": 0.5}, lambda x: squareplus(x, 0.5), {0.0: 0.5}),
     "softsign": (fn.softsign, {}, lambda x: x / (1 + np.abs(x)), {0.0: 1}),
 }
+logistic = lambda x: sp.expit(x) * sp.expit(-x)
+elu_slope = lambda x, alpha: np.where(x > 0, 1, alpha * np.exp(np.minimum(x, 0)))
+near = lambda f: lambda x: f(np.clip(x, -1e3, 1e3))  # beyond, the slope is that at 1,000, and some terms overflow
+
+# The derivatives of the same functions, with all digits wherever they are small.
+SLOPES = {
+    "identity": np.ones_like,
+    "relu": lambda x: x > 0,
+    "relu6": lambda x: (x > 0) & (x < 6),
+    "leaky_relu": lambda x: np.where(x > 0, 1, 0.01),
+    "leaky_relu 0.3": lambda x: np.where(x > 0, 1, 0.3),
+    "leaky_relu 0": lambda x: x > 0,
+    "elu": lambda x: elu_slope(x, 1),
+    "elu 0.5": lambda x: elu_slope(x, 0.5),
+    "celu": lambda x: elu_slope(x, 1),
+    "celu 2": lambda x: elu_slope(x / 2, 1),
+    "selu": lambda x: SELU[0] * elu_slope(x, SELU[1]),
+    "gelu": near(lambda x: sp.ndtr(x) + x * np.exp(-x * x / 2) / np.sqrt(2 * np.pi)),
+    "gelu, tanh": near(lambda x: sp.expit(2 * cubic(x)) + 2 * x * logistic(2 * cubic(x)) * cubic_slope(x)),
+    "silu": near(lambda x: sp.expit(x) + x * logistic(x)),
+    "mish": near(
+        lambda x: np.tanh(np.logaddexp(0, x)) + x * sp.expit(x) / np.cosh(np.logaddexp(0, x).clip(0, 99)) ** 2
+    ),
+    "softplus": sp.expit,
+    "sigmoid": logistic,
+    "log_sigmoid": lambda x: sp.expit(-x),
+    "tanh": lambda x: 4 * logistic(2 * x),
+    "hard_tanh": lambda x: np.abs(x) < 1,
+    "hard_sigmoid": lambda x: (np.abs(x) < 3) / 6,
+    "hard_silu": lambda x: np.where(x <= -3, 0, np.where(x >= 3, 1, (2 * x + 3) / 6)),
+    "squareplus": lambda x: squareplus(x, 4) / np.hypot(x, 2),
+    "squareplus 0.5": lambda x: squareplus(x, 0.5) / np.hypot(x, 0.5**0.5),
+    "softsign": lambda x: 1 / (1 + np.abs(x)) ** 2,
+}
+cubic_slope = lambda x: np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x * x)
 LAYERS = {name: row[0](**row[1]) for name, row in TABLE.items()}
 NAMES = pytest.mark.parametrize("name", TABLE)
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -136,6 +179,62 @@ def test_far_away_values_and_slopes_are_at_their_limits(name, dtype):
 
 
 @NAMES
+def test_the_slopes_of_the_references_are_their_slopes(name):
+    np.testing.assert_allclose(SLOPES[name](GRID), derivative(TABLE[name][2], GRID), rtol=1e-7, atol=1e-9)
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_number_of_half_precision_has_its_value_and_its_slope(name, dtype):
+    """Within a unit in the last place, the slope within two; infinities have the limits, NaN is NaN."""
+
+    @jax.jit
+    def run(x):
+        y, _, saved = LAYERS[name].fwd({}, (), x, None)
+        return y, LAYERS[name].bwd({}, saved, jnp.ones_like(y))[1]
+
+    x = every(dtype)
+    y, dx = map(np.asarray, run(x))
+    assert y.dtype == dx.dtype == x.dtype
+    number = ~np.isnan(exact(x))
+    assert np.isnan(exact(y)[~number]).all()
+    x, y, dx = x[number], y[number], dx[number]
+    at = np.clip(exact(x), -1e100, 1e100)  # where float64 still squares and cubes
+    assert_within(0.51, y, TABLE[name][2](at), x)
+    assert_within(2.5 if "squareplus" in name else 2, dx, SLOPES[name](at).astype(np.float64), x)
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_gelus_tail_in_half_precision_is_mpmaths(approximate):
+    """Near -4, where the half of a rounded 1 + erf is 0: another reference than SciPy's."""
+    x = np.linspace(-12, 0, 40).astype(jnp.bfloat16)
+    layer = fn.gelu(approximate)
+    y, _, saved = layer.fwd({}, (), x, None)
+    dx = layer.bwd({}, saved, jnp.ones_like(y))[1]
+    scale = mpmath.sqrt(2 / mpmath.pi)
+    f = lambda x: (
+        x * (1 + mpmath.tanh(scale * (x + mpmath.mpf("0.044715") * x**3))) / 2 if approximate else x * mpmath.ncdf(x)
+    )
+    with mpmath.workdps(120):
+        wanted = [(float(f(mpmath.mpf(float(at)))), float(mpmath.diff(f, mpmath.mpf(float(at))))) for at in x]
+    values, slopes = np.array(wanted).T
+    assert_within(0.51, np.asarray(y), values, x)
+    assert_within(2, np.asarray(dx), slopes, x)
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_infinities_have_the_limits(name, dtype, x64):
+    x = jnp.array([jnp.inf, -jnp.inf], dtype)
+    y, _, saved = LAYERS[name].fwd({}, (), x, None)
+    dx = LAYERS[name].bwd({}, saved, jnp.ones_like(y))[1]
+    limits = TABLE[name][2](np.array([1e100, -1e100]))
+    limits = np.where(np.abs(limits) > 1e90, np.copysign(np.inf, limits), limits)
+    np.testing.assert_allclose(y, limits, rtol=1e-6, atol=1e-90)
+    np.testing.assert_allclose(dx, SLOPES[name](np.array([1e100, -1e100])), rtol=1e-6, atol=1e-90)
+
+
+@NAMES
 @DTYPES
 def test_nan_stays_nan(name, dtype):
     assert np.isnan(run(name)[dtype]["y"][-1])
@@ -143,9 +242,12 @@ def test_nan_stays_nan(name, dtype):
 
 @NAMES
 def test_what_is_saved_is_what_the_docstring_says(name):
-    got, doc = run(name)["float32"], TABLE[name][0].__doc__
-    assert ("Saves x." in doc) != ("Saves y." in doc)
-    np.testing.assert_array_equal(got["saved"], got["x" if "Saves x." in doc else "y"])
+    doc = " ".join(TABLE[name][0].__doc__.split())
+    saves = re.findall("Saves ([xy])(; in half precision x)?[.,]", doc)
+    assert len(saves) == 1, doc
+    for dtype in ("float64", "float32", *HALVES):
+        got, ((full, half),) = run(name)[dtype], saves
+        np.testing.assert_array_equal(got["saved"], got["x" if half and dtype in HALVES else full])
 
 
 @pytest.mark.parametrize(

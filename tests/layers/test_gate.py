@@ -1,11 +1,14 @@
 """Gated linear units: SciPy and PyTorch, the order of the halves, and odd inputs."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special as sp
 
 import funcnet as fn
+from tests.halves import HALVES, assert_within, every, exact
+from tests.layers.test_activation import SLOPES
 
 RNG = np.random.default_rng(0)
 X, DY = 2 * RNG.normal(size=(4, 3, 10)), RNG.normal(size=(4, 3, 5))
@@ -16,7 +19,7 @@ TABLE = {
     "geglu": (fn.geglu(), lambda b: b * sp.ndtr(b), "gelu", {}),
     "geglu, tanh": (
         fn.geglu(approximate=True),
-        lambda b: b / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (b + 0.044715 * b**3))),
+        lambda b: b * sp.expit(2 * np.sqrt(2 / np.pi) * (b + 0.044715 * b**3)),
         "gelu",
         {"approximate": "tanh"},
     ),
@@ -64,3 +67,26 @@ def test_odd_inputs_and_other_cotangents_are_refused(name):
             layer.apply({}, (), x)
     with pytest.raises(fn.InputError, match=r"float32\[2, 2\]"):
         layer.bwd({}, jnp.ones((2, 4)), jnp.ones((2, 4)))
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_gate_of_half_precision_has_its_value_and_its_slope(name, dtype):
+    layer, gate, theirs, options = TABLE[name]
+    b = every(dtype)
+    b = b[np.isfinite(exact(b))]
+    rng = np.random.default_rng(1)
+    a, dy = (rng.uniform(0.5, 2, len(b)).astype(b.dtype) for _ in range(2))
+
+    @jax.jit
+    def run(a, b, dy):
+        y, _, saved = layer.fwd({}, (), jnp.stack([a, b], axis=-1), None)
+        return y[:, 0], *layer.bwd({}, saved, dy[:, None])[1].T
+
+    y, da, db = map(np.asarray, run(a, b, dy))
+    slope = SLOPES[f"gelu{', tanh' if options else ''}" if theirs == "gelu" else theirs](exact(b))
+    with np.errstate(over="ignore"):
+        s = gate(np.clip(exact(b), -1e30, 1e100))
+    assert_within(0.51, y, exact(a) * s, b)
+    assert_within(2, da, exact(dy) * s, b)
+    assert_within(2, db, exact(dy) * exact(a) * slope, b)

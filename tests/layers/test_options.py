@@ -1,0 +1,132 @@
+"""Numbers as options: NumPy's and JAX's mean what Python's mean, in every layer and combinator that takes one.
+
+A NumPy scalar is an array to JAX: taken as it is, one of float64 turns a bfloat16 layer into a float32 one.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcnet as fn
+from tests.trees import normal
+
+KEY = jax.random.key(0)
+
+# option: (makes a layer of a number, the number, the shape of x)
+REALS = {
+    "leaky_relu slope": (fn.leaky_relu, 0.25, (2, 3)),
+    "elu alpha": (fn.elu, 0.25, (2, 3)),
+    "celu alpha": (fn.celu, 0.25, (2, 3)),
+    "squareplus b": (fn.squareplus, 0.25, (2, 3)),
+    "prelu slope": (fn.prelu, 0.25, (2, 3)),
+    "dropout rate": (fn.dropout, 0.25, (2, 3)),
+    "spatial_dropout rate": (fn.spatial_dropout, 0.25, (2, 3)),
+    "drop_path rate": (fn.drop_path, 0.25, (2, 3)),
+    "mlp rate": (lambda n: fn.mlp(4, 3, rate=n), 0.25, (2, 3)),
+    "attention rate": (lambda n: fn.attention(1, rate=n), 0.25, (1, 3, 2)),
+    "attention rotary_base": (lambda n: fn.attention(1, rotary=True, rotary_base=n), 16.0, (1, 3, 2)),
+    "transformer_block rate": (lambda n: fn.transformer_block(4, 1, rate=n, attention_rate=n), 0.25, (1, 3, 4)),
+    "sinusoidal_positions base": (fn.sinusoidal_positions, 16.0, (1, 3, 2)),
+    "lstm forget_bias": (lambda n: fn.lstm(2, forget_bias=n), 0.25, (1, 3, 2)),
+    "lru r_min": (lambda n: fn.lru(2, 2, r_min=n), 0.25, (1, 3, 2)),
+    "lru r_max": (lambda n: fn.lru(2, 2, r_max=n), 0.25, (1, 3, 2)),
+    "lru max_phase": (lambda n: fn.lru(2, 2, max_phase=n), 0.25, (1, 3, 2)),
+}
+WHOLES = {
+    "dense features": (fn.dense, 2, (2, 3)),
+    "maxout pieces": (fn.maxout, 2, (2, 4)),
+    "concat axis": (lambda n: fn.serial(fn.branch(fn.relu(), fn.tanh()), fn.concat(n)), 1, (2, 3)),
+    "reshape shape": (lambda n: fn.reshape(n, 3), 2, (2, 6)),
+    "max_pool window": (lambda n: fn.max_pool(n, n, n // n), 2, (1, 5, 2)),
+    "avg_pool window": (lambda n: fn.avg_pool((n,), (n,), ((n // n, 0),), False), 2, (1, 5, 2)),
+    "conv": (lambda n: fn.conv(n, n, n, n, n, n), 2, (1, 5, 4)),
+    "depthwise_conv": (lambda n: fn.depthwise_conv(n, n, n, multiplier=n), 2, (1, 5, 2)),
+    "conv_transpose": (lambda n: fn.conv_transpose(n, n, n, n // n, n), 2, (1, 5, 2)),
+    "separable_conv": (lambda n: fn.separable_conv(n, n, n), 2, (1, 5, 2)),
+    "residual_block": (lambda n: fn.residual_block(n), 2, (1, 3, 2)),
+    "position_embedding length": (fn.position_embedding, 4, (1, 3, 2)),
+    "attention sizes": (lambda n: fn.attention(n, n, n, window=n, features=n, block=n), 2, (1, 3, 2)),
+    "mlp features": (lambda n: fn.mlp(n, n), 2, (2, 3)),
+    "transformer_block sizes": (lambda n: fn.transformer_block(n, n, n, window=n), 2, (1, 3, 2)),
+    "rnn features": (fn.rnn, 2, (1, 3, 2)),
+    "gru features": (fn.gru, 2, (1, 3, 2)),
+    "lstm features": (fn.lstm, 2, (1, 3, 2)),
+    "lru sizes": (lambda n: fn.lru(n, n), 2, (1, 3, 2)),
+    "group_norm groups": (fn.group_norm, 2, (2, 4)),
+    "repeat times": (lambda n: fn.repeat(fn.tanh(), n), 2, (2, 3)),
+    "spectral_norm iterations": (lambda n: fn.spectral_norm(fn.dense(2), iterations=n), 2, (2, 3)),
+}
+OPTIONS = REALS | WHOLES
+NUMBERS = {
+    **{name: [np.float64, np.float32, np.float16, jnp.float32, jnp.bfloat16] for name in REALS},
+    **{name: [np.int64, np.int8, np.uint16, jnp.int32] for name in WHOLES},
+}
+
+
+def traced(layer, shape, dtype):
+    """What init, fwd and bwd compute, as a text; and the dtypes of params, state, y, dparams and dx."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+
+    def run(params, state, x):
+        y, state, residuals = layer.fwd(params, state, x, KEY)
+        return y, state, layer.bwd(params, residuals, y)
+
+    start = jax.make_jaxpr(lambda key, x: layer.init(key, x), return_shape=True)
+    first, (params, state) = start(KEY, x)
+    second, (y, after, (dparams, dx)) = jax.make_jaxpr(run, return_shape=True)(params, state, x)
+    texts = [str(first), str(second), str(jax.make_jaxpr(layer.apply)(params, state, x))]
+    dtypes = [jax.tree.map(lambda leaf: str(leaf.dtype), tree) for tree in (params, state, y, after, dparams, dx)]
+    return texts, dtypes
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_number_is_taken_as_pythons_whoever_made_it(option, x64):
+    make, value, shape = OPTIONS[option]
+    with jax.enable_x64(x64):
+        for dtype in ("float32", "bfloat16", "float16") + ("float64",) * x64:
+            texts, dtypes = traced(make(value), shape, dtype)
+            params, state, y, after, dparams, dx = dtypes
+            assert (params, state, dx) == (dparams, after, dtype)
+            assert y == dtype
+            for kind in NUMBERS[option]:
+                assert traced(make(kind(value)), shape, dtype) == (texts, dtypes), kind
+
+
+def test_rotary_takes_a_base_of_any_kind(standard_promotion):
+    x = normal(0, jax.ShapeDtypeStruct((1, 3, 4), jnp.bfloat16))
+    wanted = fn.rotary(x, jnp.arange(3)[None], 16.0)
+    for kind in (np.float64, np.float32, np.int64, jnp.float32):
+        got = fn.rotary(x, jnp.arange(3)[None], kind(16))
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("option", REALS)
+@pytest.mark.parametrize("value", ["0.5", 1j, True, np.ones(1)], ids=["text", "complex", "boolean", "array"])
+def test_what_is_no_number_is_refused(option, value):
+    with pytest.raises(fn.InputError):
+        REALS[option][0](value)
+
+
+def test_the_sizes_of_a_table_may_be_of_any_kind():
+    ids = jnp.zeros((1, 3), jnp.int32)
+    for kind in NUMBERS["dense features"]:
+        assert fn.embedding(kind(5), kind(2)).init(KEY, ids)[0]["embedding"].shape == (5, 2)
+
+
+def test_every_option_that_is_a_number_is_in_the_tables():
+    """By the constructors' own signatures: an option whose default is a float, or that is annotated as one."""
+    found = set()
+    for name in fn.__all__:
+        make = getattr(fn, name)
+        if not inspect.isfunction(make) or not make.__module__.startswith(("funcnet.layers", "funcnet.blocks")):
+            continue
+        options = inspect.signature(make).parameters.values()
+        found |= {f"{name} {option.name}" for option in options if option.annotation in (float, "float")}
+    elsewhere = {name for name in found if name.split()[1] in ("eps", "momentum")} | {"rotary base"}
+    ours = set(REALS) | {"transformer_block attention_rate"}
+    assert found - elsewhere <= ours, sorted(found - elsewhere - ours)
