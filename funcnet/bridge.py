@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import varies, varying
 from funcnet.expect import InputError, describe, is_array, is_floating
 from funcnet.factors import Pulled
 from funcnet.layer import Layer, Made, a_layer, no_params, stateless
@@ -52,7 +53,8 @@ def differentiable(layer: Layer) -> Callable[..., Any]:
         return (y, new_state), (params, residuals)
 
     def backward(saved, cotangents):
-        dparams, dx = layer.bwd(*saved, _without_float0(cotangents[0]))
+        dy = _without_float0(cotangents[0])
+        dparams, dx = varying(layer.bwd(*saved, dy), varies(saved, dy))
         return dparams, None, dx, None
 
     plain.__name__ = layer.name
@@ -62,6 +64,8 @@ def differentiable(layer: Layer) -> Callable[..., Any]:
     def function(params: Tree, x: Any, *, state: Tree = None, key: Array | None = None) -> Any:
         if state is None:
             state = _empty_state(layer, x)
+        # JAX's own rule of this cast sums a gradient over the devices that share what it is of.
+        params, x = varying((params, x), varies(params, state, x, key))
         y, new_state = run(params, state, x, key)
         return (y, jax.tree.map(lax.stop_gradient, new_state)) if jax.tree.leaves(state) else y
 
@@ -118,7 +122,8 @@ def from_function(
         return y, x
 
     def pull(params: Any, x: Any, dy: Any) -> tuple[list[Array], Any]:
-        y, pullback = jax.vjp(f, params, x)
+        # What varies alike gets each device's own share: jax.vjp sums the gradient of what they share over them.
+        y, pullback = jax.vjp(f, *varying((params, x), varies(params, x)))
         dparams, dx = pullback(_with_float0(dy, y))
         return jax.tree.leaves(dparams), _without_float0(dx)
 

@@ -45,7 +45,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import added, wide
+from funcnet.arithmetic import added, scan, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import total
 from funcnet.layer import Layer, Made
@@ -366,7 +366,7 @@ def _sweep(body: Callable[[Tree, Tile], Tree], carry: Tree, scores: Scores) -> T
     def step(carry, start):
         return body(carry, tiles[0]._replace(number=start[0], row=start[1], column=start[2])), None
 
-    return lax.scan(step, carry, starts)[0]
+    return scan(step, carry, starts)[0]
 
 
 def _product(axes: str, a: Array, b: Array) -> Array:

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array, lax, nn
 
 from funcnet import expect
-from funcnet.arithmetic import cut_as, whole, wide
+from funcnet.arithmetic import cut_as, scan, whole, wide
 from funcnet.expect import InputError, describe
 from funcnet.losses.loss import Loss, stateless_loss
 
@@ -128,7 +128,7 @@ def ctc(blank: int = 0) -> Loss:
         first = jnp.where(jnp.arange(of.classes.shape[1]) == 0, 0.0, -jnp.inf).astype(lse.dtype)
         start = jnp.broadcast_to(first[None], of.classes.shape, out_sharding=cut_as(logits, 1))
         each = jnp.arange(logits.shape[1], dtype=jnp.int32), emitted(logits, lse, of.classes)
-        end, log_a = lax.scan(step, start, each)
+        end, log_a = scan(step, start, each)
         loss = jnp.where(of.fits, -_log_sum(jnp.where(of.last, end, -jnp.inf), 1), jnp.nan)
         return loss, Alignments(logits, lse, log_a, loss, target)
 
@@ -148,7 +148,7 @@ def ctc(blank: int = 0) -> Loss:
             return jnp.where((t < lengths)[:, None], _log_sum(jnp.stack(ways), 0), end), share
 
         steps = jnp.arange(logits.shape[1], dtype=jnp.int32)
-        _, shares = lax.scan(step, end, (steps, emitted(logits, lse, of.classes), log_a), reverse=True)
+        _, shares = scan(step, end, (steps, emitted(logits, lse, of.classes), log_a), reverse=True)
         softmax = jnp.exp(logits.astype(lse.dtype) - lse[..., None])
         examples = jnp.arange(logits.shape[0], dtype=jnp.int32)
         place = examples[:, None, None], steps[None, :, None], of.classes[:, None]

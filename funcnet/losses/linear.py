@@ -27,6 +27,7 @@ al. 2024, arXiv:2410.10989 (logits in chunks); Chowdhery et al. 2022, arXiv:2204
 """
 
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from jax import Array, lax, nn
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import flat, pieces, placed, product, whole, wide
+from funcnet.arithmetic import flat, lasting, pieces, placed, product, scan, whole, wide
 from funcnet.columns import add_block, block, blocks, fresh
 from funcnet.expect import InputError, describe
 from funcnet.factors import Blocks, Outer, Shift
@@ -172,7 +173,7 @@ def linear_cross_entropy(
             return (higher, total, own, everything), None
 
         sums = jnp.full_like(zero, -jnp.inf), zero, zero, zero
-        (top, total, own, everything), _ = lax.scan(body, sums, blocks(params["kernel"], size))
+        (top, total, own, everything), _ = scan(body, sums, blocks(params["kernel"], size))
         lse = jnp.log(total) + top
         return values(lse, own, everything, labels).reshape(label.shape), Head(x, lse.reshape(label.shape), label)
 
@@ -191,7 +192,7 @@ def linear_cross_entropy(
             return dx, {name: contract(factors[name], head[name]) for name in names}
 
         answers: Any
-        dx, answers = lax.scan(body, jnp.zeros_like(flat(x), lse.dtype), blocks(params["kernel"], size))
+        dx, answers = scan(body, jnp.zeros_like(flat(x), lse.dtype), blocks(params["kernel"], size))
         if contract.joined is None:
             factors = {"kernel": Blocks(saved, outer, size), "bias": Blocks(saved, shift, size)}
             dparams = {name: contract(factors[name], params[name]) for name in names}
@@ -246,11 +247,11 @@ def linear_cross_entropy(
                 return dx, {name: add_block(grads[name], share[name], i, width) for name in names}
 
             steps = len(blocks(params["kernel"], width))
-            dx, grads = lax.fori_loop(0, steps, body, (jnp.zeros_like(x, high), grads))
+            dx, grads = lax.fori_loop(0, steps, body, lasting(partial(body, 0), (jnp.zeros_like(x, high), grads)))
             return grads, (values(lse, own, jnp.sum(z, axis=1), label), dx.astype(x.dtype))
 
         zeros = {name: placed(jnp.zeros(params[name].shape, high), params[name]) for name in names}
-        grads, (loss, dx) = lax.scan(chunk_of, zeros, (chunks(rows), chunks(labels), chunks(g)))
+        grads, (loss, dx) = scan(chunk_of, zeros, (chunks(rows), chunks(labels), chunks(g)))
         dparams = {name: grads[name].astype(params[name].dtype) for name in names}
         return joined(loss).reshape(label.shape), (dparams, (joined(dx).reshape(x.shape), None))
 
