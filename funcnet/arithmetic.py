@@ -78,6 +78,14 @@ def placed(a: Array, like: Array) -> Array:
     return a if jax.typeof(a).sharding == sharding else jax.sharding.reshard(a, sharding)
 
 
+def entries_of(shape: tuple[Any, ...]) -> int:
+    """How many entries such an array has, as a number to choose by where any choice is right.
+
+    A symbolic size, which `jax.export` leaves open, counts as 32.
+    """
+    return prod(size if isinstance(size, int) else 32 for size in shape)
+
+
 def varies(*trees: Any) -> tuple[Any, ...]:
     """The axes of a mesh that anything in these trees varies over, in the mesh's order; none outside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -37,7 +37,7 @@ from jax import Array, lax, nn
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import flat, lasting, pieces, placed, product, scan, whole, wide
+from funcnet.arithmetic import entries_of, flat, lasting, pieces, placed, product, scan, whole, wide
 from funcnet.columns import add_block, block, blocks, fresh
 from funcnet.expect import InputError, describe
 from funcnet.factors import Blocks, Outer, Shift
@@ -156,7 +156,7 @@ def linear_cross_entropy(
 
     def fwd(params, pair):
         x, label, rows, labels = entered(params, pair)
-        size = even(vocab, chunk // len(rows))
+        size = even(vocab, chunk // entries_of(label.shape))
         zero = jnp.zeros_like(labels, wide(x.dtype))
 
         def body(sums, i):
@@ -181,7 +181,7 @@ def linear_cross_entropy(
         x, lse, label = residuals
         fits(params, x)
         g = expect.cotangent(dy, label.shape, lse.dtype)
-        saved, size = (params, x, lse, whole(label), g), even(vocab, chunk // label.size)
+        saved, size = (params, x, lse, whole(label), g), even(vocab, chunk // entries_of(label.shape))
 
         def body(dx, i):
             head, dz = dz_of(saved, i, size)
@@ -218,7 +218,8 @@ def linear_cross_entropy(
         high, width = wide(x.dtype), even(vocab, COLUMNS)
         g = expect.cotangent(weights, label.shape, weights.dtype).astype(high).reshape(-1)
         cut = pieces(rows)
-        size = cut * even(len(rows) // cut, chunk // vocab // cut)
+        size = cut * even(entries_of(label.shape) // cut, chunk // vocab // cut)
+        count = -(-rows.shape[0] // size)
 
         def chunks(a):
             """[N, ..] as [chunks, size, ..], what is added at the end with weight 0.
@@ -226,11 +227,11 @@ def linear_cross_entropy(
             A chunk has every n-th position, n the number of chunks, so that a batch that is cut along a mesh stays so,
             and as many positions of each piece.
             """
-            padded = jnp.pad(a, [(0, -len(a) % size)] + [(0, 0)] * (a.ndim - 1))
-            return jnp.moveaxis(padded.reshape(size, -1, *a.shape[1:]), 1, 0)
+            padded = jnp.pad(a, [(0, size * count - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
+            return jnp.moveaxis(padded.reshape(size, count, *a.shape[1:]), 1, 0)
 
         def joined(a):
-            return jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])[: len(rows)]
+            return jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])[: rows.shape[0]]
 
         def chunk_of(grads, each):
             x, label, g = each
