@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from funcnet import expect
@@ -123,9 +122,17 @@ def from_function(
 
     def pull(params: Any, x: Any, dy: Any) -> tuple[list[Array], Any]:
         # What varies alike gets each device's own share: jax.vjp sums the gradient of what they share over them.
-        y, pullback = jax.vjp(f, *varying((params, x), varies(params, x)))
-        dparams, dx = pullback(_with_float0(dy, y))
-        return jax.tree.leaves(dparams), _without_float0(dx)
+        params, x = varying((params, x), varies(params, x))
+        leaves, structure = jax.tree.flatten(x)
+
+        def moved(params: Any, moving: list[Any]) -> tuple[list[Array], Any]:
+            y = f(params, jax.tree.unflatten(structure, map(_either, moving, leaves)))
+            return [leaf for leaf in jax.tree.leaves(y) if _moves(leaf)], y
+
+        moving = [leaf if _moves(leaf) else None for leaf in leaves]
+        _, pullback, y = jax.vjp(moved, params, moving, has_aux=True)
+        dparams, dmoving = pullback(_cotangents(dy, y))
+        return jax.tree.leaves(dparams), jax.tree.unflatten(structure, dmoving)
 
     def bwd(params, x, dy, contract):
         gradients, dx = pull(params, x, dy)
@@ -148,16 +155,21 @@ def _without_float0(cotangents: Tree) -> Tree:
     return jax.tree.map(lambda leaf: None if leaf.dtype == jax.dtypes.float0 else leaf, cotangents)
 
 
-def _with_float0(dy: Tree, y: Tree) -> Tree:
-    """`dy` as JAX has it; refuse what is no cotangent of y."""
-    leaves, structure = jax.tree.flatten(y)
+def _cotangents(dy: Tree, y: Tree) -> list[Array]:
+    """Those of the floating leaves of y; refuse what is no cotangent of y."""
+    leaves = jax.tree.leaves(y)
     given = jax.tree.leaves(dy, is_leaf=lambda leaf: leaf is None)
     if len(given) != len(leaves):
         raise InputError(f"a cotangent like the output, {describe(y)}", describe(dy), "give bwd a dy like fwd's output")
-    return jax.tree.unflatten(structure, [_one_cotangent(*pair) for pair in zip(given, leaves, strict=True)])
+    pairs = [pair for pair in zip(given, leaves, strict=True) if pair[0] is not None or _moves(pair[1])]
+    checked = [expect.cotangent(dy, leaf.shape, leaf.dtype) for dy, leaf in pairs]
+    return [dy for dy in checked if _moves(dy)]
 
 
-def _one_cotangent(dy: Any, y: Any) -> Any:
-    if dy is None and not jnp.issubdtype(y.dtype, jnp.inexact):
-        return np.zeros(y.shape, jax.dtypes.float0)
-    return expect.cotangent(dy, y.shape, y.dtype)
+def _moves(leaf: Any) -> bool:
+    """Whether it has a derivative."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _either(leaf: Any, otherwise: Any) -> Any:
+    return otherwise if leaf is None else leaf
