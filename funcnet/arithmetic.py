@@ -1,6 +1,14 @@
-"""Arithmetic as all rules do it: sums in float32 or wider, ranks that are equal, results that lie where they belong."""
+"""Arithmetic as all rules do it: sums in float32 or wider, ranks that are equal, results that lie where they belong.
 
+Inside `jax.shard_map` the axes of the mesh that an array varies over are a part of its type. A replicated parameter
+varies over none, and its gradient there is the device's own share, which varies as the batch does: the sum over the
+devices is for the caller to make, with `jax.lax.psum`. `fn.differentiable` makes it, as `jax.grad` does.
+"""
+
+import operator
+from collections.abc import Callable
 from functools import reduce
+from math import prod
 from typing import Any
 
 import jax
@@ -64,13 +72,60 @@ def regrouped(x: Array, shape: tuple[int, ...]) -> Array:
 
 def pieces(x: Array) -> int:
     """Into how many pieces explicit axes of a mesh cut the first axis."""
-    return x.shape[0] // jax.typeof(x).sharding.shard_shape(x.shape)[0]
+    sharding = jax.typeof(x).sharding
+    axes = sharding.spec[0] or ()
+    return prod(sharding.mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
 
 
 def placed(a: Array, like: Array) -> Array:
     """`a` in the sharding of `like`; under a mesh without explicit axes, `a` itself."""
     sharding = jax.typeof(like).sharding
     return a if jax.typeof(a).sharding == sharding else jax.sharding.reshard(a, sharding)
+
+
+def entries_of(shape: tuple[Any, ...]) -> int:
+    """How many entries such an array has, as a number to choose by where any choice is right.
+
+    A symbolic size, which `jax.export` leaves open, counts as 32.
+    """
+    return prod(size if isinstance(size, int) else 32 for size in shape)
+
+
+def varies(*trees: Any) -> tuple[Any, ...]:
+    """The axes of a mesh that anything in these trees varies over, in the mesh's order; none outside `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return ()
+    axes = {axis for leaf in jax.tree.leaves(trees) for axis in jax.typeof(leaf).manual_axis_type.varying}
+    return tuple(axis for axis in mesh.axis_names if axis in axes)
+
+
+def varying(tree: Any, axes: tuple[Any, ...]) -> Any:
+    """The same values, which vary over these axes too."""
+
+    def one(leaf: Any) -> Any:
+        more = tuple(axis for axis in axes if axis not in varies(leaf))
+        return lax.pcast(leaf, more, to="varying") if more else leaf
+
+    return jax.tree.map(one, tree)
+
+
+def lasting(step: Callable[[Any], Any], carry: Any) -> Any:
+    """The carry that a loop starts with, in the type that it keeps: varying over what a step makes it vary over.
+
+    A carry that starts as a constant varies over no axis of a mesh, and after a step as the input does.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return carry
+    grown = jax.tree.map(lambda leaf, after: varying(leaf, varies(after)), carry, jax.eval_shape(step, carry))
+    unchanged = map(operator.is_, jax.tree.leaves(grown), jax.tree.leaves(carry))
+    return carry if all(unchanged) else lasting(step, grown)
+
+
+def scan(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, each: Any, **options: Any) -> tuple[Any, Any]:
+    """`lax.scan`, whose carry may start as a constant inside `jax.shard_map` too."""
+    first = lambda carry: body(carry, jax.tree.map(lambda a: a[0], each))[0]
+    return lax.scan(body, lasting(first, carry), each, **options)
 
 
 def in_front(v: Array, rank: int) -> Array:

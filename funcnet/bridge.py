@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import varies, varying
 from funcnet.expect import InputError, describe, is_array, is_floating
 from funcnet.factors import Pulled
 from funcnet.layer import Layer, Made, a_layer, no_params, stateless
@@ -52,7 +52,8 @@ def differentiable(layer: Layer) -> Callable[..., Any]:
         return (y, new_state), (params, residuals)
 
     def backward(saved, cotangents):
-        dparams, dx = layer.bwd(*saved, _without_float0(cotangents[0]))
+        dy = _without_float0(cotangents[0])
+        dparams, dx = varying(layer.bwd(*saved, dy), varies(saved, dy))
         return dparams, None, dx, None
 
     plain.__name__ = layer.name
@@ -62,6 +63,8 @@ def differentiable(layer: Layer) -> Callable[..., Any]:
     def function(params: Tree, x: Any, *, state: Tree = None, key: Array | None = None) -> Any:
         if state is None:
             state = _empty_state(layer, x)
+        # JAX's own rule of this cast sums a gradient over the devices that share what it is of.
+        params, x = varying((params, x), varies(params, state, x, key))
         y, new_state = run(params, state, x, key)
         return (y, jax.tree.map(lax.stop_gradient, new_state)) if jax.tree.leaves(state) else y
 
@@ -118,9 +121,18 @@ def from_function(
         return y, x
 
     def pull(params: Any, x: Any, dy: Any) -> tuple[list[Array], Any]:
-        y, pullback = jax.vjp(f, params, x)
-        dparams, dx = pullback(_with_float0(dy, y))
-        return jax.tree.leaves(dparams), _without_float0(dx)
+        # What varies alike gets each device's own share: jax.vjp sums the gradient of what they share over them.
+        params, x = varying((params, x), varies(params, x))
+        leaves, structure = jax.tree.flatten(x)
+
+        def moved(params: Any, moving: list[Any]) -> tuple[list[Array], Any]:
+            y = f(params, jax.tree.unflatten(structure, map(_either, moving, leaves)))
+            return [leaf for leaf in jax.tree.leaves(y) if _moves(leaf)], y
+
+        moving = [leaf if _moves(leaf) else None for leaf in leaves]
+        _, pullback, y = jax.vjp(moved, params, moving, has_aux=True)
+        dparams, dmoving = pullback(_cotangents(dy, y))
+        return jax.tree.leaves(dparams), jax.tree.unflatten(structure, dmoving)
 
     def bwd(params, x, dy, contract):
         gradients, dx = pull(params, x, dy)
@@ -143,16 +155,21 @@ def _without_float0(cotangents: Tree) -> Tree:
     return jax.tree.map(lambda leaf: None if leaf.dtype == jax.dtypes.float0 else leaf, cotangents)
 
 
-def _with_float0(dy: Tree, y: Tree) -> Tree:
-    """`dy` as JAX has it; refuse what is no cotangent of y."""
-    leaves, structure = jax.tree.flatten(y)
+def _cotangents(dy: Tree, y: Tree) -> list[Array]:
+    """Those of the floating leaves of y; refuse what is no cotangent of y."""
+    leaves = jax.tree.leaves(y)
     given = jax.tree.leaves(dy, is_leaf=lambda leaf: leaf is None)
     if len(given) != len(leaves):
         raise InputError(f"a cotangent like the output, {describe(y)}", describe(dy), "give bwd a dy like fwd's output")
-    return jax.tree.unflatten(structure, [_one_cotangent(*pair) for pair in zip(given, leaves, strict=True)])
+    pairs = [pair for pair in zip(given, leaves, strict=True) if pair[0] is not None or _moves(pair[1])]
+    checked = [expect.cotangent(dy, leaf.shape, leaf.dtype) for dy, leaf in pairs]
+    return [dy for dy in checked if _moves(dy)]
 
 
-def _one_cotangent(dy: Any, y: Any) -> Any:
-    if dy is None and not jnp.issubdtype(y.dtype, jnp.inexact):
-        return np.zeros(y.shape, jax.dtypes.float0)
-    return expect.cotangent(dy, y.shape, y.dtype)
+def _moves(leaf: Any) -> bool:
+    """Whether it has a derivative."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _either(leaf: Any, otherwise: Any) -> Any:
+    return otherwise if leaf is None else leaf

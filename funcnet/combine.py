@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from funcnet import expect
-from funcnet.arithmetic import added
+from funcnet.arithmetic import added, scan
 from funcnet.expect import InputError, at, describe
 from funcnet.factors import total
 from funcnet.layer import Layer, Made, Undone, a_layer, around, child, output, undoing, without_x
@@ -270,7 +270,7 @@ def repeat(layer: Layer, times: int) -> Layer:
             params, state = layers
             return layer.apply(params, state, x), None
 
-        return lax.scan(body, x, (params, state), length=times)[0]
+        return scan(body, x, (params, state), length=times)[0]
 
     def fwd(params, state, x, key):
         check(params, state)
@@ -281,7 +281,7 @@ def repeat(layer: Layer, times: int) -> Layer:
             y, state, residuals = layer.fwd(params, state, x, key)
             return y, (state, distinct(residuals))
 
-        y, (state, stacked) = lax.scan(body, x, (params, state, keys(key)), length=times)
+        y, (state, stacked) = scan(body, x, (params, state, keys(key)), length=times)
         return y, state, stacked.tree()
 
     def bwd(params, residuals, dy, contract=total):
@@ -291,7 +291,7 @@ def repeat(layer: Layer, times: int) -> Layer:
             dparams, dx = layer.bwd(*layers, dy, contract)
             return dx, dparams
 
-        dx, dparams = lax.scan(body, dy, (params, residuals), length=times, reverse=True)
+        dx, dparams = scan(body, dy, (params, residuals), length=times, reverse=True)
         return jax.tree.map(lambda _, answer: contract.stacked(answer), params, dparams), dx
 
     def fwd_of_reversible(params, state, x, key):
@@ -303,7 +303,7 @@ def repeat(layer: Layer, times: int) -> Layer:
             y, state, residuals = layer.fwd(params, state, x, key)
             return y, (state, residuals.kept)
 
-        y, (state, kept) = lax.scan(body, x, (params, state, keys(key)), length=times)
+        y, (state, kept) = scan(body, x, (params, state, keys(key)), length=times)
         return y, state, Undone(kept, y)
 
     def undo(params, residuals, dy, contract):
@@ -315,7 +315,7 @@ def repeat(layer: Layer, times: int) -> Layer:
             return (x, dx), dparams
 
         carry, layers = (residuals.y, dy), (params, residuals.kept)
-        (x, dx), dparams = lax.scan(body, carry, layers, length=times, reverse=True)
+        (x, dx), dparams = scan(body, carry, layers, length=times, reverse=True)
         return jax.tree.map(lambda _, answer: contract.stacked(answer), params, dparams), x, dx
 
     def again(layer):

@@ -72,6 +72,6 @@ def _by_channels(x: Array, dy: Array, windows: Windows, kernel: Array) -> Array:
     def tap(entry: Array) -> Array:
         products = (a * b for a, b in zip(parts(entry), parts(dy), strict=True))
         sums = flat(sum(products, jnp.zeros((), wide(dy.dtype))))
-        return product(jnp.ones((len(sums), 1), sums.dtype), sums, (0, 0), kernel[(0,) * len(windows.window)])
+        return product(jnp.ones((sums.shape[0], 1), sums.dtype), sums, (0, 0), kernel[(0,) * len(windows.window)])
 
     return jnp.stack([tap(entry) for entry in entries(cut, x)]).reshape(kernel.shape)

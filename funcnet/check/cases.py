@@ -133,6 +133,8 @@ def _aligned(labels: str, label_lengths: str, logit_lengths: str) -> dict[str, s
 
 
 _WEIGHTS = [0.5, 2.0, 0.0, 1.0, 3.0]  # of classes
+
+
 def _masked(target: str) -> dict[str, str]:
     """A target [..] with a mask for each entry."""
     return {"target": target, "mask": f"bool{target[target.index('[') : target.index(']') + 1]}"}

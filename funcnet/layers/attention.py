@@ -47,7 +47,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import added, wide
+from funcnet.arithmetic import added, entries_of, scan, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import total
 from funcnet.layer import Layer, Made
@@ -161,7 +161,7 @@ def attention(
     def rule(parts: Mapping[str, Array], key: Array | None) -> Scores:
         groups = {3: (1, 1), 4: (kv_heads, heads // kv_heads)}
         mask, bias = (
-            a if a is None else a.reshape(len(a), *groups[a.ndim], *a.shape[-2:])
+            a if a is None else a.reshape(a.shape[0], *groups[a.ndim], *a.shape[-2:])
             for a in (parts.get("mask"), parts.get("bias"))
         )
         sizes = parts["x"].shape[1], parts["context"].shape[1]
@@ -190,9 +190,9 @@ def attention(
         q = turned(_by_head(project("query", parts["x"]), heads))
         k = turned(_by_head(project("key", parts["context"]), kv_heads))
         v = _by_head(project("value", parts["context"]), kv_heads)
-        q = q.reshape(len(q), kv_heads, -1, *q.shape[2:])
+        q = q.reshape(q.shape[0], kv_heads, -1, *q.shape[2:])
         o, top, log_mass = _attend(q, k, v, rule(parts, key))
-        out = _side_by_side(o.reshape(len(q), heads, *q.shape[3:]))
+        out = _side_by_side(o.reshape(q.shape[0], heads, *q.shape[3:]))
         return project("out", out.astype(q.dtype)), Attended(inputs, q, k, v, out, top, log_mass, key)
 
     @expect.by("attention")
@@ -219,7 +219,7 @@ def attention(
 
         o, do = (_by_head(a, heads).reshape(q.shape) for a in (out, pull("out", out.astype(q.dtype), dy)))
         dq, dk, dv, dbias = _pull(q, k, v, o, top, log_mass, do, rule(parts, key))
-        dx = pull("query", x, _side_by_side(turned(dq.reshape(len(q), heads, *q.shape[3:]), -1)))
+        dx = pull("query", x, _side_by_side(turned(dq.reshape(q.shape[0], heads, *q.shape[3:]), -1)))
         of_context = pull("key", context, _side_by_side(turned(dk, -1))), pull("value", context, _side_by_side(dv))
         if not isinstance(inputs, Mapping):
             return dparams, added(dx, *of_context)
@@ -363,7 +363,7 @@ def _pull(
 
 def _sweep(body: Callable[[Tree, Tile], Tree], carry: Tree, scores: Scores) -> Tree:
     """carry = body(carry, tile), tile after tile: the rule written once for a single tile, a loop over many."""
-    tiles = scores.tiles(carry[0][..., 0, 0].size)
+    tiles = scores.tiles(entries_of(carry[0].shape[:-2]))
     if len(tiles) < 2:
         return reduce(body, tiles, carry)
     starts = np.array([tile[:3] for tile in tiles], np.int32)
@@ -371,7 +371,7 @@ def _sweep(body: Callable[[Tree, Tile], Tree], carry: Tree, scores: Scores) -> T
     def step(carry, start):
         return body(carry, tiles[0]._replace(number=start[0], row=start[1], column=start[2])), None
 
-    return lax.scan(step, carry, starts)[0]
+    return scan(step, carry, starts)[0]
 
 
 def _product(axes: str, a: Array, b: Array) -> Array:

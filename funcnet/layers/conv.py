@@ -25,7 +25,6 @@ Source: LeCun et al. 1989, "Backpropagation applied to handwritten zip code reco
 arXiv:1603.07285 (strides); Yu and Koltun 2016, arXiv:1511.07122 (dilation).
 """
 
-from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import flat, in_front, product, wide
+from funcnet.arithmetic import entries_of, flat, in_front, product, wide
 from funcnet.expect import InputError
 from funcnet.factors import Shift, Window
 from funcnet.layer import Layer, stateless
@@ -169,8 +168,8 @@ def correlate(x: Array, kernel: Array, windows: Windows) -> Array:
 def _pull(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:
     """dx: dy, dilated by the strides, correlated with the flipped kernel."""
     if groups == max(windows.strides) == 1:
-        inputs = len(dy) * prod(windows.inputs) * kernel.shape[-2]
-        if kernel.size > inputs + dy.size:
+        inputs = dy.shape[0], *windows.inputs, kernel.shape[-2]
+        if kernel.size > entries_of(inputs) + entries_of(dy.shape):
             return _pull_by_taps(dy, kernel, windows)
     return spread(dy, flipped(kernel, groups), windows, groups)
 
@@ -182,7 +181,7 @@ def _pull_by_taps(dy: Array, kernel: Array, windows: Windows) -> Array:
     dx = jnp.zeros((), wide(dy.dtype))
     for entry, tap in zip(entries(_back(windows), dy), taps, strict=True):
         dx = dx + product(flat(entry), tap, (1, 1), flat(dy))
-    return dx.reshape(len(dy), *windows.inputs, channels)
+    return dx.reshape(dy.shape[0], *windows.inputs, channels)
 
 
 def spread(dy: Array, kernel: Array, windows: Windows, groups: int) -> Array:

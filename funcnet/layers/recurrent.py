@@ -49,7 +49,7 @@ from jax import Array, lax
 from jax.nn import initializers, sigmoid
 
 from funcnet import expect
-from funcnet.arithmetic import contract_last, cut_as, product, wide
+from funcnet.arithmetic import contract_last, cut_as, product, scan, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Outer, Shift
 from funcnet.layer import Layer, Made, stateless
@@ -271,7 +271,7 @@ def _recurrent(
                 kept |= {"gates": gates}
             return _where(valid, new, states), (new[0].astype(x.dtype), _cast(kept, x.dtype))
 
-        states, (h, steps) = lax.scan(body, states, (a, _columns(valid)), reverse=reverse)
+        states, (h, steps) = scan(body, states, (a, _columns(valid)), reverse=reverse)
         y = _swap(h) if valid is None else jnp.where(valid[..., None], _swap(h), 0)
         out = (y, _bare(_cast(states, x.dtype))) if return_state else y
         return out, Unrolled(inputs, y, steps)
@@ -294,7 +294,7 @@ def _recurrent(
             return _where(valid, (direct[0] + through, *direct[1:]), dstates), _where(valid, dz, jnp.zeros_like(dz))
 
         at = (_swap(dy), _columns(valid), steps, _swap(y), _swap(h_prev))
-        dstates, dz = lax.scan(body, dstates, at, reverse=not reverse)
+        dstates, dz = scan(body, dstates, at, reverse=not reverse)
         da, du = cell.split(_swap(dz))
         dparams = {
             "kernel": contract(Outer(x, da), params["kernel"]),

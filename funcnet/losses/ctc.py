@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet import expect
-from funcnet.arithmetic import cut_as, whole, wide
+from funcnet.arithmetic import cut_as, scan, whole, wide
 from funcnet.expect import InputError, describe
 from funcnet.losses.loss import Loss, silenced, stateless_loss
 
@@ -138,7 +138,7 @@ def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
         first = jnp.where(jnp.arange(of.classes.shape[1]) == 0, 0.0, -jnp.inf).astype(z.dtype)
         start = jnp.broadcast_to(first[None], of.classes.shape, out_sharding=cut_as(logits, 1))
         each = jnp.arange(logits.shape[1], dtype=jnp.int32), emitted(logits, top, log_total, of.classes)
-        end, log_a = lax.scan(step, start, each)
+        end, log_a = scan(step, start, each)
         loss = -_log_sum(jnp.where(of.last, end, -jnp.inf), 1)
         # Where several alignments make it certain, the rounding of log p may leave a likelihood above 1.
         loss = jnp.where(of.fits, jnp.where(loss < 0, 0.0, loss), jnp.nan)
@@ -161,7 +161,7 @@ def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
             return jnp.where((t < lengths)[:, None], _log_sum(jnp.stack(ways), 0), end), share
 
         steps = jnp.arange(logits.shape[1], dtype=jnp.int32)
-        _, shares = lax.scan(step, end, (steps, emitted(logits, top, log_total, of.classes), log_a), reverse=True)
+        _, shares = scan(step, end, (steps, emitted(logits, top, log_total, of.classes), log_a), reverse=True)
         softmax = jnp.exp(logits.astype(top.dtype) - top - log_total)
         examples = jnp.arange(logits.shape[0], dtype=jnp.int32)
         place = examples[:, None, None], steps[None, :, None], of.classes[:, None]

@@ -31,6 +31,7 @@ al. 2024, arXiv:2410.10989 (logits in chunks); Chowdhery et al. 2022, arXiv:2204
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from funcnet import expect
-from funcnet.arithmetic import flat, pieces, placed, product, whole, wide
+from funcnet.arithmetic import entries_of, flat, lasting, pieces, placed, product, scan, whole, wide
 from funcnet.columns import add_block, block, blocks, fresh
 from funcnet.expect import InputError, describe
 from funcnet.factors import Blocks, Outer, Shift
@@ -207,7 +208,7 @@ def linear_cross_entropy(
 
     def fwd(params, pair):
         x, label, rows, labels = entered(params, pair)
-        size = even(vocab, chunk // len(rows))
+        size = even(vocab, chunk // entries_of(label.shape))
         zero = jnp.zeros_like(labels, wide(x.dtype))
 
         def body(sums, i):
@@ -226,14 +227,17 @@ def linear_cross_entropy(
             return (higher, total, own, everything, past + jnp.sum(w)), None
 
         sums = jnp.full_like(zero, -jnp.inf), zero, zero, zero, jnp.zeros((), zero.dtype)
-        (top, total, own, everything, _), _ = lax.scan(body, sums, blocks(params["kernel"], size))
+        (top, total, own, everything, _), _ = scan(body, sums, blocks(params["kernel"], size))
         loss = values(top, total, own - top, everything, labels)
         return loss.reshape(label.shape), Head(x, top.reshape(label.shape), total.reshape(label.shape), label)
 
     def bwd(params, residuals, dy, contract):
         x, top, total, label = residuals
         fits(params, x)
-        g, size = heard(expect.cotangent(dy, label.shape, top.dtype), label), even(vocab, chunk // label.size)
+        g, size = (
+            heard(expect.cotangent(dy, label.shape, top.dtype), label),
+            even(vocab, chunk // entries_of(label.shape)),
+        )
         x = silenced(g[..., None], x)
         saved = params, x, top, total, whole(label), g
 
@@ -246,7 +250,7 @@ def linear_cross_entropy(
             return dx, {name: contract(factors[name], head[name]) for name in names}
 
         answers: Any
-        dx, answers = lax.scan(body, jnp.zeros_like(flat(x), top.dtype), blocks(params["kernel"], size))
+        dx, answers = scan(body, jnp.zeros_like(flat(x), top.dtype), blocks(params["kernel"], size))
         if contract.joined is None:
             factors = {"kernel": Blocks(saved, outer, size), "bias": Blocks(saved, shift, size)}
             dparams = {name: contract(factors[name], params[name]) for name in names}
@@ -272,7 +276,8 @@ def linear_cross_entropy(
         high, width = wide(x.dtype), even(vocab, COLUMNS)
         g = heard(expect.cotangent(dy, label.shape, dy.dtype).astype(high).reshape(-1), labels)
         cut = pieces(rows)
-        size = cut * even(len(rows) // cut, chunk // vocab // cut)
+        size = cut * even(entries_of(label.shape) // cut, chunk // vocab // cut)
+        count = -(-rows.shape[0] // size)
 
         def chunks(a):
             """[N, ..] as [chunks, size, ..], what is added at the end with weight 0.
@@ -280,11 +285,11 @@ def linear_cross_entropy(
             A chunk has every n-th position, n the number of chunks, so that a batch that is cut along a mesh stays so,
             and as many positions of each piece.
             """
-            padded = jnp.pad(a, [(0, -len(a) % size)] + [(0, 0)] * (a.ndim - 1))
-            return jnp.moveaxis(padded.reshape(size, -1, *a.shape[1:]), 1, 0)
+            padded = jnp.pad(a, [(0, size * count - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
+            return jnp.moveaxis(padded.reshape(size, count, *a.shape[1:]), 1, 0)
 
         def joined(a):
-            return jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])[: len(rows)]
+            return jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])[: rows.shape[0]]
 
         def chunk_of(grads, each):
             x, label, g = each
@@ -302,12 +307,12 @@ def linear_cross_entropy(
                 return dx, {name: add_block(grads[name], share[name], i, width) for name in names}
 
             in_sum, steps = silenced(g[:, None], x), len(blocks(params["kernel"], width))
-            dx, grads = lax.fori_loop(0, steps, body, (jnp.zeros_like(x, high), grads))
+            dx, grads = lax.fori_loop(0, steps, body, lasting(partial(body, 0), (jnp.zeros_like(x, high), grads)))
             everything = weighed(weights(jnp.zeros((), jnp.int32), vocab, high), z - top[:, None])
             return grads, (values(top, total, own - top, everything, label), dx.astype(x.dtype))
 
         zeros = {name: placed(jnp.zeros(params[name].shape, high), params[name]) for name in names}
-        grads, (loss, dx) = lax.scan(chunk_of, zeros, (chunks(rows), chunks(labels), chunks(g)))
+        grads, (loss, dx) = scan(chunk_of, zeros, (chunks(rows), chunks(labels), chunks(g)))
         dparams = {name: grads[name].astype(params[name].dtype) for name in names}
         return joined(loss).reshape(label.shape), (dparams, (joined(dx).reshape(x.shape), None))
 

@@ -18,6 +18,7 @@ import optax
 from jax import Array, lax
 
 from funcnet import expect
+from funcnet.arithmetic import lasting
 from funcnet.combine import distinct
 from funcnet.expect import InputError, at
 from funcnet.layer import Layer, undoing
@@ -158,7 +159,8 @@ def _repeat(inner: Layer, params: Tree, like_params: list[Tree], residuals: Tree
         _, new_like = update(grads, _read(like_params, here), old)
         return params, _write(like_params, new_like, here), dx
 
-    return lax.fori_loop(0, times, turn, (params, like_params, dy))
+    carry = lasting(partial(turn, jnp.int32(0)), (params, like_params, dy))
+    return lax.fori_loop(0, times, turn, carry)
 
 
 def _read(stacked: Tree, i: Any) -> Tree:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
 from funcnet import expect
-from funcnet.arithmetic import wide
+from funcnet.arithmetic import scan, wide
 from funcnet.expect import InputError, describe, is_array
 from funcnet.factors import total
 from funcnet.train.objective import Batch, Objective, Pair, Pass, averages, entered, forward, run, weighted
@@ -175,7 +175,7 @@ def scan_steps(step: Any, steps: int, carry: Tree, batch: Batch, weights: Array 
         if jnp.shape(leaf)[:1] != (steps,):
             remedy = f"stack {steps} batches, or ask for as many steps as there are"
             raise InputError(f"a first axis of {steps} steps in front of the batch axis", describe(leaf), remedy)
-    return lax.scan(lambda carry, each: step(carry, *each), carry, (batch, weights))
+    return scan(lambda carry, each: step(carry, *each), carry, (batch, weights))
 
 
 def one_step(
@@ -249,7 +249,7 @@ def _accumulated(objective, accumulate, params, state, pair: Pair, key, weights)
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p.dtype)), params)
     micros = (jnp.arange(accumulate), *jax.tree.map(split, (pair, weights)))
-    (state, grads), parts = lax.scan(body, (state, zeros), micros)
+    (state, grads), parts = scan(body, (state, zeros), micros)
     sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
     return Pass(sums, state, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params))
 

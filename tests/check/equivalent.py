@@ -11,8 +11,7 @@ _BY_REASON = {
         '_norm: dparams = {"scale": contract((Scale(dy, high * rstd)), params["scale"])}',
         'batch_norm: factors = {"scale": (Scale(dy, x_hat, mixes=True)), "bias": Shift(dy, mixes=True)}',
     ],
-    "a Gram matrix is symmetric, and all of it is summed": [
-    ],
+    "a Gram matrix is symmetric, and all of it is summed": [],
     "log softmax is x less both, and which first is within what the rounding of x itself does": [
         "log_softmax: (x, log_total, top) = residuals"
     ],
@@ -244,8 +243,7 @@ _BY_REASON = {
         "_by_channels: missing = (rows * count)",
         "_by_channels: missing = rows * count - windows.outputs[-1]",
     ],
-    "a squared norm is below 0 by rounding only": [
-    ],
+    "a squared norm is below 0 by rounding only": [],
     "no case has ids out of range, or a head whose kernel is looked up afterwards; test_embedding.py and test_factors.py have": [
         "_table: return (zeros.at[ids].add(dy.astype(zeros.dtype), out_sharding=cut_as(dy, 0)))",
         "_in_table: inside = ((ids >= 0) | (ids < factor.size))",
