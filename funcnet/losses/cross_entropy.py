@@ -46,7 +46,9 @@ def cross_entropy(
 
     q is the one-hot vector of an integer label, or the soft label itself, mixed with the uniform distribution:
     q <- (1 - s) q + s / V. With top = max_v z_v and total = sum_v exp(z_v - top), -log softmax_v is
-    log(total) - (z_v - top), which does not overflow for any finite logits; -inf logits are masked classes.
+    log(total) - (z_v - top), which does not overflow for any finite logits; -inf logits are masked classes. A logit of
+    +inf takes all of softmax: the loss tends to 0 for its class and to infinity for others. Several of them share it,
+    though the limit depends on the way; a row of -inf alone has none, and gives NaN.
 
     Residuals: logits, top, total, target.  Why these: softmax is formed again in `bwd` from the logits, so that a
     half-precision model keeps its logits in half precision and loses nothing in softmax - q, which cancels.
@@ -102,9 +104,10 @@ def cross_entropy(
         check(logits, target)
         z = scores(logits, target)
         top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-        total = jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True)
+        shifted = _below(z, top)
+        total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)
         q, factor = distribution(logits, target)
-        terms = q * _finite_where_zero(jnp.log(total) - (z - top), q)
+        terms = q * _finite_where_zero(jnp.log(total) - shifted, q)
         loss = jnp.where(factor == 0, 0.0, factor * jnp.sum(terms, axis=-1, keepdims=True))
         return loss[..., 0], Softmax(logits, top, total, target)
 
@@ -112,7 +115,7 @@ def cross_entropy(
         logits, top, total, target = residuals
         floating = expect.is_floating(target)
         dy = expect.cotangent(dy, logits.shape[:-1], top.dtype)[..., None]
-        shifted = scores(logits, target) - top
+        shifted = _below(scores(logits, target), top)
         q, factor = distribution(logits, target)
         g = jnp.where(factor == 0, 0.0, dy * silenced(dy, factor))
         mass = jnp.sum(q, axis=-1, keepdims=True) if floating or class_weights is not None else 1.0
@@ -130,6 +133,12 @@ def cross_entropy(
 
     loss = stateless_loss("cross_entropy", fwd, bwd, counted, {"accuracy": accuracy}, check)
     return replace(loss, mass=label_mass(class_weights, ignore_index))
+
+
+def _below(z: Array, top: Array) -> Array:
+    """z - top, 0 for an infinite z at the top."""
+    at_infinity = jnp.isposinf(z)
+    return jnp.where(at_infinity, 0.0, z) - jnp.where(at_infinity, 0.0, top)
 
 
 def _finite_where_zero(minus_log_p: Array, q: Array) -> Array:

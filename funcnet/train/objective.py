@@ -160,9 +160,9 @@ def share(objective: Objective, batch: Batch) -> Share:
 
 
 def weighted(weights: Array, values: Array) -> Array:
-    """sum(weights * values), where a weight of 0 silences any value, also one that is infinite."""
+    """sum(weights * values), where a weight of 0 silences any value, also one that is not finite."""
     weights = weights.astype(values.dtype)
-    return jnp.sum(weights * jnp.where(weights == 0, 0.0, values))
+    return jnp.sum(weights * jnp.where((weights == 0) & ~jnp.isfinite(values), 0.0, values))
 
 
 class Both(NamedTuple):

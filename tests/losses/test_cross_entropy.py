@@ -310,3 +310,13 @@ def test_numbers_of_options_leave_dtypes_alone(number, wide):
                 assert got[0].dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
                 assert {leaf.dtype for leaf in jax.tree.leaves(got[1])} == {jnp.dtype(dtype)}
                 jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_an_infinite_logit_takes_all_of_softmax():
+    logits = jnp.array([[jnp.inf, 1.0, -jnp.inf], [jnp.inf, 1.0, 2.0]])
+    loss, target = fn.cross_entropy(), jnp.array([0, 1])
+    with jax.debug_nans(True):
+        values, _, residuals = loss.fwd({}, (), (logits, target), None)
+        dlogits = loss.bwd({}, residuals, jnp.ones(2))[1][0]
+    np.testing.assert_array_equal(values, [0, jnp.inf])
+    np.testing.assert_array_equal(dlogits, [[0, 0, 0], [1, -1, 0]])

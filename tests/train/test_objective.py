@@ -398,3 +398,9 @@ def test_weights_form_no_nan_that_is_then_overwritten():
     with jax.debug_nans(True):
         for weights in (np.arange(6.0), np.zeros(6), np.ones(6, bool)):
             assert np.isfinite(fn.value_and_grad(OBJECTIVE)(params, state, (*batch, weights))[0][0])
+
+
+def test_the_derivative_by_a_weight_is_the_value_also_at_0(standard_promotion):
+    params, state, batch = setup()
+    loss = lambda weights: fn.value_and_grad(OBJECTIVE)(params, state, batch, weights=weights)[0][0]
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(6)), plain_values(params, state, batch), rtol=1e-6)
