@@ -124,7 +124,7 @@ def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array
     weights = jnp.asarray(weights).astype(each.dtype)
     e = jnp.frexp(jnp.max(weights))[1]
     weights = jnp.ldexp(weights, -e) + 0.0 * jnp.max(jnp.where((weights >= 0) & (weights < jnp.inf), 0.0, jnp.inf))
-    return jnp.where(counted, weights, 0.0), weights * each, e
+    return weights * counted.astype(each.dtype), weights * each, e
 
 
 def mass(loss: Loss, targets: Any) -> Array:
@@ -277,7 +277,7 @@ def weighted_sums(
     if values.shape != counted.shape:
         remedy = "let the loss's `counted` have the shape of its values, one an example"
         raise InputError(f"values of the loss {list(counted.shape)}", describe(values), remedy)
-    counting = jnp.where(counted, weights, jnp.zeros_like(weights))
+    counting = weights * counted.astype(weights.dtype)
     sums = {"loss": weighted(weights, values), "weight": jnp.sum(counting)}
     for name, metric in objective.metrics.items():
         value = jnp.asarray(metric(prediction, target))
