@@ -65,7 +65,9 @@ def of_entries(
         g = spread(dy, x[0], mask)
         dz, dt = (_silenced(g, slope) for slope in df(z, t))
         dt = dt.astype(given.dtype) if expect.is_floating(given) else None
-        return {}, (dz.astype(x[0].dtype), dt if mask is None else {"target": dt, "mask": None})
+        if mask is not None:
+            dt = {"target": dt, "mask": None}
+        return {}, (dz.astype(x[0].dtype), dt)
 
     def counted(target):
         t, mask = opened(target)
@@ -112,7 +114,9 @@ def spread(dy: Any, like: Array, mask: Array | None = None) -> Array:
     dy = expect.cotangent(dy, like.shape[:1], wide(like.dtype))
     count = prod(like.shape[1:]) if mask is None else _count(mask, dy.dtype)
     g = (dy / count).reshape((-1,) + (1,) * (like.ndim - 1))
-    return g if mask is None else jnp.where(mask, g, 0.0)
+    if mask is not None:
+        g = jnp.where(mask, g, 0.0)
+    return g
 
 
 def _count(mask: Array, dtype: Any) -> Array:

@@ -4,6 +4,11 @@ A mutant's key is its function and its text (`tests.check.mutate.Mutant.key`).
 """
 
 _BY_REASON = {
+    "the gradient is the same however long its blocks are; test_linear.py counts what is formed at a time": [
+        "linear_cross_entropy: size = (even(chunk // entries_of(label.shape), vocab))",
+        "linear_cross_entropy: size = even(vocab, (chunk))",
+        "linear_cross_entropy: size = even(vocab, (entries_of(label.shape)))",
+    ],
     "a product, and a sum of products, is the same with its factors exchanged": [
         "_by_channels: return (product(sums, jnp.ones((sums.shape[0], 1), sums.dtype), (0, 0), kernel[(0,) * len(windows.window)]))",
         "total: Scale(dy, x_hat)",
@@ -33,6 +38,7 @@ _BY_REASON = {
     "they differ at a kink alone, where either side's slope is right; test_activation.py and test_margin.py say which it is": [
         "prelu: dx = jnp.where((x < 0), slopes(params, x) * dy, dy)",
         'prelu: return {"slope": contract(Scale(jnp.where((x < 0), x, 0.0), dy), params["slope"])}, dx',
+        "hinge: kept = (1 - times(t, z) < 0)",
         "elu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), y + alpha)",
         "celu: lambda y: jnp.where((y >= 0), jnp.ones_like(y), 1 + y / alpha)",
         "selu: lambda y: jnp.where((y >= 0), s * jnp.ones_like(y), y + s * a)",
@@ -186,8 +192,24 @@ _BY_REASON = {
         "contrastive: return {}, (da.astype(x[-1].dtype), db.astype(x[1].dtype))",
         "contrastive: return {}, (da.astype(x[0].dtype), db.astype(x[0].dtype))",
     ],
-    "a product is the same with its factors exchanged, unless one is infinite; test_binary.py has that": [
+    "a product is the same with its factors exchanged, unless one is infinite; test_binary.py, test_margin.py and test_entries.py have that": [
+        "hinge: kept = 1 - (times(z, t)) <= 0",
         "binary_cross_entropy: return dz, (w - 1) * jnp.log1p(e) + (times(far, jnp.where(below, w, -1.0)))",
+        "focal: return -missing(z) * (gamma * (times(nn.softplus(-z), nn.sigmoid(z))) + nn.sigmoid(-z))",
+        "focal: return dz, (times(of_right(z), ones)) - times(zeros, of_right(-z))",
+        "focal: return dz, times(ones, of_right(z)) - (times(of_right(-z), zeros))",
+        "of_entries: dz, dt = ((_silenced(slope, g)) for slope in df(z, t))",
+    ],
+    "no case has a slope that is not finite, nor a cotangent of exactly 0 where it counts; test_entries.py has both": [
+        "_silenced: return g * jnp.where(((g == 0) | ~jnp.isfinite(slope)), 0.0, slope)",
+        "_silenced: return g * jnp.where((g == 0), 0.0, slope)",
+        "_silenced: return g * jnp.where((~jnp.isfinite(slope)), 0.0, slope)",
+        "_silenced: return g * jnp.where(((g != 0)) & ~jnp.isfinite(slope), 0.0, slope)",
+        "_silenced: return g * jnp.where((g == 1) & ~jnp.isfinite(slope), 0.0, slope)",
+        "_silenced: return g * jnp.where((g == -1) & ~jnp.isfinite(slope), 0.0, slope)",
+        "_silenced: return g * jnp.where((g == 0) & (jnp.isfinite(slope)), 0.0, slope)",
+        "_silenced: return g * jnp.where((g == 0) & ~jnp.isfinite(slope), 1, slope)",
+        "_silenced: return g * jnp.where((g == 0) & ~jnp.isfinite(slope), -1, slope)",
     ],
     "no case has a class that cannot be; test_cross_entropy.py has": [
         "cross_entropy: dtarget = (1 - label_smoothing) * dy * silenced(dy, w * (jnp.log(total) - shifted))",
