@@ -157,6 +157,13 @@ def test_a_backward_pass_draws_again_what_its_forward_pass_drew(layer, watched):
         np.testing.assert_array_equal(layer.bwd({}, residuals, X)[1], y)
 
 
+def test_fit_and_the_checker_use_no_key_twice(watched, standard_promotion):
+    objective, optimizer, batch = fn.objective(fn.dropout(0.5), fn.cross_entropy()), optax.sgd(0.1), (X, LABELS)
+    state = fn.init_train_state(objective, optimizer, jax.random.key(0), batch)
+    state, _ = fn.fit(objective, optimizer, state, [batch] * 4, 4, steps_per_call=2, validation=[batch])
+    fn.check_layer(fn.dropout(0.5), "f32[3,2]").raise_for_failure()
+
+
 def test_a_key_that_the_caller_uses_twice_is_still_found(watched):
     layer, key = fn.dropout(0.5), jax.random.key(0)
     layer.fwd({}, (), X, key)

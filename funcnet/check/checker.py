@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -150,13 +151,14 @@ def checked(
 ) -> Report:
     """The report on what `build` makes of a tree of specs and arrays; a failure is shrunk and given its `line`."""
     directions = count(directions, "directions")
-    report = replace(examine(build(tree), oracles, seed, directions), title=title)
-    if report.ok:
-        return report
-    if shrink:
-        wrong = {failure.oracle for failure in report.failures}
-        again = [oracle for oracle in oracles if oracle in wrong] or oracles[:1]
-        tree = smallest(tree, lambda smaller: not examine(build(smaller), again, seed, 1, False).ok)
+    with jax.debug_key_reuse(False):  # every oracle runs the rule with the same key, on purpose
+        report = replace(examine(build(tree), oracles, seed, directions), title=title)
+        if report.ok:
+            return report
+        if shrink:
+            wrong = {failure.oracle for failure in report.failures}
+            again = [oracle for oracle in oracles if oracle in wrong] or oracles[:1]
+            tree = smallest(tree, lambda smaller: not examine(build(smaller), again, seed, 1, False).ok)
     return replace(report, repeat=line(tree), smallest=tree)
 
 

@@ -238,7 +238,8 @@ def integer_labels(target: Any, shape: tuple[int, ...], classes: int, given: str
         raise InputError(f"integer labels {list(shape)} for {given}", describe(target), remedy)
     if expect.is_concrete(target):
         labels = np.asarray(target)
-        bad = ((labels < 0) | (labels >= classes)) & np.asarray(counts(labels, ignore_index))
+        with jax.ensure_compile_time_eval():  # labels that a traced function closes over can be read too
+            bad = ((labels < 0) | (labels >= classes)) & np.asarray(counts(labels, ignore_index))
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             received = f"label {labels[where]} at index {where}, and {int(bad.sum()) - 1} more"

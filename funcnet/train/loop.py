@@ -275,7 +275,7 @@ def _interrupts() -> Iterator[Callable[[], AbstractContextManager]]:
 
 
 def _select(alive: Array, after: Array, before: Array) -> Array:
-    return jnp.where(alive, after, before)
+    return after if after is before else jnp.where(alive, after, before)  # the key stays, and is not used up
 
 
 def _checked(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> list[Batch]:
