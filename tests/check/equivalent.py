@@ -34,8 +34,8 @@ _BY_REASON = {
         "_gelu_tanh_slope: x = jnp.clip(x, -10.0, 20.0)",
     ],
     "the arms are equal where the comparisons differ, at x = 0": [
-        "silu: s, rest = jnp.where((x > 0), large, e * large), jnp.where(x >= 0, e * large, large)",
-        "silu: s, rest = jnp.where(x >= 0, large, e * large), jnp.where((x > 0), e * large, large)",
+        "_sigmoids: return jnp.where((x > 0), large, e * large), jnp.where(x >= 0, e * large, large)",
+        "_sigmoids: return jnp.where(x >= 0, large, e * large), jnp.where((x > 0), e * large, large)",
         "mish: t = jnp.where((x > 0), (1 + 2 * u) / above, (2 * u + u * u) / below)",
         "mish: return t + x * (4 * (1 + u) * jnp.where((x > 0), jnp.square(u / above), u / jnp.square(below)))",
     ],
