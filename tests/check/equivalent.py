@@ -28,10 +28,27 @@ _BY_REASON = {
     "min(max(low, x), high) does not tell which of low and x is the bound": [
         "huber: lambda r: (jnp.clip(-delta, r, delta))",
         "_gelu_tanh_slope: x = (jnp.clip(-10.0, x, 10.0))",
+        "gelu: x = (jnp.clip(-40.0, x, 40.0))",
+        "_erfc_gelu_slope: x = (jnp.clip(-40.0, x, 40.0))",
+        "_sigmoid_gelu_slope: x = (jnp.clip(-20.0, x, 20.0))",
+        "silu: x = (jnp.clip(-1000.0, x, 1000.0))",
+        "mish: x = (jnp.clip(-1000.0, x, 1000.0))",
     ],
     "beyond 10 the slope is 0 or 1 to within rounding, and x^3 is far from overflow at 20": [
         "_gelu_tanh_slope: x = jnp.clip(x, -20.0, 10.0)",
         "_gelu_tanh_slope: x = jnp.clip(x, -10.0, 20.0)",
+    ],
+    "the bound is far beyond where the slope is 0 or 1, and there for infinities alone; test_activation.py has them": [
+        "gelu: x = jnp.clip(x, -80.0, 40.0)",
+        "gelu: x = jnp.clip(x, -40.0, 80.0)",
+        "_erfc_gelu_slope: x = jnp.clip(x, -80.0, 40.0)",
+        "_erfc_gelu_slope: x = jnp.clip(x, -40.0, 80.0)",
+        "_sigmoid_gelu_slope: x = jnp.clip(x, -40.0, 20.0)",
+        "_sigmoid_gelu_slope: x = jnp.clip(x, -20.0, 40.0)",
+        "silu: x = jnp.clip(x, -2000.0, 1e3)",
+        "silu: x = jnp.clip(x, -1e3, 2000.0)",
+        "mish: x = jnp.clip(x, -2000.0, 1e3)",
+        "mish: x = jnp.clip(x, -1e3, 2000.0)",
     ],
     "the arms are equal where the comparisons differ, at x = 0": [
         "_sigmoids: return jnp.where((x > 0), large, e * large), jnp.where(x >= 0, e * large, large)",
