@@ -499,12 +499,13 @@ def test_the_logarithms_of_a_frozen_lru_are_not_rounded_either():
         seen.append({name: str(leaf.dtype) for name, leaf in params.items()})
         return x
 
-    lru = fn.stateless("lru", fn.lru(4, 8).init, lambda params, x: (note(params, x), x), None)
+    lru = fn.stateless("lru", no_params, lambda params, x: (note(params, x), x), None)
     lru = replace(lru, init=fn.lru(4, 8).init, unrounded=("nu", "theta"))
     layer = fn.mixed(
         fn.serial(fn.freeze(lru), fn.spectral_norm(fn.serial(fn.dense(4), fn.freeze(lru))), fn.freeze(fn.serial(lru)))
     )
     params, state = layer.init(KEY, S((2, 3, 4), jnp.float32))
+    seen.clear()
     layer.apply(params, state, jnp.ones((2, 3, 4)))
     half = dict.fromkeys(["kernel_real", "kernel_imag", "out_real", "out_imag"], "bfloat16")
     assert seen == [half | {"nu": "float32", "theta": "float32"}] * 3
