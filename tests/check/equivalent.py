@@ -145,7 +145,7 @@ _BY_REASON = {
         "tied: uses = [(_get(dparams, source))]",
     ],
     "what fwd returned has these lengths": [
-        "repeat: (x, dx), dparams = (lax.scan(body, carry, layers, reverse=True))",
+        "repeat: (x, dx), dparams = (scan(body, carry, layers, reverse=True))",
     ],
     "a sum is the same in any order, and a product with its factors exchanged": [
         "bidirectional: return dparams, (jax.tree.map(added, dx_backward, dx))",
@@ -185,7 +185,7 @@ _BY_REASON = {
         "contrastive: by_row, by_column = ((g[None] * nn.softmax(s, axis=0), g[:, None] * nn.softmax(s, axis=1)))",
     ],
     "zeros have no sign, and a query, key and value of one size the same shape": [
-        'linear_cross_entropy: dx, answers = lax.scan(body, (jnp.zeros_like(-flat(x), lse.dtype)), blocks(params["kernel"], size))',
+        'linear_cross_entropy: dx, answers = scan(body, (jnp.zeros_like(-flat(x), lse.dtype)), blocks(params["kernel"], size))',
         "_one_by_one: lambda leaf: jnp.where((each == i).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, (jnp.zeros_like(-leaf)))",
         "_pull: lambda a: (jnp.zeros_like(-a, high))",
         "_pull: start = jax.tree.map(lambda a: jnp.zeros_like(a, high), ((q, v.mT, k.mT, scores.bias)))",
@@ -345,7 +345,6 @@ _BY_REASON = {
     "a check of dy, which is right here": [
         "max_pool: return {}, _pull(windows, (dy), residuals.like, residuals.offset)",
         "avg_pool: dy = (dy).astype(high)",
-        "_one_cotangent: dy is None and not (jnp.issubdtype(jnp.inexact, y.dtype))",
     ],
     "larger than needed, what is beyond the window or the input is cut off": [
         "_pull: padded = [(low + i) for i, (low, high) in zip(windows.inputs, windows.padding, strict=True)]",

@@ -42,9 +42,9 @@ def added(*trees: Tree) -> Tree:
 def sharded(f: Callable, out_specs: Tree, vma: bool, params: int = 1) -> Callable:
     """f(*replicated, *cut along the batch), compiled."""
     specs = lambda args: tuple(P() if i < params else P("i") for i in range(len(args)))
-    return lambda *args: jax.jit(
-        jax.shard_map(f, mesh=MESH, in_specs=specs(args), out_specs=out_specs, check_vma=vma)
-    )(*args)
+    return lambda *args: jax.jit(jax.shard_map(f, mesh=MESH, in_specs=specs(args), out_specs=out_specs, check_vma=vma))(
+        *args
+    )
 
 
 def check_case(case: Case, vma: bool) -> None:
