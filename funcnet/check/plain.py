@@ -6,7 +6,8 @@ array in float64, whatever the program casts to in between, so that the derivati
 numerically.
 
 What a program takes from bits (`bitcast_convert_type`, in random numbers) is evaluated as written and widened then, and
-so are primitives with programs of their own that are not known here, such as a Pallas kernel.
+so are primitives with programs of their own that are not known here, such as a Pallas kernel, and what Python computes
+in a callback: it is called with the dtypes that it is written for. Prints and callbacks for debugging are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "call_hi
 LOOPS = {"scan", "while", "cond", "reduce", "custom_linear_solve"} | {
     "scatter" + kind for kind in ("", "-add", "-mul", "-min", "-max")
 }
-AS_WRITTEN = {"bitcast_convert_type", "nextafter", "random_gamma"}
+AS_WRITTEN = {"bitcast_convert_type", "nextafter", "random_gamma", "pure_callback", "io_callback"}
+MUTE = {"debug_callback", "debug_print"}
 
 
 @dataclass
@@ -171,6 +173,8 @@ def _evaluate(jaxpr: Any, args: Sequence[Any], wide: bool) -> list[Any]:
 
 def _equation(eqn: Any, args: list[Any], wide: bool) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
+    if name in MUTE:
+        return []
     if name in INLINE | RULES:
         (inner,) = _programs(eqn)
         return _evaluate(inner, args, wide)

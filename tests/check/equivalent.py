@@ -175,6 +175,7 @@ _BY_REASON = {
         "contrastive: by_row, by_column = ((g[None] * nn.softmax(s, axis=0), g[:, None] * nn.softmax(s, axis=1)))",
     ],
     "zeros have no sign, and a query, key and value of one size the same shape": [
+        'linear_cross_entropy: dx, answers = scan(body, (jnp.zeros_like(-flat(x), top.dtype)), blocks(params["kernel"], size))',
         "_one_by_one: lambda leaf: jnp.where((each == i).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, (jnp.zeros_like(-leaf)))",
         "_pull: lambda a: (jnp.zeros_like(-a, high))",
         "_pull: start = jax.tree.map(lambda a: jnp.zeros_like(a, high), ((q, v.mT, k.mT, scores.bias)))",

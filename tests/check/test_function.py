@@ -96,8 +96,8 @@ def test_what_a_rule_returns_is_seen_before_jax_looks_at_it():
     assert _raw(jax.custom_vjp(jnp.sin)) is None  # it has no rule yet
 
 
-def prints(x):
-    jax.debug.print("{}", x)
+def in_order(x):
+    jax.debug.print("{}", x, ordered=True)
     return x
 
 
@@ -113,7 +113,7 @@ REFUSED = {
     "NumPy inside": (np.sin, ("f32[3]",), "a function that JAX can trace"),
     "a Python branch": (lambda x: x if x.sum() > 0 else -x, ("f32[3]",), "a function that JAX can trace"),
     "shapes that do not fit": (lambda x, y: x @ y, ("f32[3,2]", "f32[3,2]"), "contracting dimensions"),
-    "a print": (prints, ("f32[3]",), "without side effects"),
+    "a print in order": (in_order, ("f32[3]",), "without side effects"),
     "another function each time": (lambda x: x * next(counter), ("f32[3]",), "a pure function"),
     "a loop without reverse mode": (
         lambda x: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: 2 * c, x),

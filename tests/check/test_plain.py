@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 from jax.experimental import pallas as pl
 
 import funcnet as fn
@@ -330,3 +331,61 @@ def test_rules_as_jax_will_hold_them(flag):
             assert not fn.check_vjp(wrong, X, oracles=("autodiff",), shrink=False).ok
     finally:
         jax.config.update(flag, before)
+
+
+def hosted(call):
+    """A right and a wrong rule around what Python computes, with a function made anew at every call."""
+    kind = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return [ruled(factor, lambda x: call(lambda x: np.sin(x), kind(x), x)) for factor in (1.0, 1.1)]
+
+
+HOSTED = {
+    "pure_callback": jax.pure_callback,
+    "pure_callback, vectorized": partial(jax.pure_callback, vmap_method="expand_dims"),
+    "io_callback": io_callback,
+}
+
+
+@pytest.mark.parametrize("how", HOSTED)
+def test_a_callback_is_called_as_it_is_written_for_and_judged_by_numbers(how):
+    """Autodiff has no word: JAX differentiates no callback."""
+    right, wrong = hosted(HOSTED[how])
+    report = fn.check_vjp(right, X)
+    assert report.ok
+    assert report.leaves[0].verdicts["numerical"] == "ok"
+    assert report.leaves[0].verdicts["autodiff"] == "-"
+    assert any("autodiff has no word" in note for note in report.notes)
+    report = fn.check_vjp(wrong, X, shrink=False)
+    assert report.leaves[0].verdicts["numerical"] == "WRONG"
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_callback_beside_sums_and_in_a_loop(x64):
+    """In every dtype, in a scan, and where the function, not its rule, holds the callback."""
+
+    def model(f):
+        def step(carry, _):
+            return f(carry) + 0.5, jnp.sum(carry)
+
+        return lambda x: jax.lax.scan(step, x, None, length=2)
+
+    right, wrong = map(model, hosted(jax.pure_callback))
+    assert fn.check_vjp(right, X, oracles=("autodiff", "numerical"), x64=x64).ok
+    assert not fn.check_vjp(wrong, X, oracles=("numerical",), x64=x64, shrink=False).ok
+
+
+SPOKEN = {
+    "debug.print": lambda x: jax.debug.print("{}", x),
+    "debug.callback": lambda x: jax.debug.callback(lambda x: None, x),
+}
+
+
+@pytest.mark.parametrize("how", SPOKEN)
+def test_what_a_function_says_is_no_part_of_it(how):
+    def said(x):
+        SPOKEN[how](x)
+        return jnp.sin(x)
+
+    assert fn.check_vjp(ruled(1.0, said), X).ok
+    report = fn.check_vjp(ruled(1.1, said), X, shrink=False)
+    assert report.leaves[0].verdicts == {"autodiff": "WRONG", "numerical": "WRONG", "algebra": "WRONG"}

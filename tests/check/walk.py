@@ -1,12 +1,14 @@
 """The table of cases at points that are drawn without compiling anything, for tests that walk all of it."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from funcnet.check.cases import Case
-from funcnet.check.spec import drawn, specs
+from funcnet.check.spec import Spec, drawn, specs
 from funcnet.check.subject import quickly
 from funcnet.expect import is_floating
 from funcnet.transform import cast
@@ -20,9 +22,11 @@ def dtype_of(case: Case) -> str:
     return "float32" if "float32" in case.dtypes else case.dtypes[0]
 
 
-def inputs(case: Case, seed: int = 0) -> Tree:
-    """Its input as NumPy arrays."""
-    return cast(jax.tree.map(np.asarray, drawn(specs(case.x), seed)), dtype_of(case))
+def inputs(case: Case, seed: int = 0, batch: int | None = None) -> Tree:
+    """Its input as NumPy arrays, where wanted with another first axis."""
+    resized = lambda spec: spec if batch is None else replace(spec, sizes=(batch, *spec.sizes[1:]))
+    given = jax.tree.map(resized, specs(case.x), is_leaf=lambda leaf: isinstance(leaf, Spec))
+    return cast(jax.tree.map(np.asarray, drawn(given, seed)), dtype_of(case))
 
 
 def start(case: Case, x: Tree) -> tuple[Tree, Tree]:
@@ -38,3 +42,11 @@ def random(tree: Tree, seed: int) -> Tree:
     rng = np.random.default_rng(seed)
     one = lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype) if is_floating(leaf) else None
     return jax.tree.map(one, tree)
+
+
+def passes(case: Case, params: Tree, state: Tree, x: Tree, key: Any) -> tuple[Tree, Tree]:
+    """What the layer says of x: its evaluation, and y, with its gradients for a cotangent that depends on y alone."""
+    evaluated = case.layer.apply(params, state, x)
+    y, _, residuals = case.layer.fwd(params, state, x, key)
+    dy = jax.tree.map(lambda leaf: jnp.cos(jnp.clip(leaf, -9, 9)) if is_floating(leaf) else None, y)
+    return (evaluated, y), case.layer.bwd(params, residuals, dy)
