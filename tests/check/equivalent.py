@@ -93,6 +93,7 @@ _BY_REASON = {
     "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
         "cross_entropy: g = jnp.where(factor == -1, 0.0, dy * silenced(dy, factor))",
         "cross_entropy: g = jnp.where(factor == 0, 0.0, (dy))",
+        "cross_entropy: g = jnp.where(factor == 0, 0.0, (dy / silenced(dy, factor)))",
     ],
     "a floating target of another dtype than the prediction is refused": [
         "binary_cross_entropy: return {}, (dz, (-g * z).astype(x[0].dtype) if expect.is_floating(x[1]) else None)",
