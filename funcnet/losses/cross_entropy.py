@@ -119,7 +119,8 @@ def cross_entropy(
         q, factor = distribution(logits, target)
         g = jnp.where(factor == 0, 0.0, dy * silenced(dy, factor))
         mass = jnp.sum(q, axis=-1, keepdims=True) if floating or class_weights is not None else 1.0
-        dlogits = g * silenced(g, jnp.exp(shifted) / total * mass - q)
+        silent = (g == 0) & ~(jnp.isfinite(top) & jnp.isfinite(mass / total))  # where both are finite, all of it is
+        dlogits = jnp.where(silent, 0.0, g * (jnp.exp(shifted) / total * mass - q))
         w = weights(top.dtype, logits.ndim)
         dtarget = (1 - label_smoothing) * dy * silenced(dy, w * _finite_where_zero(jnp.log(total) - shifted, q))
         return {}, (dlogits.astype(logits.dtype), dtarget.astype(target.dtype) if floating else None)

@@ -131,7 +131,7 @@ def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
         def step(a, each):
             t, log_p = each
             ways = a, _shifted(a, 1, -jnp.inf), jnp.where(of.skip, _shifted(a, 2, -jnp.inf), -jnp.inf)
-            a = jnp.where((t < lengths)[:, None], log_p + _log_sum(jnp.stack(ways), 0), a)
+            a = jnp.where((t < lengths)[:, None], log_p + _log_add(*ways), a)
             return a, a
 
         # In front of the first step all walks are at the first blank, from where s = 0 and s = 1 are reached.
@@ -158,7 +158,7 @@ def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
             share = share / jnp.where(total == 0, 1.0, total)
             after = b + log_p
             ways = after, _shifted(after, -1, -jnp.inf), _shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf)
-            return jnp.where((t < lengths)[:, None], _log_sum(jnp.stack(ways), 0), end), share
+            return jnp.where((t < lengths)[:, None], _log_add(*ways), end), share
 
         steps = jnp.arange(logits.shape[1], dtype=jnp.int32)
         _, shares = scan(step, end, (steps, emitted(logits, top, log_total, of.classes), log_a), reverse=True)
@@ -191,7 +191,20 @@ def _log_total(a: Array, axis: int) -> Array:
     """log sum e^a where the largest a is 0, or all are -inf: log1p of the sum over all but one of the largest."""
     terms, largest = jnp.exp(a), a == 0
     others = jnp.sum(jnp.where(largest, terms - 1, terms), axis=axis)
-    others = others + (jnp.sum(largest, axis=axis, dtype=a.dtype) - 1)
+    return _log_of_one_and(others + (jnp.sum(largest, axis=axis, dtype=a.dtype) - 1))
+
+
+def _log_add(a: Array, b: Array, c: Array) -> Array:
+    """log(e^a + e^b + e^c), as `_log_sum`, entry by entry."""
+    top = lax.stop_gradient(jnp.maximum(jnp.maximum(a, b), c))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    x, y, z = jnp.exp(a - top), jnp.exp(b - top), jnp.exp(c - top)
+    without = jnp.where(a == top, y + z + (x - 1), jnp.where(b == top, x + z + (y - 1), x + y + (z - 1)))
+    return _log_of_one_and(without) + top
+
+
+def _log_of_one_and(others: Array) -> Array:
+    """log(1 + others), -inf with derivative 0 where all terms are 0, and so others -1."""
     none = others == -1
     return jnp.where(none, -jnp.inf, jnp.log1p(jnp.where(none, 0.0, others)))
 

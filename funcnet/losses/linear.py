@@ -146,10 +146,11 @@ def linear_cross_entropy(
         check(*pair)
         fits(params, pair[0])
         x, label = pair
-        rows, labels = flat(x), whole(label).reshape(-1)
-        if ignore_index is not None:
-            rows = jnp.where(counts(labels, ignore_index)[:, None], rows, 0.0)
-        return x, label, rows, labels
+        return x, label, flat(seen(x, label)), whole(label).reshape(-1)
+
+    def seen(x, label):
+        """The features, 0 for an ignored label."""
+        return x if ignore_index is None else jnp.where(counts(label, ignore_index)[..., None], x, 0.0)
 
     def columns(params, i, size):
         """Block i of the head."""
@@ -167,8 +168,9 @@ def linear_cross_entropy(
         """w_y of each label."""
         return jnp.ones(label.shape, dtype) if class_weights is None else label_weights(class_weights, label, dtype)
 
-    def weighed(w, shifted):
+    def weighed(w, z, top):
         """sum_v w_v (z_v - top); a class that weighs nothing may be at -inf."""
+        shifted = z - lax.optimization_barrier(top)[:, None]  # another one than the exponential's, so that none is kept
         return jnp.sum(jnp.where((w == 0)[None], 0.0, w[None] * shifted), axis=1)
 
     def values(top, total, own, everything, label):
@@ -199,8 +201,10 @@ def linear_cross_entropy(
             mass = mass + 2 * z_loss * w * (top + jnp.log(total))
         q = (1 - label_smoothing) * (label[:, None] == v.astype(label.dtype)[None]).astype(z.dtype)
         q = weights(i, size, z.dtype)[None] * (q + label_smoothing / vocab)
-        dz = jnp.exp(z - top[:, None]) * (mass / total)[:, None] - q
-        return jnp.where(new[None], g[:, None] * silenced(g[:, None], dz), 0.0)
+        scale = mass / total
+        silent = (g == 0) & ~(jnp.isfinite(top) & jnp.isfinite(scale))  # where both are finite, all of dz is
+        dz = g[:, None] * (jnp.exp(z - top[:, None]) * scale[:, None] - q)
+        return jnp.where(new[None] & ~silent[:, None], dz, 0.0)
 
     def init(key, pair):
         a_pair(pair)
@@ -223,7 +227,7 @@ def linear_cross_entropy(
             own = own + jnp.sum(jnp.where(hit, z, 0.0), axis=1)
             w = jnp.where(new, weights(i, size, z.dtype), 0.0)
             risen = jnp.where(jnp.isneginf(top), 0.0, shift - top)
-            everything = everything - past * risen + weighed(w, z - shift[:, None])
+            everything = everything - past * risen + weighed(w, z, shift)
             return (higher, total, own, everything, past + jnp.sum(w)), None
 
         sums = jnp.full_like(zero, -jnp.inf), zero, zero, zero, jnp.zeros((), zero.dtype)
@@ -236,15 +240,15 @@ def linear_cross_entropy(
         fits(params, x)
         g = heard(expect.cotangent(dy, label.shape, top.dtype), label)
         size = even(vocab, chunk // entries_of(label.shape))
-        x = silenced(g[..., None], x)
-        saved = params, x, top, total, whole(label), g
+        saved = params, seen(x, label), top, total, whole(label), g
+        in_sum = silenced(g[..., None], x)
 
         def body(dx, i):
             head, dz = dz_of(saved, i, size)
             dx = dx + product(flat(dz), head["kernel"], (1, 1), flat(x))
             if contract.joined is None:
                 return dx, None
-            factors = {"kernel": Outer(x, dz), "bias": Shift(dz)}
+            factors = {"kernel": Outer(in_sum, dz), "bias": Shift(dz)}
             return dx, {name: contract(factors[name], head[name]) for name in names}
 
         answers: Any
@@ -264,7 +268,8 @@ def linear_cross_entropy(
         return head, dz.astype(x.dtype).reshape(*x.shape[:-1], size)
 
     def outer(saved, i, size):
-        return Outer(saved[1], dz_of(saved, i, size)[1])
+        _, x, *_, g = saved
+        return Outer(silenced(g[..., None], x), dz_of(saved, i, size)[1])
 
     def shift(saved, i, size):
         return Shift(dz_of(saved, i, size)[1])
@@ -306,7 +311,7 @@ def linear_cross_entropy(
 
             in_sum, steps = silenced(g[:, None], x), len(blocks(params["kernel"], width))
             dx, grads = lax.fori_loop(0, steps, body, lasting(partial(body, 0), (jnp.zeros_like(x, high), grads)))
-            everything = weighed(weights(jnp.zeros((), jnp.int32), vocab, high), z - top[:, None])
+            everything = weighed(weights(jnp.zeros((), jnp.int32), vocab, high), z, top)
             return grads, (values(top, total, own - top, everything, label), dx.astype(x.dtype))
 
         zeros = {name: placed(jnp.zeros(params[name].shape, high), params[name]) for name in names}

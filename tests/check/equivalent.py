@@ -103,6 +103,7 @@ _BY_REASON = {
     "either half of the line gives 0 where the factor is 0; it is NaN for labels out of range, which no case has": [
         "cross_entropy: g = jnp.where(factor == -1, 0.0, dy * silenced(dy, factor))",
         "cross_entropy: g = jnp.where(factor == 0, 0.0, (dy))",
+        "cross_entropy: g = jnp.where(factor == 0, 0.0, (dy / silenced(dy, factor)))",
     ],
     "the mark is for what kept factors refuse later, which no gradient shows; test_batch_norm.py has it": [
         'batch_norm: factors = {"scale": (Scale(x_hat, dy)), "bias": Shift(dy, mixes=True)}',
