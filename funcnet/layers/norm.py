@@ -162,7 +162,8 @@ def _moments(
     def again(values: Array, seen: Array, once: Any) -> Any:
         high = values.astype(seen.dtype)
         power = jnp.where(jnp.isfinite(once[-1]), 1.0, _power(high, mean)).astype(high.dtype)
-        high, means = high * power, ()
+        high = high * power
+        means: tuple[Array, ...] = ()
         if centrings:
             first = mean(high)
             first = first + mean(high - first)  # of equal values now the value itself
@@ -170,12 +171,13 @@ def _moments(
         square = mean(jnp.square(reduce(jnp.subtract, means, high)))
         return jax.tree.map(partial(jnp.where, jnp.isfinite(seen)), once, (power, means, square))
 
-    high, means = values.astype(wide(values.dtype)), ()
+    high = values.astype(wide(values.dtype))
+    means: tuple[Array, ...] = ()
     for _ in range(centrings - sparing):
         means += (mean(high),)
         high = high - means[-1]
     square = seen = mean(jnp.square(high))
-    if centrings:
+    if means:
         settled = (square == 0) | (jnp.square(means[0] * (2.0**-3 if sparing else 2.0**-40)) <= square)
         seen = jnp.where(settled, square, jnp.inf)
     if sparing:
