@@ -73,6 +73,7 @@ from funcnet.transform import freeze, mixed, named, remat
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 WIDE = DTYPES[:2]  # of layers that refuse half precision
 UNSEEN = tuple(oracle for oracle in ORACLES if oracle != "numerical")
+_LARGE = DTYPES[:3]  # of numbers beyond float16
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,29 +189,36 @@ CASES: tuple[Case, ...] = (
     Case("layer_norm/rank 5", layer_norm(), "f32[2,1,3,2,7]"),
     Case("layer_norm/one feature", layer_norm(), "f32[3,1]"),
     Case("layer_norm/large eps", layer_norm(eps=0.3), "f32[4,5]"),
+    Case("layer_norm/large rows", layer_norm(), "f32[4,5]>-3e20<3e20", _LARGE),
     Case("rms_norm", rms_norm(), "f32[4,5]"),
     Case("rms_norm/rank 1", rms_norm(), "f32[5]"),
     Case("rms_norm/rank 5", rms_norm(), "f32[2,1,3,2,7]"),
     Case("rms_norm/one feature", rms_norm(), "f32[3,1]"),
     Case("rms_norm/one feature, large eps", rms_norm(eps=0.3), "f32[3,1]"),
     Case("rms_norm/large eps", rms_norm(eps=0.3), "f32[4,5]"),
+    Case("rms_norm/large rows", rms_norm(), "f32[4,5]>-3e20<3e20", _LARGE),
     Case("batch_norm", batch_norm(), "f32[6,3]"),
     Case("batch_norm/rank 4", batch_norm(0.7, eps=0.3), "f32[3,2,3,2]"),
     Case("batch_norm/no bias", batch_norm(use_bias=False), "f32[5,1,4]"),
     Case("batch_norm/no parameters", batch_norm(use_scale=False, use_bias=False), "f32[4,3,1]"),
     Case("batch_norm/one value a feature", batch_norm(eps=0.3), "f32[1,3]"),
+    Case("batch_norm/far from zero", batch_norm(), "f32[6,3]>101324<101326", WIDE),
+    Case("batch_norm/large features", batch_norm(), "f32[6,3]>-3e20<3e20", _LARGE),
     Case("serial/batch_norm between", serial(dense(3, use_bias=False), batch_norm(eps=0.1), dense(2)), "f32[5,4]"),
     Case("repeat/of a batch_norm", repeat(serial(batch_norm(eps=0.1), dense(4)), 2), "f32[5,4]"),
     Case("group_norm", group_norm(2), "f32[4,3,6]"),
     Case("group_norm/one group", group_norm(1), "f32[3,5]"),
     Case("group_norm/rank 5", group_norm(3), "f32[2,1,3,2,3]"),
     Case("group_norm/large eps", group_norm(2, eps=0.3), "f32[2,4,4]"),
+    Case("group_norm/large groups", group_norm(2), "f32[2,3,4]>-3e20<3e20", _LARGE),
     Case("instance_norm", instance_norm(), "f32[3,6,5]"),
     Case("instance_norm/rank 4", instance_norm(), "f32[2,3,3,2]"),
     Case("instance_norm/one position, large eps", instance_norm(eps=0.3), "f32[3,1,2]"),
+    Case("instance_norm/large channels", instance_norm(), "f32[2,5,3]>-3e20<3e20", _LARGE),
     Case("l2_normalize", l2_normalize(), "f32[4,5]"),
     Case("l2_normalize/rank 1", l2_normalize(), "f32[3]"),
     Case("l2_normalize/rank 4", l2_normalize(), "f32[2,1,3,4]"),
+    Case("l2_normalize/large rows", l2_normalize(), "f32[4,5]>-3e20<3e20", _LARGE),
     Case("conv", conv(4, 3), "f32[2,5,4,3]"),
     Case("conv/strides", conv(4, 3, 2, "VALID"), "f32[2,6,8,3]"),
     Case("conv/dilation, pads", conv(2, (2, 3), (2, 1), ((0, 3), (4, 1)), (3, 2)), "f32[2,7,5,3]"),

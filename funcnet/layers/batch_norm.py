@@ -110,7 +110,8 @@ def batch_norm(
         x = jnp.asarray(x)
         check(params, state, x)
         high, saved = statistics(x, x, 2, eps, _mean, sparing=True)
-        mean, var = sum(saved.means) / saved.power, saved.square / saved.power / saved.power
+        inverse = 1 / saved.power  # not its square, which may overflow where the variance does not
+        mean, var = sum(saved.means) * inverse, saved.square * inverse * inverse
 
         def move(running: Array, batch: Array) -> Array:
             return momentum * running + (1 - momentum) * batch.reshape(running.shape).astype(running.dtype)

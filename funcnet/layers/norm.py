@@ -49,7 +49,7 @@ from funcnet.layer import Layer, stateless
 class Statistics(NamedTuple):
     """Residuals of a norm: x, and the power of two p that it is multiplied by, 1 if it is not large.
 
-    Of p x the means to take off, one after the other; the mean square of the rest; and rstd, 1 / sqrt(square + p^2 eps).
+    Of p x the means to take off, one after the other; the mean square of the rest; and rstd_p, that square's with eps.
     """
 
     x: Array
@@ -138,16 +138,14 @@ def statistics(
     Args:
         x: to be kept.
         values: what `mean` takes, and what is centred.
-        centrings: how many means are taken off; each takes off the rounding error of the one before.
+        centrings: how many means are taken off, none or two; the second takes off the rounding error of the first.
         eps: added to the mean square.
-        mean: over the values that share statistics, axes kept; a function of its module, which compiled code is kept by.
-        sparing: leave the last mean 0 where the one before is within 8 standard deviations of 0, which rounding hardly
-            moves, and take it only if there are others.
+        mean: over the values that share statistics, axes kept; a function of a module, not a new one at each call.
+        sparing: leave the second mean 0 where the first is within 8 standard deviations of 0.
     """
     power, means, square = _moments(values, centrings, mean, sparing)
-    saved = Statistics(x, power, means, square, square)
-    own = own_power(saved)
-    saved = saved._replace(rstd=lax.rsqrt(square + eps * own * own))
+    own = _own(power, square)
+    saved = Statistics(x, power, means, square, lax.rsqrt(square + eps * own * own))
     return centre(values, saved), saved
 
 
@@ -157,25 +155,32 @@ def _moments(
 ) -> tuple[Array, tuple[Array, ...], Array]:
     """p, the means to take off p x, and the mean square of the rest.
 
-    Compiled as one, so that without `jit` too no infinite sum is seen that is then made again.
+    Taken again where sums overflow, or where what is left may be the rounding of the mean alone: less than 2^-40 of it,
+    or 1/8 where it was taken off once. Compiled as one, so that without `jit` too no infinite sum is seen.
     """
-
-    def moments(high: Array, centrings: int) -> tuple[tuple[Array, ...], Array]:
-        means = ()
-        for _ in range(centrings):
-            means += (mean(high),)
-            high = high - means[-1]
-        return means, mean(jnp.square(high))
 
     def again(values: Array, seen: Array, once: Any) -> Any:
         high = values.astype(seen.dtype)
         power = jnp.where(jnp.isfinite(once[-1]), 1.0, _power(high, mean)).astype(high.dtype)
-        return jax.tree.map(partial(jnp.where, jnp.isfinite(seen)), once, (power, *moments(high * power, centrings)))
+        high = high * power
+        means: tuple[Array, ...] = ()
+        if centrings:
+            first = mean(high)
+            first = first + mean(high - first)  # of equal values now the value itself
+            means = first, mean(high - first)
+        square = mean(jnp.square(reduce(jnp.subtract, means, high)))
+        return jax.tree.map(partial(jnp.where, jnp.isfinite(seen)), once, (power, means, square))
 
-    means, square = moments(values.astype(wide(values.dtype)), centrings - sparing)
-    seen = square
+    high = values.astype(wide(values.dtype))
+    means: tuple[Array, ...] = ()
+    for _ in range(centrings - sparing):
+        means += (mean(high),)
+        high = high - means[-1]
+    square = seen = mean(jnp.square(high))
+    if means:
+        settled = (square == 0) | (jnp.square(means[0] * (2.0**-3 if sparing else 2.0**-40)) <= square)
+        seen = jnp.where(settled, square, jnp.inf)
     if sparing:
-        seen = jnp.where(jnp.square(means[-1]) <= 64 * square, square, jnp.inf)
         means += (jnp.zeros_like(square),)
     once = jnp.ones_like(square), means, square
     return lax.cond(jnp.isfinite(jnp.max(seen)), lambda values, seen, once: once, again, values, seen, once)
@@ -210,8 +215,13 @@ def pulled(g: Array, high: Array, inner: Array, saved: Statistics, eps: float) -
 
 
 def own_power(saved: Statistics) -> Array:
+    """What d(p x) is multiplied by to be dx: p."""
+    return _own(saved.power, saved.square)
+
+
+def _own(power: Array, square: Array) -> Array:
     """p, and 1 for a row that is all one value: nothing of it is left to scale, and p^2 eps would vanish too."""
-    return jnp.where(saved.square == 0, 1.0, saved.power).astype(saved.power.dtype)
+    return jnp.where(square == 0, 1.0, power).astype(power.dtype)
 
 
 def _mean(x: Array) -> Array:

@@ -17,7 +17,8 @@ Residuals: x [B, .., C], and [B, 1, G, 1] in the dtype of the statistics the pow
 means, the mean square and rstd; y and |x| [.., 1].
 Numerics: in float32 for half precision. Group norm centres twice, as layer norm does (`norm`), so that values far from
 zero lose nothing, and as there groups up to the largest finite number are right, whose squares overflow. |x| is taken
-of x / max |x|, so that no square overflows or vanishes.
+of x / max |x|, so that no square overflows or vanishes, and y is right for every finite x; dx is 0 where 1 / |x| is
+below the normal numbers.
 Source: Wu and He 2018, arXiv:1803.08494; Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
 """
 
@@ -141,8 +142,9 @@ def unit(x: Array) -> tuple[Array, Array]:
     x = x.astype(wide(x.dtype))
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     zero = largest == 0
-    largest = jnp.where(zero, 1.0, largest)
-    x = x / largest
+    quarter = jnp.where(largest > 1, 0.25, 1.0).astype(x.dtype)  # 1 / max |x| is no normal number near the largest
+    divisor = jnp.where(zero, 1.0, largest * quarter)
+    x = x * quarter / divisor
     length = jnp.sqrt(jnp.where(zero, 1.0, jnp.sum(jnp.square(x), axis=-1, keepdims=True)))
     return jnp.where(zero, 0.0, x / length), jnp.where(zero, 0.0, length * largest)
 

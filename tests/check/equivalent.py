@@ -13,6 +13,7 @@ _BY_REASON = {
         "_by_channels: return (product(sums, jnp.ones((sums.shape[0], 1), sums.dtype), (0, 0), kernel[(0,) * len(windows.window)]))",
         "total: Scale(dy, x_hat)",
         "_per_example: Scale(dy, x_hat)",
+        '_norm: dparams = {"scale": contract((Scale(dy, x_hat)), params["scale"])}',
         'batch_norm: factors = {"scale": (Scale(dy, x_hat, mixes=True)), "bias": Shift(dy, mixes=True)}',
     ],
     "a Gram matrix is symmetric, and all of it is summed": [],
@@ -131,6 +132,8 @@ _BY_REASON = {
         "_recurrent: dx = (contract_last(da, params['kernel'], 1)).astype(x.dtype)",
         "total: answer = (jnp.sum(dy.reshape(-1, *param.shape), axis=0, dtype=wide(dy.dtype)))",
         "total: answer = (jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0))",
+        "batch_norm: return dparams, (dx.astype(x.dtype))",
+        "_norm: return dparams, (pulled(g, high, inner, saved, eps).astype(dy.dtype))",
     ],
     "few terms in half precision are summed as well as half precision can tell; test_factors.py has long sums": [
         "total: answer = reduce(jnp.add, [total(each, (param)) for each in factors])",

@@ -32,7 +32,8 @@ def test_training_normalises_by_the_batch_and_moves_the_state(shape, x64):
     np.testing.assert_allclose(y, wanted, rtol=1e-11, atol=1e-12)
     for name, batch in (("mean", mean), ("var", var)):
         np.testing.assert_allclose(moved[name], 0.7 * np.asarray(state[name]) + 0.3 * batch, rtol=1e-12)
-    assert (residuals.x.shape, residuals.mean.shape, residuals.rstd.shape) == (shape, shape[-1:], shape[-1:])
+    assert residuals.x is x
+    assert {a.shape for a in jax.tree.leaves(residuals[1:])} == {(1,) * (len(shape) - 1) + shape[-1:]}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -142,7 +143,67 @@ def test_far_from_zero_the_variance_is_kept_and_equal_values_give_the_bias():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(layer.bwd(params, residuals, jnp.ones((4, 1)))))
 
 
-@pytest.mark.parametrize(("options", "message"), [({"momentum": 1.5}, "momentum from 0"), ({"eps": 0.0}, "eps")])
+@pytest.mark.parametrize("shape", [(7, 1), (7, 3), (3, 5, 2), (1, 4), (1000, 1), (4097, 2)])
+@pytest.mark.parametrize("value", [101325.1, 0.1, -1e8 / 3, 1e4 / 3, 1e20 / 3, 3e38])
+def test_of_equal_values_far_from_zero_all_is_the_limit(shape, value):
+    """y is the bias, dscale 0, dx that of rstd = 1 / sqrt(eps), the running variance 0 and the mean the value."""
+    layer, x, rng = fn.batch_norm(momentum=0.0), jnp.full(shape, value, jnp.float32), np.random.default_rng(1)
+    params, state = layer.init(KEY, x)
+    dy = rng.normal(size=shape).astype(np.float32)
+
+    @jax.jit
+    def both(x, dy):
+        y, moved, residuals = layer.fwd(params, state, x, None)
+        return y, moved, *layer.bwd(params, residuals, dy)
+
+    y, moved, dparams, dx = both(x, dy)
+    np.testing.assert_allclose(y, 0, atol=1e-6)
+    np.testing.assert_allclose(dparams["scale"], 0, atol=1e-5)
+    np.testing.assert_allclose(moved["mean"], x[(0,) * (x.ndim - 1)], rtol=1e-7)
+    assert not moved["var"].any()
+    wide = dy.astype(np.float64)
+    wanted = (wide - wide.mean(tuple(range(len(shape) - 1)), keepdims=True)) / np.sqrt(1e-5)
+    np.testing.assert_allclose(dx, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("far", [3.0, 100.0, 1e4, 101325.1, 1e7])
+def test_features_far_from_zero_are_those_of_float64_beside_others(far):
+    """Near 1e7 neighbours in float32 are 1 apart: the mean is no float32, and x less a rounded one is off by half."""
+    rng = np.random.default_rng(2)
+    x = np.float32(rng.normal(size=(64, 3)) + np.array([far, 0, -far]))
+    dy, layer = np.float32(rng.normal(size=x.shape)), fn.batch_norm(momentum=0.0)
+    params, state = layer.init(KEY, x)
+    y, moved, residuals = layer.fwd(params, state, x, None)
+    dparams, dx = layer.bwd(params, residuals, dy)
+    high, g = x.astype(np.float64), dy.astype(np.float64)
+    x_hat, rstd = (high - high.mean(0)) / np.sqrt(high.var(0) + 1e-5), 1 / np.sqrt(high.var(0) + 1e-5)
+    np.testing.assert_allclose(y, x_hat, atol=2e-6)
+    np.testing.assert_allclose(dparams["scale"], (x_hat * g).sum(0), atol=3e-5)
+    np.testing.assert_allclose(dx, rstd * (g - g.mean(0) - x_hat * (x_hat * g).mean(0)), atol=4e-6)
+    np.testing.assert_allclose(moved["mean"], high.mean(0), rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(moved["var"], high.var(0), rtol=2e-6)
+
+
+def test_a_variance_is_kept_where_the_sum_of_squares_overflows_and_infinite_where_it_is_itself():
+    x = jnp.tile(jnp.array([[1e19, 1e20], [-1e19, -1e20]], jnp.float32), (32, 1))
+    layer = fn.batch_norm(momentum=0.0)
+    params, state = layer.init(KEY, x)
+    y, moved, _ = layer.fwd(params, state, x, None)
+    np.testing.assert_allclose(moved["var"], [1e38, jnp.inf], rtol=1e-5)
+    np.testing.assert_allclose(y, np.sign(x), rtol=1e-6)
+    np.testing.assert_array_equal(moved["mean"], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 1.5}, "momentum from 0"),
+        ({"momentum": np.float32(-0.5)}, "momentum from 0"),
+        ({"momentum": float("nan")}, "momentum from 0"),
+        ({"momentum": "0.9"}, "momentum as a real number"),
+        ({"eps": 0.0}, "eps"),
+    ],
+)
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(fn.InputError, match=message):
         fn.batch_norm(**options)

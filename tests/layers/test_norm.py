@@ -1,4 +1,7 @@
-"""Norms: the rules, the forward pass against NumPy, constant rows, and statistics in half precision."""
+"""Norms: the rules, the forward pass against NumPy, constant rows, rows of every size, statistics in half precision.
+
+Rows of every size and numbers of options are asked of all five norms, those of other files too.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +85,8 @@ def test_residuals_are_x_and_few_numbers_a_position(name):
     saved = NORMS[name]().fwd(ones(name, 5, jnp.bfloat16), (), x, None)[2]
     assert saved.x is x
     assert len(saved.means) == (2 if name == "layer_norm" else 0)
-    assert {(a.shape, a.dtype) for a in (*saved.means, saved.square, saved.rstd)} == {((4, 3, 1), jnp.dtype("float32"))}
+    numbers = (saved.power, *saved.means, saved.square, saved.rstd)
+    assert {(a.shape, a.dtype) for a in numbers} == {((4, 3, 1), jnp.dtype("float32"))}
 
 
 @BOTH
@@ -92,9 +96,9 @@ def test_in_a_network_x_hat_is_not_kept_beside_x(name):
     objective = fn.objective(model, fn.mse())
     params, state = objective.init(jax.random.key(0), (x, x))
     step = jax.jit(lambda params: fn.value_and_grad(objective)(params, state, (x, x))).lower(params).compile()
-    # x and the input of dense; layer norm's centred x too, which the compiler forms early
+    # x and the input of dense; layer norm's centred x too, which the compiler forms early; once for all a large row's
     kept = {"rms_norm": 2, "layer_norm": 3}[name]
-    assert step.memory_analysis().temp_size_in_bytes < (8 * kept + 3.5) * x.nbytes
+    assert step.memory_analysis().temp_size_in_bytes < (8 * kept + 4.5) * x.nbytes
 
 
 @pytest.mark.parametrize("features", [1, 3, 7, 256, 768])
@@ -123,15 +127,131 @@ def test_of_rows_of_extreme_sizes_gradients_are_exact(name, dtype, size, eps):
     np.testing.assert_allclose(np.asarray(dx, np.float64), wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rows_whose_square_overflows_have_no_gradient_and_no_nan(dtype):
-    largest = float(jnp.finfo(dtype).max)
-    x = jnp.asarray([[1e20, -2e20, 3e20, 0], [-largest] * 4, [largest, 0, -largest, 1]], dtype)
-    for dy in (jnp.zeros_like(x), jnp.ones_like(x).at[:, 1].set(3)):
-        y, _, dparams, dx = pull(fn.rms_norm(), ones("rms_norm", 4, dtype), x, dy)
-        assert not y.any()
-        assert not dx.any()
-        assert not dparams["scale"].any()
+FIVE = {
+    "layer_norm": fn.layer_norm,
+    "rms_norm": fn.rms_norm,
+    "batch_norm": lambda eps=1e-6: fn.batch_norm(eps=eps),
+    "group_norm": lambda eps=1e-6: fn.group_norm(2, eps),
+    "instance_norm": fn.instance_norm,
+}
+DTYPES = ["float64", "float32", "bfloat16", "float16"]
+
+
+def exact(name, x, scale, dy, eps=1e-6):
+    """y, dx, dscale and its terms in NumPy's widest numbers, the bias 0."""
+    x, scale, dy = (np.asarray(a, np.longdouble) for a in (x, scale, dy))
+    sets = {"layer_norm": (2,), "rms_norm": (2,), "batch_norm": (0, 1), "group_norm": (1, 3), "instance_norm": (1, 3)}
+    channels = {"group_norm": 3, "instance_norm": 1}.get(name)
+
+    def mean(a):
+        split = a if channels is None else a.reshape(*a.shape[:2], -1, channels)
+        return np.broadcast_to(split.mean(sets[name], keepdims=True), split.shape).reshape(a.shape)
+
+    centred = x if name == "rms_norm" else x - mean(x)
+    rstd, g = 1 / np.sqrt(mean(centred**2) + eps), dy * scale
+    x_hat = centred * rstd
+    dx = rstd * (g - (0 if name == "rms_norm" else mean(g)) - x_hat * mean(g * x_hat))
+    return x_hat * scale, dx, x_hat * dy, rstd
+
+
+def sized(dtype, kind):
+    """x [4, 5, 6] of ordinary numbers and others."""
+    x, most = np.random.default_rng(5).normal(size=(4, 5, 6)), float(jnp.finfo(dtype).max)
+    sizes = np.minimum([1, most / 8, 1e20, 1e-5, most**0.5, 1e-30], most / 8)
+    return {
+        "ordinary and large rows": x * np.resize(sizes, (4, 5, 1)),
+        "ordinary and large examples": x * sizes[:4, None, None],
+        "ordinary and large features": x * sizes,
+        "large": x * most**0.65,
+        "the largest of both signs": most * np.sign(x),
+        "the largest, and once less it": np.where(np.arange(120).reshape(x.shape) % 30 == 7, -most, most),
+        "the largest throughout": np.full(x.shape, most),
+        "equal and large": np.full(x.shape, most**0.6),
+        "tiny": x * 1e-30,
+        "zeros": np.zeros(x.shape),
+    }[kind]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FIVE)
+def test_rows_of_every_finite_size_have_their_output_and_gradients(name, dtype, x64):
+    """Where the squares overflow, the sums, or differences; mixed, next to one another, and under vmap."""
+    layer, rng, info = FIVE[name](), np.random.default_rng(6), jnp.finfo(dtype)
+    scale, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((6,), (4, 5, 6)))
+
+    @jax.jit
+    def both(x, dy):
+        params, state = layer.init(None, x)
+        params = params | {"scale": scale}
+        y, _, residuals = layer.fwd(params, state, x, None)
+        dparams, dx = layer.bwd(params, residuals, dy)
+        return y, dx, dparams["scale"]
+
+    across = {"batch_norm": (0, 1), "group_norm": 1, "instance_norm": 1}.get(name, -1)
+    for kind in ("ordinary and large rows", "ordinary and large examples", "ordinary and large features", "large",
+                 "the largest of both signs", "the largest, and once less it", "the largest throughout",
+                 "equal and large", "tiny", "zeros"):  # fmt: skip
+        x = jnp.asarray(sized(dtype, kind), dtype)
+        y, dx, terms, rstd = exact(name, x, scale, dy)
+        answers = [both(x, dy)]
+        if name != "batch_norm":
+            each = jax.vmap(both)(x[:, None], dy[:, None])
+            answers.append((each[0][:, 0], each[1][:, 0], each[2].astype(jnp.float64).sum(0)))
+        for got_y, got_dx, got_scale in answers:
+            for got, wanted, terms_of in ((got_y, y, y), (got_dx, dx, rstd * np.abs(dy).max())):
+                room = 40 * float(info.eps) * np.abs(terms_of).max(across, keepdims=True) + 4 * float(info.tiny)
+                error = np.abs(np.asarray(got, np.longdouble) - wanted)
+                assert (error <= room).all(), (kind, (error / room).max())
+            room = 40 * float(info.eps) * np.abs(terms).sum((0, 1)).max() + 0.01 * float(info.eps)
+            assert (np.abs(np.asarray(got_scale, np.longdouble) - terms.sum((0, 1))) <= room).all(), kind
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_an_ordinary_row_is_what_it_is_without_a_large_neighbour(name):
+    layer, x = FIVE[name](), jnp.asarray(np.random.default_rng(7).normal(size=(4, 5, 6)), jnp.float32)
+    params, state = layer.init(None, x)
+    place = (..., slice(2, 4)) if name == "batch_norm" else slice(2, 4)
+    spoiled = x.at[place].multiply(1e25)
+
+    def pulled(x, dy):
+        y, _, residuals = layer.fwd(params, state, x, None)
+        return y, layer.bwd(params, residuals, dy)[1]
+
+    rest = (..., slice(2)) if name == "batch_norm" else slice(2)
+    for got, wanted in zip(jax.jit(pulled)(spoiled, x), jax.jit(pulled)(x, x), strict=True):
+        np.testing.assert_array_equal(got[rest], wanted[rest])
+
+
+def test_numbers_that_are_not_finite_spoil_their_own_row_alone():
+    x = jnp.ones((3, 4)).at[:, 0].set(jnp.array([2.0, jnp.inf, 3e38]))
+    for name in ("layer_norm", "rms_norm"):
+        y = NORMS[name]().apply(ones(name, 4), (), x)
+        np.testing.assert_array_equal(np.isnan(y).any(1), [False, True, False])
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.float16, jnp.float32, jnp.bfloat16], ids=repr)
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_number_of_numpy_or_jax_as_an_option_changes_no_dtype(number, wide):
+    with jax.enable_x64(wide):
+        eps, momentum = number(0.25), number(0.75)
+        for layer in (*[make(eps) for make in FIVE.values()], fn.batch_norm(momentum, eps)):
+            for dtype in DTYPES[not wide :]:
+
+                def all_of(x, layer=layer):
+                    params, state = layer.init(None, x)
+                    y, moved, residuals = layer.fwd(params, state, x, None)
+                    dparams, dx = layer.bwd(params, residuals, x)
+                    return (y, layer.apply(params, moved, x), dx, dparams, moved), (x, x, x, params, state)
+
+                got, wanted = jax.eval_shape(all_of, S((2, 3, 4), dtype))
+                assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, wanted), layer.name
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf"), "1", None, True])
+@pytest.mark.parametrize("name", FIVE)
+def test_an_eps_that_is_no_positive_number_is_refused(name, eps):
+    with pytest.raises(fn.InputError, match="eps"):
+        FIVE[name](eps)
 
 
 def test_rms_norm_of_a_zero_row_is_0_with_finite_gradients():

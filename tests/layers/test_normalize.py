@@ -1,5 +1,7 @@
 """Group and instance norm and unit length: NumPy, PyTorch, constant groups, extreme lengths, and what is refused."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,12 +125,49 @@ def test_zero_stays_zero_with_no_gradient_and_leaves_its_neighbours_alone():
     np.testing.assert_allclose(jax.vjp(lambda x: layer.apply({}, (), x), x)[1](dy)[0], dx, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4, 1e30, 3e37, 6e37, 8.5e37])
 def test_no_square_overflows_or_vanishes(size):
     dtype = jnp.float16 if 1e-5 < size < 1e5 else jnp.float32
     y, _, dx = pull(fn.l2_normalize(), {}, jnp.array([[3 * size, 4 * size]], dtype), jnp.zeros((1, 2), dtype))
     np.testing.assert_allclose(y.astype(jnp.float32), [[0.6, 0.8]], rtol=1e-6 if dtype == jnp.float32 else 5e-3)
     assert not dx.any()
+
+
+class Pair(NamedTuple):
+    """A layer, and the numbers for its input that are scaled, or for its kernel where the input is none of these."""
+
+    layer: fn.Layer
+    x: Any
+    kernel: str = ""
+
+
+DIRECTIONS = {
+    "cosine": Pair(fn.cosine(), (X[0, 0], DY[0, 0])),
+    "contrastive": Pair(fn.contrastive(), (X[0, 0], DY[0, 0])),
+    "triplet": Pair(fn.triplet(), (X[0, 0], (DY[0, 0], X[1, 0]))),
+    "weight_norm": Pair(fn.weight_norm(fn.dense(3)), X[0, 0], "direction"),
+    "spectral_norm": Pair(fn.spectral_norm(fn.dense(3)), X[0, 0], "kernel"),
+}
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20, 1e37])
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_what_is_made_of_unit_vectors_is_that_of_float64_at_any_size(name, size, x64):
+    layer, x, kernel = DIRECTIONS[name]
+    kernels = np.float32(size * np.random.default_rng(1).normal(size=(6, 3)))
+
+    def pulled(dtype):
+        sized = jax.tree.map(lambda a: jnp.asarray(np.float32(a if kernel else size * a), dtype), x)
+        params, state = layer.init(jax.random.key(0), sized)
+        if kernel:
+            put = lambda path, leaf: jnp.asarray(kernels, dtype) if path[-1].key == kernel else jnp.ones_like(leaf)
+            params = jax.tree.map_with_path(put, params)
+            state = jax.tree.map(lambda leaf: jnp.ones_like(leaf) / 2, state)
+        y, moved, residuals = layer.fwd(params, state, sized, None)
+        return y, layer.bwd(params, residuals, jnp.asarray(np.resize([1.0, -0.5, 2.0], y.shape), dtype)), moved
+
+    for got, wanted in zip(*map(jax.tree.leaves, (pulled("float32"), pulled("float64"))), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max() + 1e-37)
 
 
 def test_integers_have_no_direction():
