@@ -26,8 +26,9 @@ Numerics: in float32 for half precision, rounded once. Layer norm centres twice,
 nothing, and a constant row gives x_hat = 0 to rounding, and finite gradients: its mean is kept as the two that are
 taken off one after the other. Where x_hat explains nearly all of g, dx is a small difference of large terms: `pulled`
 forms it so that an error of rstd does not enter. p is 1 for a row whose sums are finite, and there all is as without
-it. A large row is right up to the largest finite number, whatever its neighbours are, and costs, as does one with a
-NaN, a second look at all of x: the sums are made again under `lax.cond`, which is free while there is no such row.
+it. A large row is right up to the largest finite number, whatever its neighbours are, and so are equal values of any
+size. Where there is such a row, one with a NaN, or one whose deviations may be the rounding of its mean, the sums are
+made again, under `lax.cond`: a second look at all of x, which costs nothing as long as there is none.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467; the power of two as in
 Blue 1978, "A portable Fortran program to find the Euclidean norm of a vector", doi:10.1145/355769.355771.
 """
