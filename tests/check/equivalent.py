@@ -5,7 +5,7 @@ A mutant's key is its function and its text (`tests.check.mutate.Mutant.key`).
 
 _BY_REASON = {
     "a product, and a sum of products, is the same with its factors exchanged": [
-        "_by_channels: return (product(sums, jnp.ones((len(sums), 1), sums.dtype), (0, 0), kernel[(0,) * len(windows.window)]))",
+        "_by_channels: return (product(sums, jnp.ones((sums.shape[0], 1), sums.dtype), (0, 0), kernel[(0,) * len(windows.window)]))",
         "total: Scale(dy, x_hat)",
         "_per_example: Scale(dy, x_hat)",
         '_norm: dparams = {"scale": contract((Scale(dy, high * rstd)), params["scale"])}',
@@ -61,9 +61,9 @@ _BY_REASON = {
     ],
     "q of an integer label sums to one": ["cross_entropy: mass = (jnp.sum(q, axis=-1, keepdims=True))"],
     "the gradient is the same however long its blocks are; test_linear.py counts what is formed at a time": [
-        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), (even(chunk // label.size, vocab))",
+        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), (even(chunk // entries_of(label.shape), vocab))",
         "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (chunk))",
-        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (label.size))",
+        "linear_cross_entropy: saved, size = (params, x, lse, whole(label), g), even(vocab, (entries_of(label.shape)))",
     ],
     "a contraction that takes factors as they are looks at no parameter": [
         "linear_cross_entropy: dparams = {name: contract(factors[name], (params)) for name in names}",
@@ -177,6 +177,7 @@ _BY_REASON = {
         "_pull: ends = [low + i for low, i in (zip(windows.inputs, starts, strict=True))]",
         "_shifts: offsets = np.full([m * s for (s, m) in zip(reach, windows.strides, strict=True)], prod(windows.window))",
         "_shifts: offsets = np.full([m * s for m, s in (zip(windows.strides, reach, strict=True))], prod(windows.window))",
+        "from_function: params, x = varying((params, x), (varies(x, params)))",
         "attention: of_context = ((pull('value', context, _side_by_side(dv)), pull('key', context, _side_by_side(turned(dk, -1)))))",
         "attention: return dparams, (added(*of_context, dx))",
         'attention: dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else (added(*of_context, dx))}',
@@ -247,11 +248,11 @@ _BY_REASON = {
         "correlation_by_taps: lambda entry: product(flat(entry), flat(dy), (0, 0), kernel[(len(windows.window))])",
         "correlation_by_taps: lambda entry: product(flat(entry), flat(dy), (0, 0), kernel[(1,) * len(windows.window)])",
         "correlation_by_taps: lambda entry: product(flat(entry), flat(dy), (0, 0), kernel[(-1,) * len(windows.window)])",
-        "_by_channels: return product(jnp.ones((len(sums), 1), sums.dtype), sums, (0, 0), (kernel))",
-        "_by_channels: return product(jnp.ones((len(sums), 1), sums.dtype), sums, (0, 0), kernel[((0,))])",
-        "_by_channels: return product(jnp.ones((len(sums), 1), sums.dtype), sums, (0, 0), kernel[(len(windows.window))])",
-        "_by_channels: return product(jnp.ones((len(sums), 1), sums.dtype), sums, (0, 0), kernel[(1,) * len(windows.window)])",
-        "_by_channels: return product(jnp.ones((len(sums), 1), sums.dtype), sums, (0, 0), kernel[(-1,) * len(windows.window)])",
+        "_by_channels: return product(jnp.ones((sums.shape[0], 1), sums.dtype), sums, (0, 0), (kernel))",
+        "_by_channels: return product(jnp.ones((sums.shape[0], 1), sums.dtype), sums, (0, 0), kernel[((0,))])",
+        "_by_channels: return product(jnp.ones((sums.shape[0], 1), sums.dtype), sums, (0, 0), kernel[(len(windows.window))])",
+        "_by_channels: return product(jnp.ones((sums.shape[0], 1), sums.dtype), sums, (0, 0), kernel[(1,) * len(windows.window)])",
+        "_by_channels: return product(jnp.ones((sums.shape[0], 1), sums.dtype), sums, (0, 0), kernel[(-1,) * len(windows.window)])",
     ],
     "zeros beyond the end add nothing, and any number of blocks will do": [
         "_by_channels: count = (min(windows.outputs[0], 8))",
@@ -351,9 +352,6 @@ _BY_REASON = {
         "_pull: blocks = [-((-p)) for p, s in zip(padded, windows.strides, strict=True)]",
         "_shifts: reach = [-((-k)) for k, s in zip(windows.window, windows.strides, strict=True)]",
     ],
-    "a float0 stands for no gradient as None does": [
-        "from_function: return jax.tree.leaves(dparams), (dx)",
-    ],
     "the vectors are as wide already, and Shift gives its sum the shape of the parameter": [
         "spectral_norm: along = jnp.sum(d * matrix) * (vectors['left'])[:, None]",
         "spectral_norm: return (((d - along * vectors['right'].astype(d.dtype)[None]) / sigma).T)",
@@ -376,7 +374,6 @@ CHOICES = {
     "correlation_by_taps: groups == 1",
     "conv: pull = _pull_depthwise if groups == x.shape[-1] == features else _pull",
     "_pull: groups == max(windows.strides) == 1",
-    "_pull: inputs = len(dy) * prod(windows.inputs) * kernel.shape[-2]",
-    "_pull: kernel.size > inputs + dy.size",
+    "_pull: kernel.size > entries_of(inputs) + entries_of(dy.shape)",
     "_pull_depthwise: max(windows.strides) == 1",
 }
