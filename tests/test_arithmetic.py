@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,12 +11,17 @@ from funcnet.arithmetic import (
     added,
     contract_last,
     cut_as,
+    entries_of,
     flat,
     in_front,
+    lasting,
     pieces,
     placed,
     product,
     regrouped,
+    scan,
+    varies,
+    varying,
     whole,
     wide,
 )
@@ -124,3 +130,56 @@ def test_whole_numbers_of_few_bits_become_int32_with_their_values(dtype, wanted,
     got = whole(ids)
     assert got.dtype == wanted
     assert [int(v) for v in got] == [jnp.iinfo(dtype).min, 0, jnp.iinfo(dtype).max]
+
+
+def test_a_symbolic_size_counts_as_32_of_what_is_chosen_by_it():
+    (b,) = jax.export.symbolic_shape("b")
+    assert entries_of((2, 3, 5)) == 30
+    assert entries_of((b, 2 * b, 3)) == 32 * 32 * 3
+    assert entries_of(()) == 1
+
+
+MESH = jax.make_mesh((1, 1), ("i", "j"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def test_outside_of_shard_map_nothing_varies_and_a_carry_is_as_it_is_given():
+    carry = {"a": 0.0, "b": object()}
+    assert varies("no array") == ()
+    assert varying(carry, ()) == carry
+    assert lasting(lambda carry: 1 / 0, carry) is carry
+
+
+def test_a_carry_varies_over_what_a_step_makes_it_vary_over_also_by_way_of_another_and_over_no_more():
+    """c comes of b, b of a, a of x: only after three steps does c vary as x does; k never does."""
+    seen = []
+
+    def body(carry, w):
+        a, b, c, k = carry
+        return (a + w, b + a, c + b, k + 1), None
+
+    def device(x, y):
+        zero = jnp.zeros(())
+        a, b, c, k = scan(body, (zero, zero, zero + y[0], zero), x)[0]
+        seen.extend(map(varies, (a, b, c, k, (x, y))))
+        return a[None], (b + c)[None], k
+
+    cut = {"mesh": MESH, "in_specs": (jax.P("i"), jax.P("j")), "out_specs": (jax.P("i"), jax.P(("i", "j")), jax.P())}
+    a, both, k = jax.jit(jax.shard_map(device, **cut))(jnp.arange(4.0), jnp.ones(1))
+    assert seen == [("i",), ("i",), ("i", "j"), (), ("i", "j")]
+    assert (a.item(), both.item(), k.item()) == (6, 4 + 1 + 1, 4)
+
+
+@pytest.mark.parametrize("kind", jax.sharding.AxisType)
+def test_pieces_counts_explicit_axes_alone(kind):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(kind,)) if kind != jax.sharding.AxisType.Manual else None
+    if mesh is None:
+        device = lambda x: x * pieces(x)
+        assert jax.shard_map(device, mesh=MESH, in_specs=jax.P("i"), out_specs=jax.P("i"))(jnp.ones(2)).tolist() == [
+            1,
+            1,
+        ]
+    else:
+        assert (
+            jax.jit(lambda x: x * pieces(x))(jax.device_put(jnp.ones(2), jax.NamedSharding(mesh, jax.P("i")))).sum()
+            == 2
+        )

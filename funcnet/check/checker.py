@@ -103,7 +103,8 @@ def check_vjp(
     remat and each other; which ones were is noted.
 
     Args:
-        f: any JAX function of pytrees.
+        f: any JAX function of pytrees. What it computes in a callback (`jax.pure_callback`, `io_callback`) is called
+            with its own dtypes, as often as an oracle likes, and judged numerically; JAX has no derivative of it.
         *args: its arguments: arrays, `jax.ShapeDtypeStruct`s or texts such as "f32[8,16]" to be drawn, or pytrees of
             them. Numbers are to be arrays.
         reference: another function with the same values, differentiable by JAX: for a rule that cannot be looked into,

@@ -100,7 +100,7 @@ def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tup
     if coefficients is None:
         counting, each, _ = weighed(objective.loss, targets, weights)
         divisor = jnp.sum(each)
-        return (inputs, targets), counting / jnp.where(divisor == 0, 1.0, divisor)
+        return (inputs, targets), counting / jnp.where(divisor == 0, jnp.inf, divisor)
     if weights is not None:
         remedy = "give one: the argument for the coefficients of a sum, the batch for relative weights of a mean"
         raise InputError("weights in the batch or as an argument", "both", remedy)

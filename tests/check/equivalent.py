@@ -171,6 +171,7 @@ _BY_REASON = {
         "_pull: ends = [low + i for low, i in (zip(windows.inputs, starts, strict=True))]",
         "_shifts: offsets = np.full([m * s for (s, m) in zip(reach, windows.strides, strict=True)], prod(windows.window))",
         "_shifts: offsets = np.full([m * s for m, s in (zip(windows.strides, reach, strict=True))], prod(windows.window))",
+        "from_function: params, x = varying((params, x), (varies(x, params)))",
         "attention: of_context = ((pull('value', context, _side_by_side(dv)), pull('key', context, _side_by_side(turned(dk, -1)))))",
         "attention: return dparams, (added(*of_context, dx))",
         'attention: dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else (added(*of_context, dx))}',
@@ -373,5 +374,6 @@ CHOICES = {
     "correlation_by_taps: groups == 1",
     "conv: pull = _pull_depthwise if groups == x.shape[-1] == features else _pull",
     "_pull: groups == max(windows.strides) == 1",
+    "_pull: kernel.size > entries_of(inputs) + entries_of(dy.shape)",
     "_pull_depthwise: max(windows.strides) == 1",
 }
