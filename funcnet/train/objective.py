@@ -95,7 +95,10 @@ class Pass(NamedTuple):
 
 
 def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tuple[Pair, Array]:
-    """A batch as its pair (inputs, targets) and the coefficients a of the values: those given, or those of its mean."""
+    """A batch as its pair (inputs, targets) and the coefficients a of the values: those given, or those of its mean.
+
+    Where nothing weighs anything, the mean is that of nothing: all coefficients are 0.
+    """
     inputs, targets, weights = check_batch(batch)
     if coefficients is None:
         counting, each, _ = weighed(objective.loss, targets, weights)
