@@ -40,7 +40,7 @@ from funcnet.arithmetic import flat, in_front, placed, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift, mixing, total
 from funcnet.layer import Layer
-from funcnet.layers.norm import Statistics, centre, own_power, positive, statistics
+from funcnet.layers.norm import Statistics, centre, positive, statistics
 
 
 def batch_norm(
@@ -126,7 +126,7 @@ def batch_norm(
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
         x_hat, g = centre(x, residuals) * rstd, dy.astype(rstd.dtype)
-        dx = (g - _mean(g) - x_hat * _mean(x_hat * g)) * slope(params, rstd) * own_power(residuals)
+        dx = (g - _mean(g) - x_hat * _mean(x_hat * g)) * slope(params, rstd) * residuals.power
         factors = {"scale": Scale(x_hat, dy, mixes=True), "bias": Shift(dy, mixes=True)}
         dparams = {name: contract(factors[name], params[name]) for name in names}
         return dparams, placed(dx.astype(x.dtype), x)

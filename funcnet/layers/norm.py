@@ -108,7 +108,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
         high = centre(x, saved)
-        g = dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim) * own_power(saved)
+        g = dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim) * saved.power
         if centred:
             g = g - _mean(g)
             inner, x_hat = _mean(g * high), high * saved.rstd
@@ -145,8 +145,7 @@ def statistics(
         sparing: leave the second mean 0 where the first is within 8 standard deviations of 0.
     """
     power, means, square = _moments(values, centrings, mean, sparing)
-    own = _own(power, square)
-    saved = Statistics(x, power, means, square, lax.rsqrt(square + eps * own * own))
+    saved = Statistics(x, power, means, square, lax.rsqrt(square + eps * power * power))
     return centre(values, saved), saved
 
 
@@ -170,6 +169,10 @@ def _moments(
             first = first + mean(high - first)  # of equal values now the value itself
             means = first, mean(high - first)
         square = mean(jnp.square(reduce(jnp.subtract, means, high)))
+        back = jnp.where(square == 0, 1 / power, 1.0).astype(
+            power.dtype
+        )  # nothing is left to scale, and p^2 eps is 0 too
+        power, means = power * back, tuple(m * back for m in means)
         return jax.tree.map(partial(jnp.where, jnp.isfinite(seen)), once, (power, means, square))
 
     high = values.astype(wide(values.dtype))
@@ -207,22 +210,14 @@ def unshared(saved: Statistics) -> Statistics:
 def pulled(g: Array, high: Array, inner: Array, saved: Statistics, eps: float) -> Array:
     """rstd_p * (g - x_hat * mean(g * x_hat)) where x_hat = high * rstd_p, high is p x centred, inner mean(g * high).
 
+    That is d(p x), and dx where g has been multiplied by p.
+
     Written as rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no rounding of rstd_p enters the difference. One
     rstd_p is multiplied into the numbers of each row first, so that nothing overflows or vanishes.
     """
-    square, rstd, own = saved.square, saved.rstd, own_power(saved)
+    power, square, rstd = saved.power, saved.square, saved.rstd
     by_rstd = lambda row: jnp.where(rstd > 0, row * rstd, 0.0)
-    return rstd * rstd * (g * by_rstd(eps * own * own) + (g * by_rstd(square) - high * by_rstd(inner)))
-
-
-def own_power(saved: Statistics) -> Array:
-    """What d(p x) is multiplied by to be dx: p."""
-    return _own(saved.power, saved.square)
-
-
-def _own(power: Array, square: Array) -> Array:
-    """p, and 1 for a row that is all one value: nothing of it is left to scale, and p^2 eps would vanish too."""
-    return jnp.where(square == 0, 1.0, power).astype(power.dtype)
+    return rstd * rstd * (g * by_rstd(eps * power * power) + (g * by_rstd(square) - high * by_rstd(inner)))
 
 
 def _mean(x: Array) -> Array:

@@ -32,7 +32,7 @@ from funcnet.arithmetic import in_front, placed, regrouped, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.norm import Statistics, centre, own_power, positive, pulled, statistics, unshared
+from funcnet.layers.norm import Statistics, centre, positive, pulled, statistics, unshared
 
 
 class Direction(NamedTuple):
@@ -103,7 +103,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
         high = centre(grouped(x), saved)
-        g = grouped(dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim)) * own_power(saved)
+        g = grouped(dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim)) * saved.power
         g = g - _mean(g)
         dx = regrouped(pulled(g, high, _mean(g * high), saved, eps), dy.shape)
         x_hat = regrouped(high * saved.rstd, dy.shape)
