@@ -37,8 +37,8 @@ def differentiable(layer: Layer) -> Callable[..., Any]:
 
     f goes under `jit`, `vmap`, `scan`, `jax.checkpoint` and any reverse mode, also forward mode through it (`jax.jvp`
     of `jax.grad`, for Hessian-vector products). But forward mode of f itself JAX refuses, as for every `custom_vjp`:
-    there take `layer.fwd`, which is plain JAX. Inside `jax.shard_map` a gradient is, as JAX has it, summed over the axes
-    of the mesh that its parameter does not vary over; `layer.bwd` gives each device its own share.
+    there take `layer.fwd`, which is plain JAX. Inside `jax.shard_map` a gradient is summed over the axes of the mesh
+    that its parameter does not vary over, as JAX has it; `layer.bwd` gives each device its own share.
 
     Raises:
         InputError: if `state` is left out for a layer that has one, and for what the layer refuses.
