@@ -159,8 +159,15 @@ def _moments(
     or 1/8 where it was taken off once. Compiled as one, so that without `jit` too no infinite sum is seen.
     """
 
-    def again(values: Array, seen: Array, once: Any) -> Any:
-        high = values.astype(seen.dtype)
+    def doubtful(means: tuple[Array, ...], square: Array) -> Array:
+        """The mean square, infinite where it is to be taken again."""
+        if not means:
+            return square
+        least = jnp.square(means[0] * (2.0**-3 if sparing else 2.0**-40))
+        return jnp.where((square == 0) | (least <= square), square, jnp.inf)
+
+    def again(values: Array, once: Any) -> Any:
+        high = values.astype(once[-1].dtype)
         power = jnp.where(jnp.isfinite(once[-1]), 1.0, _power(high, mean)).astype(high.dtype)
         high = high * power
         means: tuple[Array, ...] = ()
@@ -171,23 +178,20 @@ def _moments(
         square = mean(jnp.square(reduce(jnp.subtract, means, high)))
         back = jnp.where(square == 0, 1 / power, 1.0).astype(
             power.dtype
-        )  # nothing is left to scale, and p^2 eps is 0 too
+        )  # nothing is left to scale; p^2 eps would be 0
         power, means = power * back, tuple(m * back for m in means)
-        return jax.tree.map(partial(jnp.where, jnp.isfinite(seen)), once, (power, means, square))
+        fits = jnp.isfinite(doubtful(*once[1:]))
+        return jax.tree.map(partial(jnp.where, fits), once, (power, means, square))
 
     high = values.astype(wide(values.dtype))
     means: tuple[Array, ...] = ()
     for _ in range(centrings - sparing):
         means += (mean(high),)
         high = high - means[-1]
-    square = seen = mean(jnp.square(high))
-    if means:
-        settled = (square == 0) | (jnp.square(means[0] * (2.0**-3 if sparing else 2.0**-40)) <= square)
-        seen = jnp.where(settled, square, jnp.inf)
-    if sparing:
-        means += (jnp.zeros_like(square),)
-    once = jnp.ones_like(square), means, square
-    return lax.cond(jnp.isfinite(jnp.max(seen)), lambda values, seen, once: once, again, values, seen, once)
+    square = mean(jnp.square(high))
+    most = jnp.max(doubtful(means, square))
+    once = jnp.ones_like(square), means + sparing * (jnp.zeros_like(square),), square
+    return lax.cond(jnp.isfinite(most), lambda values, once: once, again, values, once)
 
 
 def _power(high: Array, mean: Callable[[Array], Array]) -> Array:

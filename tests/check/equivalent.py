@@ -15,6 +15,13 @@ _BY_REASON = {
         "_per_example: Scale(dy, x_hat)",
         '_norm: dparams = {"scale": contract((Scale(dy, x_hat)), params["scale"])}',
         'batch_norm: factors = {"scale": (Scale(dy, x_hat, mixes=True)), "bias": Shift(dy, mixes=True)}',
+        "_norm: return dparams, placed((pulled(g, inner, high, saved, eps)).astype(dy.dtype), saved.x)",
+        "_group_norm: dx = regrouped((pulled(g, _mean(g * high), high, saved, eps)), dy.shape)",
+    ],
+    "a Gram matrix is symmetric, and all of it is summed": [
+        "squared_norm: gram = [jnp.einsum('bti,bsi->bst', a, a) for a in (x, dy)]",
+        "squared_norm: gram = [jnp.einsum('bsi,bti->bts', a, a) for a in (x, dy)]",
+        "squared_norm: return jnp.sum(gram[0] * gram[1], axis=((2, 1)))",
     ],
     "a Gram matrix is symmetric, and all of it is summed": [],
     "log softmax is x less both, and which first is within what the rounding of x itself does": [
@@ -325,7 +332,13 @@ _BY_REASON = {
     "what the compiler keeps, which no gradient shows; test_norm.py has it": [
         "unshared: return Statistics(saved.x, *(saved[1:]))",
     ],
-    "no case has a row whose square overflows; test_norm.py has, and rstd * rstd = 0 makes 0 of any number there": [
+    "eps is nothing beside a square that p scales, and p is 1 elsewhere": [
+        "pulled: return rstd * rstd * (g * by_rstd((eps * power / power)) + (g * by_rstd(square) - high * by_rstd(inner)))",
+        "pulled: return rstd * rstd * (g * by_rstd((eps * power)) + (g * by_rstd(square) - high * by_rstd(inner)))",
+        "pulled: return rstd * rstd * (g * by_rstd((eps / power) * power) + (g * by_rstd(square) - high * by_rstd(inner)))",
+        "pulled: return rstd * rstd * (g * by_rstd((eps) * power) + (g * by_rstd(square) - high * by_rstd(inner)))",
+    ],
+    "no case has a row with an infinite number; rstd * rstd = 0 makes 0 of any number there": [
         "pulled: lambda row: jnp.where((rstd >= 0), row * rstd, 0.0)",
         "pulled: lambda row: jnp.where(rstd > -1, row * rstd, 0.0)",
         "pulled: lambda row: jnp.where(rstd > 0, row * rstd, -1)",
