@@ -352,6 +352,9 @@ _BY_REASON = {
         "_pull: blocks = [-((-p)) for p, s in zip(padded, windows.strides, strict=True)]",
         "_shifts: reach = [-((-k)) for k, s in zip(windows.window, windows.strides, strict=True)]",
     ],
+    "a float0 stands for no gradient as None does, but of a symbolic size, which test_transforms.py has": [
+        "from_function: moving = [(leaf) for leaf in leaves]",
+    ],
     "the vectors are as wide already, and Shift gives its sum the shape of the parameter": [
         "spectral_norm: along = jnp.sum(d * matrix) * (vectors['left'])[:, None]",
         "spectral_norm: return (((d - along * vectors['right'].astype(d.dtype)[None]) / sigma).T)",
