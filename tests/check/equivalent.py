@@ -367,6 +367,9 @@ _BY_REASON = {
     "no id equals None, so that without a padding row none is replaced": [
         "embedding: learning = (jnp.where(ids == pads, shape[0], ids))",
     ],
+    "a float0 stands for no gradient as None does, but of a symbolic size, which test_transforms.py has": [
+        "from_function: moving = [(leaf) for leaf in leaves]",
+    ],
     "the vectors are as wide already, and Shift gives its sum the shape of the parameter": [
         "spectral_norm: along = jnp.sum(d * matrix) * (vectors['left'])[:, None]",
         "spectral_norm: return (((d - along * vectors['right'].astype(d.dtype)[None]) / sigma).T)",
