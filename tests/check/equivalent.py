@@ -18,12 +18,6 @@ _BY_REASON = {
         "_norm: return dparams, placed((pulled(g, inner, high, saved, eps)).astype(dy.dtype), saved.x)",
         "_group_norm: dx = regrouped((pulled(g, _mean(g * high), high, saved, eps)), dy.shape)",
     ],
-    "a Gram matrix is symmetric, and all of it is summed": [
-        "squared_norm: gram = [jnp.einsum('bti,bsi->bst', a, a) for a in (x, dy)]",
-        "squared_norm: gram = [jnp.einsum('bsi,bti->bts', a, a) for a in (x, dy)]",
-        "squared_norm: return jnp.sum(gram[0] * gram[1], axis=((2, 1)))",
-    ],
-    "a Gram matrix is symmetric, and all of it is summed": [],
     "log softmax is x less both, and which first is within what the rounding of x itself does": [
         "log_softmax: (x, log_total, top) = residuals"
     ],
@@ -281,7 +275,6 @@ _BY_REASON = {
         "_by_channels: missing = (rows * count)",
         "_by_channels: missing = rows * count - windows.outputs[-1]",
     ],
-    "a squared norm is below 0 by rounding only": [],
     "no case has ids out of range, or a head whose kernel is looked up afterwards; test_embedding.py and test_factors.py have": [
         "_table: return (zeros.at[ids].add(dy.astype(zeros.dtype), out_sharding=cut_as(dy, 0)))",
         "_in_table: inside = ((ids >= 0) | (ids < factor.size))",
