@@ -359,7 +359,7 @@ def squared_norm(factor: Factor, param: Array) -> Array:
     products = [_as_product(each) for each in uses if isinstance(each, (Outer, Gather))]
     if all(isinstance(each, Gather) for each in uses):
         ids, dy = (jnp.concatenate(parts, axis=1) for parts in zip(*products, strict=True))
-        sums = jax.vmap(partial(_touched, size=param.shape[0]))(ids, dy).rows
+        sums = jax.vmap(partial(_touched, size=uses[0].size))(ids, dy).rows
         return jnp.sum(jnp.square(sums), axis=(1, 2))
     positions = sum(dy.shape[1] for _, dy in products)
     if len(products) == len(uses) and 2 * positions**2 <= math.prod(param.shape):

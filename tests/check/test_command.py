@@ -55,7 +55,7 @@ def integers(x):
     return (x > 0).astype(int)
 
 def prints(x):
-    jax.debug.print("{}", x)
+    jax.debug.print("{}", x, ordered=True)
     return x
 
 def loops(x):

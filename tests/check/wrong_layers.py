@@ -267,7 +267,7 @@ LAYERS = [
             "only index 3 of axis 0 is wrong: it is zero",
         ),
     ),
-    *HUBER.wrong(("not clipped", x(lambda g, p, r, dy: (r * dy[:, None] / 3, g[1])), "x[0]", "")),
+    *HUBER.wrong(("not clipped", x(lambda g, p, r, dy: ((r[0] - r[1]) * dy[:, None] / 3, g[1])), "x[0]", "")),
     *BINARY.wrong(("y for t", x(lambda g, p, r, dy: (g[0], g[1] * r[1])), "x[1]", "a factor x[1] too many")),
     *FLATTEN.wrong(
         (

@@ -33,7 +33,9 @@ def facts(batch=BATCH, objective=OBJECTIVE, state=STATE, optimizer=SGD, accumula
 def test_the_first_layer_that_is_not_finite_is_named_and_every_leaf():
     x = BATCH[0].copy()
     x[0] = 3e38
-    first, leaves = facts((x, BATCH[1]), loss=np.inf)
+    kernel = STATE.params["dense"]["kernel"] + np.float32(2)
+    params = STATE.params | {"dense": STATE.params["dense"] | {"kernel": kernel}}
+    first, leaves = facts((x, BATCH[1]), state=replace(STATE, params=params), loss=np.inf)
     assert first == "the first layer with an output that is not finite: dense"
     assert leaves.startswith("gradient leaves not finite: ")
     assert "['out']['kernel']" in leaves
