@@ -1,8 +1,10 @@
 """Losses of the angle between two vectors.
 
-With c = <p / |p|, t / |t|> and g = dy of that row:
+With u = p / |p|, v = t / |t| and g = dy of that row:
 
-    cosine    l = 1 - c        dp = -g (t / |t| - c p / |p|) / |p|, dt likewise
+    cosine    l = 1 - <u, v> = |u - v|^2 / 2        du = g (u - v)        dp = (du - u <u, du>) / |p|, dt likewise
+
+where -g v, the slope of 1 - <u, v>, would give the same dp: it differs from du along u alone.
 
 With u = a / |a|, v = b / |b| for B pairs (a_i, b_i), and S = u v^T / temperature [B, B]:
 
@@ -16,15 +18,17 @@ over j of S_ij and q_ij that over i:
 and da = (du - u <u, du>) / |a|, db likewise. Every gradient has a share of every g: an example has no loss of its own.
 
 Residuals: p and t; a and b.
-Numerics: in float32 for half precision; lengths are taken of x / max |x|, so no square overflows or vanishes. Vectors
-are to be finite: the limit of x / |x| for entries that grow depends on the way, and all is NaN.
+Numerics: in float32 for half precision; lengths are taken of x / max |x|, so no square overflows or vanishes. u - v has
+digits left for vectors so near in direction that 1 - <u, v> has none, or is negative. The largest cosine of a row is
+taken off before the division by the temperature: what is left is exact, whatever the temperature, and l_i is not
+negative either. Vectors are to be finite: x / |x| has no limit for entries that grow, and all is NaN.
 Source: van den Oord et al. 2018, arXiv:1807.03748 (InfoNCE); Radford et al. 2021, arXiv:2103.00020 (both directions).
 """
 
 from typing import Any
 
 import jax.numpy as jnp
-from jax import nn
+from jax import lax, nn
 
 from funcnet import expect
 from funcnet.expect import InputError, describe
@@ -46,13 +50,15 @@ def cosine() -> Loss:
 
     def fwd(params, x):
         check(*x)
-        p, t = (unit(a)[0] for a in x)
-        return 1 - jnp.sum(p * t, axis=-1), x
+        (p, p_length), (t, t_length) = (unit(a) for a in x)
+        half = jnp.sum(jnp.square(p - t), axis=-1) / 2
+        return jnp.where(((p_length == 0) | (t_length == 0))[..., 0], 1.0, half), x
 
     def bwd(params, x, dy, contract):
         p, t = (unit(a) for a in x)
         g = expect.cotangent(dy, x[0].shape[:-1], p[0].dtype)[..., None]
-        dp, dt = unit_pullback(*p, -g * t[0]), unit_pullback(*t, -g * p[0])
+        du = jnp.where((p[1] == 0) | (t[1] == 0), 0.0, g * (p[0] - t[0]))
+        dp, dt = unit_pullback(*p, du), unit_pullback(*t, -du)
         return {}, (dp.astype(x[0].dtype), dt.astype(x[1].dtype))
 
     return stateless_loss("cosine", fwd, bwd, one_a_row, {}, check)
@@ -88,17 +94,22 @@ def contrastive(temperature: float = 0.07) -> Loss:
     def fwd(params, x):
         check(*x)
         u, v = (unit(a)[0] for a in x)
-        s = u @ v.T / temperature
-        return (nn.logsumexp(s, axis=1) + nn.logsumexp(s, axis=0)) / 2 - jnp.diagonal(s), x
+        either = [shifted(u @ v.T, axis) for axis in (1, 0)]
+        terms = (jnp.log(jnp.sum(jnp.exp(z), axis)) - jnp.diagonal(z) for axis, z in zip((1, 0), either, strict=True))
+        return sum(terms, jnp.zeros((), u.dtype)) / 2, x
 
     def bwd(params, x, dy, contract):
         mixing(contract)
         (u, a_length), (v, b_length) = (unit(a) for a in x)
         g = expect.cotangent(dy, u.shape[:1], u.dtype)
-        s = u @ v.T / temperature
-        by_row, by_column = g[:, None] * nn.softmax(s, axis=1), g[None] * nn.softmax(s, axis=0)
+        c = u @ v.T
+        by_row, by_column = g[:, None] * nn.softmax(shifted(c, 1), 1), g[None] * nn.softmax(shifted(c, 0), 0)
         ds = ((by_row + by_column) / 2 - jnp.diag(g)) / temperature
         da, db = unit_pullback(u, a_length, ds @ v), unit_pullback(v, b_length, ds.T @ u)
         return {}, (da.astype(x[0].dtype), db.astype(x[1].dtype))
+
+    def shifted(c, axis):
+        """S less its largest entries along an axis, from the cosines c."""
+        return (c - lax.stop_gradient(jnp.max(c, axis, keepdims=True))) / temperature
 
     return stateless_loss("contrastive", fwd, bwd, one_an_example, {}, check)

@@ -1,5 +1,6 @@
 """Cosine at 0 and far away; contrastive against two cross-entropies."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,22 @@ def test_cosine_has_no_direction_at_0_and_no_overflow_far_away():
     assert not dp[:2].any()
     assert not dt[:2].any()
     assert all(np.isfinite(a).all() for a in (dp, dt))
+
+
+def test_cosine_of_almost_one_direction_has_its_digits():
+    """Where 1 - <u, v> has none: against float64."""
+    p = np.float32(RNG.normal(size=(200, 16)))
+    t = p + np.float32(10 ** RNG.uniform(-4, -1, size=(200, 1)) * RNG.normal(size=(200, 16)))
+    t[:10] = p[:10] * np.float32(2) ** np.arange(10, dtype=np.float32)[:, None]
+    values, dp, dt = pull(fn.cosine(), p, t)
+    with jax.enable_x64(True):
+        wanted = pull(fn.cosine(), p.astype(np.float64), t.astype(np.float64))
+    assert np.all(values >= 0)
+    assert not any(np.any(a[:10]) for a in (values, dp, dt))
+    for got, right in zip((values, dp, dt), wanted, strict=True):
+        got, right = np.asarray(got)[10:], np.asarray(right)[10:]
+        error = np.abs(got - right).reshape(190, -1).max(1) / np.abs(right).reshape(190, -1).max(1)
+        assert np.all(error < 1e-2)
 
 
 A, B = RNG.normal(size=(6, 4)), RNG.normal(size=(6, 4))
@@ -45,6 +62,18 @@ def test_contrastive_looks_at_directions_alone_and_is_0_for_one_pair():
     values, da, db = pull(loss, nowhere.astype(np.float32), np.float32(B))
     assert all(np.isfinite(v).all() for v in (values, da, db))
     assert not np.any(da[2])
+
+
+def test_contrastive_of_right_pairs_is_not_negative_and_keeps_its_digits():
+    """At a low temperature S is large beside its differences: against float64, but for the cosines' own rounding."""
+    a = np.float32(np.eye(6) + 0.01 * RNG.normal(size=(6, 6)))
+    assert np.all(value(fn.contrastive(1e-3), a, a) >= 0)
+    near = np.float32(A) + np.float32(1e-3)
+    got = pull(fn.contrastive(1e-4), np.float32(A), near)
+    with jax.enable_x64(True):
+        wanted = pull(fn.contrastive(1e-4), np.float64(np.float32(A)), np.float64(near))
+    assert np.all(got[0] >= 0)
+    np.testing.assert_allclose(got[0], wanted[0], atol=2e-3)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e3])
