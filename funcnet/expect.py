@@ -155,6 +155,22 @@ def number(value: Any, what: str) -> float:
     return float(value)
 
 
+def weights(given: Any, what: str) -> np.ndarray:
+    """`given`, a list or array of finite numbers of which none is negative, as float64 [C]; readable, not traced."""
+    wanted, remedy = f"{what} as finite numbers [C], none negative", "give one number for each of C, such as [1, 2.5]"
+    try:
+        weights = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise InputError(wanted, describe(given), remedy) from error
+    real = jnp.issubdtype(weights.dtype, jnp.integer) or jnp.issubdtype(weights.dtype, jnp.floating)
+    if not real or weights.ndim != 1 or weights.size == 0:
+        raise InputError(wanted, describe(weights), remedy)
+    weights = weights.astype(np.float64)
+    if bad := np.flatnonzero(~((weights >= 0) & (weights <= jnp.finfo(jnp.float32).max))).tolist():
+        raise InputError(wanted, f"{weights[bad[0]]} at index {bad[0]}", "give 0 to what is to have no weight")
+    return weights
+
+
 def _is_real(value: Any) -> bool:
     """Whether `value` is a real number, Python's, NumPy's or JAX's, and no boolean."""
     scalar = is_concrete(value) and value.shape == () and jnp.issubdtype(value.dtype, jnp.number)

@@ -20,7 +20,7 @@ wrong, or t is between 0 and 1, the value is infinite and dz what it is for any 
 Source: Cox 1958, "The regression analysis of binary sequences"; Lin et al. 2017, arXiv:1708.02002.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,14 +34,14 @@ from funcnet.losses.entries import of_entries, share_right, times
 from funcnet.losses.loss import Loss, same_dtype
 
 
-def binary_cross_entropy(pos_weight: Any = None) -> Loss:
+def binary_cross_entropy(pos_weight: float | Sequence[float] | np.ndarray | Array | None = None) -> Loss:
     """w t softplus(-z) + (1 - t) softplus(z), the mean over the entries of an example: logits z [B, ..] to [B].
 
     Equal to -w t log s - (1 - t) log(1 - s) with s = sigmoid(z), without forming s: safe for any z, also infinite ones.
 
     Args:
-        pos_weight: w, not negative: a number for all entries, or an array [C] with one for each entry of the last axis
-            of logits [B, .., C]; None for 1. Above 1 it trades precision for recall. As in PyTorch, the mean is still
+        pos_weight: w, not negative: a number for all entries, or [C] of them, one for each entry of the last axis of
+            logits [B, .., C]; None for 1. Above 1 it trades precision for recall. As in PyTorch, the mean is still
             divided by the number of entries.
 
     Target: like the logits in shape, floats in [0, 1] of their dtype, or integers or booleans 0 and 1. Values out of
@@ -128,18 +128,13 @@ def _magnitude(z: Array) -> Array:
 
 
 def _weight(given: Any) -> np.ndarray:
-    """`given`, a number or an array [C], in float64, if none of it is negative or infinite."""
-    if expect.is_array(given) and given.shape != ():
-        real = jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)
-        if not expect.is_concrete(given) or len(given.shape) != 1 or not real:
-            remedy = "give one number for each entry of the last axis; their values must be readable, not traced"
-            raise InputError("pos_weight as a number or an array [C] of numbers", describe(given), remedy)
-        weight = np.asarray(given, np.float64)
-    else:
-        weight = np.asarray(expect.number(given, "pos_weight"))
-    if not np.all((weight >= 0) & np.isfinite(weight)):
+    """`given`, a number or [C] of them, in float64, if none is negative or infinite."""
+    if isinstance(given, Sequence) or (expect.is_array(given) and given.shape != ()):
+        return expect.weights(given, "pos_weight")
+    weight = expect.number(given, "pos_weight")
+    if not 0 <= weight < float("inf"):
         raise InputError("a pos_weight that is finite and not negative", f"pos_weight={given}", "use None for 1")
-    return weight
+    return np.asarray(weight)
 
 
 def _binary(z: Any, t: Any, values: Callable[[], np.ndarray]) -> None:

@@ -68,7 +68,8 @@ def cross_entropy(
     Source: Bridle 1990; label smoothing: Szegedy et al. 2016, arXiv:1512.00567, section 7; class weights: PyTorch.
     """
     label_smoothing = expect.fraction(label_smoothing, "label_smoothing", "use 0 for plain labels")
-    ignore_index, class_weights = ignored(ignore_index), weights_of_classes(class_weights)
+    ignore_index = ignored(ignore_index)
+    class_weights = None if class_weights is None else expect.weights(class_weights, "class_weights")
 
     def check(logits, target):
         expect.float_array(logits)
@@ -185,24 +186,6 @@ def standing(label: Array, classes: int, ignore_index: int | None) -> Array:
     """For each integer label 1, 0 where it is ignored, NaN where it is out of range: a factor of its value."""
     counted, wrong = counts(label, ignore_index), (whole(label) < 0) | (whole(label) >= classes)
     return jnp.where(counted & wrong, jnp.nan, counted.astype(jnp.float32))
-
-
-def weights_of_classes(given: Any) -> np.ndarray | None:
-    """`given` if it is one finite weight for each class that is not negative, as float64, or None."""
-    if given is None:
-        return None
-    wanted, remedy = "class_weights as finite numbers, none negative, one for each class", "give them as [V]"
-    try:
-        weights = np.asarray(given)
-    except (TypeError, ValueError) as error:
-        raise InputError(wanted, describe(given), remedy) from error
-    number = jnp.issubdtype(weights.dtype, jnp.integer) or jnp.issubdtype(weights.dtype, jnp.floating)
-    if not number or weights.ndim != 1 or weights.size == 0:
-        raise InputError(wanted, describe(weights), remedy)
-    weights = weights.astype(np.float64)
-    if bad := np.flatnonzero(~((weights >= 0) & (weights <= jnp.finfo(jnp.float32).max))).tolist():
-        raise InputError(wanted, f"{weights[bad[0]]} for class {bad[0]}", "give 0 for a class without weight")
-    return weights
 
 
 def label_weights(class_weights: np.ndarray, label: Array, dtype: Any) -> Array:

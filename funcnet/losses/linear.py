@@ -55,7 +55,6 @@ from funcnet.losses.cross_entropy import (
     label_mass,
     label_weights,
     standing,
-    weights_of_classes,
 )
 from funcnet.losses.loss import Ahead, Loss, a_pair, as_loss, silenced
 
@@ -118,7 +117,7 @@ def linear_cross_entropy(
     z_loss = expect.number(z_loss, "z_loss")
     if not 0 <= z_loss < float("inf"):
         raise InputError("a z_loss that is not negative", f"{z_loss}", "use 0 for none, or 1e-4")
-    class_weights = weights_of_classes(class_weights)
+    class_weights = None if class_weights is None else expect.weights(class_weights, "class_weights")
     if class_weights is not None and len(class_weights) != vocab:
         raise InputError(f"class_weights [{vocab}]", f"[{len(class_weights)}]", "give a weight for each class")
     uniform = label_smoothing * (1.0 if class_weights is None else float(np.mean(class_weights)))

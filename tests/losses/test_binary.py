@@ -122,7 +122,7 @@ def test_pos_weight_is_that_of_pytorch(weight, kind, masked, x64):
 
 def test_pos_weight_of_one_is_no_weight_and_integers_are_targets_too():
     t = np.int8(SHARES["hard"])
-    for weight in (1, np.ones(5), np.ones(5, np.int32), jnp.ones(5, jnp.bfloat16)):
+    for weight in (1, [1] * 5, (1.0,) * 5, np.ones(5), np.ones(5, np.int32), jnp.ones(5, jnp.bfloat16)):
         jax.tree.map(
             np.testing.assert_array_equal,
             pull(fn.binary_cross_entropy(weight), jnp.float32(MANY), t),
@@ -135,13 +135,14 @@ def test_pos_weight_of_one_is_no_weight_and_integers_are_targets_too():
     [
         (-1.0, "not negative"),
         (float("nan"), "finite"),
-        (np.array([1.0, -1.0]), "not negative"),
+        (np.array([1.0, -1.0]), "none negative"),
         (np.array([1.0, np.inf]), "finite"),
-        (np.ones((1, 5)), r"array \[C\]"),
-        (np.ones(5, bool), r"array \[C\]"),
+        (np.ones((1, 5)), r"numbers \[C\]"),
+        (np.ones(5, bool), r"numbers \[C\]"),
         (True, "real number"),
-        ([1.0, 2.0], "real number"),
-        ("2", "real number"),
+        ([1.0, -2.0], "none negative"),
+        ([], r"numbers \[C\]"),
+        ("2", r"numbers \[C\]"),
     ],
 )
 def test_a_pos_weight_that_is_none_is_refused(weight, message):
@@ -150,7 +151,7 @@ def test_a_pos_weight_that_is_none_is_refused(weight, message):
 
 
 def test_a_traced_pos_weight_is_refused():
-    with pytest.raises(fn.InputError, match="readable"):
+    with pytest.raises(fn.InputError, match="pos_weight as finite numbers"):
         jax.eval_shape(lambda w: value(fn.binary_cross_entropy(w), Z, jnp.float32(SOFT)), jnp.ones(5))
 
 
