@@ -426,7 +426,7 @@ def check_all_sharded():
 @pytest.fixture(scope="module")
 def sharded_report():
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(fn.__file__).parents[1]),
     }

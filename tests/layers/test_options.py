@@ -82,8 +82,8 @@ WHOLES = {
 }
 OPTIONS = REALS | WHOLES
 NUMBERS = {
-    **{name: [np.float64, np.float32, np.float16, jnp.float32, jnp.bfloat16] for name in REALS},
-    **{name: [np.int64, np.int8, np.uint16, jnp.int32] for name in WHOLES},
+    **{name: [np.float64, np.float16, jnp.float32] for name in REALS},
+    **{name: [np.int64, np.uint16, jnp.int32] for name in WHOLES},
 }
 
 
@@ -116,7 +116,7 @@ def traced(layer, shape, dtype):
 def test_a_number_is_taken_as_pythons_whoever_made_it(option, x64):
     make, value, shape = OPTIONS[option]
     with jax.enable_x64(x64):
-        for dtype in ("float32", "bfloat16", "float16") + ("float64",) * x64:
+        for dtype in ("float64", "float32", "bfloat16") if x64 else ("float32", "float16"):
             texts, dtypes = traced(make(value), shape, dtype)
             params, state, y, after, dparams, dx = dtypes
             assert (params, state) == (dparams, after)
