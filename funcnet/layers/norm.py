@@ -108,13 +108,13 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
         high = centre(x, saved)
-        g = dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim) * saved.power
+        g = dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim)
         if centred:
             g = g - _mean(g)
             inner, x_hat = _mean(g * high), high * saved.rstd
         else:  # of x itself, else the compiler forms p x for both, and keeps it beside x
             x = x.astype(dtype)
-            inner, x_hat = saved.power * _mean(g * x), x * (4 * saved.power * saved.rstd) / 4
+            inner, x_hat = _mean(g * saved.power * x), x * (4 * saved.power * saved.rstd) / 4
         dparams = {"scale": contract(Scale(x_hat, dy), params["scale"])}
         if centred:
             dparams["bias"] = contract(Shift(dy), params["bias"])
@@ -176,9 +176,7 @@ def _moments(
             first = first + mean(high - first)  # of equal values now the value itself
             means = first, mean(high - first)
         square = mean(jnp.square(reduce(jnp.subtract, means, high)))
-        back = jnp.where(square == 0, 1 / power, 1.0).astype(
-            power.dtype
-        )  # nothing is left to scale; p^2 eps would be 0
+        back = jnp.where(square == 0, 1 / power, jnp.ones_like(power))  # nothing is left to scale; p^2 eps would be 0
         power, means = power * back, tuple(m * back for m in means)
         fits = jnp.isfinite(doubtful(*once[1:]))
         return jax.tree.map(partial(jnp.where, fits), once, (power, means, square))
@@ -212,16 +210,16 @@ def unshared(saved: Statistics) -> Statistics:
 
 
 def pulled(g: Array, high: Array, inner: Array, saved: Statistics, eps: float) -> Array:
-    """rstd_p * (g - x_hat * mean(g * x_hat)) where x_hat = high * rstd_p, high is p x centred, inner mean(g * high).
+    """dx = p rstd_p * (g - x_hat * mean(g * x_hat)), x_hat = high * rstd_p, high being p x centred, inner mean(g * high).
 
-    That is d(p x), and dx where g has been multiplied by p.
-
-    Written as rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no rounding of rstd_p enters the difference. One
-    rstd_p is multiplied into the numbers of each row first, so that nothing overflows or vanishes.
+    Written as p rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no rounding of rstd_p enters the difference.
+    One rstd_p is multiplied into the numbers of each row first, one after the difference and one with p, so that
+    nothing overflows or vanishes on the way; the factors of 4 keep p rstd_p, of the largest rows, a normal number.
     """
     power, square, rstd = saved.power, saved.square, saved.rstd
     by_rstd = lambda row: jnp.where(rstd > 0, row * rstd, 0.0)
-    return rstd * rstd * (g * by_rstd(eps * power * power) + (g * by_rstd(square) - high * by_rstd(inner)))
+    d = rstd / 4 * (g * by_rstd(eps * power * power) + (g * by_rstd(square) - high * by_rstd(inner)))
+    return d * (4 * power * rstd)
 
 
 def _mean(x: Array) -> Array:

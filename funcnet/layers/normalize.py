@@ -103,7 +103,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
         dy = expect.cotangent(dy, x.shape, x.dtype)
         high = centre(grouped(x), saved)
-        g = grouped(dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim)) * saved.power
+        g = grouped(dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim))
         g = g - _mean(g)
         dx = regrouped(pulled(g, high, _mean(g * high), saved, eps), dy.shape)
         x_hat = regrouped(high * saved.rstd, dy.shape)

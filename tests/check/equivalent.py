@@ -177,8 +177,6 @@ _BY_REASON = {
         "attention: return dparams, (added(*of_context, dx))",
         'attention: dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else (added(*of_context, dx))}',
         "_pull: heads = tuple(axis for axis in ((2, 1)) if db.shape[axis] == 1)",
-        "contrastive: (by_column, by_row) = g[:, None] * nn.softmax(s, axis=1), g[None] * nn.softmax(s, axis=0)",
-        "contrastive: by_row, by_column = ((g[None] * nn.softmax(s, axis=0), g[:, None] * nn.softmax(s, axis=1)))",
     ],
     "zeros have no sign, and a query, key and value of one size the same shape": [
         'linear_cross_entropy: dx, answers = scan(body, (jnp.zeros_like(-flat(x), top.dtype)), blocks(params["kernel"], size))',
@@ -249,9 +247,6 @@ _BY_REASON = {
     "a weak type becomes that of its neighbour, and any integers will do for places": [
         "ctc: end = (jnp.where(of.last, 0.0, -jnp.inf))",
         "ctc: examples = (jnp.arange(logits.shape[0]))",
-    ],
-    "the default axis is the last, of two the second": [
-        "contrastive: by_row, by_column = g[:, None] * (nn.softmax(s)), g[None] * nn.softmax(s, axis=0)",
     ],
     "only where it lies on a mesh is taken from there": [
         "_of_window: answer = correlation(factor.dy, factor.x, factor.geometry, (jnp.swapaxes(-param, -1, -2)))",
