@@ -10,13 +10,18 @@ vectors of n entries has an error of about sqrt(n) u times their lengths, so tha
 
     2 u sum_st (sqrt(D) |x_s| |x_t| |dY dY^T|[s, t] + sqrt(F) |X X^T|[s, t] |dy_s| |dy_t|)
 
-Where that is more than 1e-3 of the sum, G is formed for that example after all. Its own error is about
-2 sqrt(T) u sum_t |x_t| |dy_t|; where that is too much of |G| as well, G is summed in twice the digits: the numbers are
-cut into halves, whose products are exact, and what each addition loses is added up beside the sum. So |G|^2 has a
-relative error below 1e-3, unless |G| is below some 1e-11 (float32) of sum_t |x_t| |dy_t|.
+and with e the smallest normal number, below which a product may vanish, at most
+
+    e sum_st (D |dY dY^T|[s, t] + F |X X^T|[s, t] + 1)
+
+more. Where that is more than 1e-3 of the sum, or the sum overflows, G is formed for that example after all, of rows
+scaled by powers of two so that nothing vanishes or overflows. Its own error is about 2 sqrt(T) u sum_t |x_t| |dy_t|;
+where that is too much of |G| as well, G is summed in twice the digits: the numbers are cut into halves, whose products
+are exact, and what each addition loses is added up beside the sum. So |G|^2 has a relative error below 1e-3, unless |G|
+is below some 1e-11 (float32) of sum_t |x_t| |dy_t|. Of numbers that are not finite it is infinite or NaN.
 
 A parameter that is used several times has the positions of all its uses. A row that is looked up in a table is an outer
-product too, of a row of the identity with dy. Derivatives are those of the sum of products.
+product too, of a row of the identity with dy. Derivatives are those of the sum of products, where that is finite.
 
 Source: Li et al. 2021, arXiv:2110.05679, section 4, and Bu et al. 2022, arXiv:2205.10683 (Gram matrices); Higham and
 Mary 2019, doi:10.1137/18M1226312 (errors of inner products); Ogita, Rump and Oishi 2005, doi:10.1137/030601818 (inner
@@ -43,9 +48,11 @@ Use = tuple[Array, Array]  # x [B, T, D], or ids [B, T], which stand for rows of
 def squared_norms(uses: Sequence[Use], size: int) -> Array:
     """|sum of X^T dY over the uses|^2 for each example, [B]; `size` is D, and an id of that size is no row."""
     square, error = _by_grams(uses, size)
-    if square.shape[0] == 0 or sum(dy.shape[1] for _, dy in uses) == 1:  # of one position nothing cancels
+    if square.shape[0] == 0:
         return square
-    trusted = jnp.isfinite(square) & (error <= ERROR * square)
+    finite, zero = _looked_at(uses, size)
+    square = jnp.where(zero, 0.0, square)
+    trusted = (jnp.isfinite(square) & (error <= ERROR * square)) | zero | ~finite
     numbers = jnp.arange(square.shape[0], dtype=jnp.int32)
     constant = lax.stop_gradient([(_together(x), _together(dy)) for x, dy in uses])
 
@@ -72,11 +79,28 @@ def _by_grams(uses: Sequence[Use], size: int) -> tuple[Array, Array]:
         grams = _gram(x, other_x, size, dy.dtype), _gram(dy, other_dy, size, dy.dtype)
         bounds = [a[:, :, None] * b[:, None] for a, b in zip(lengths[i], lengths[j], strict=True)]
         roots = math.sqrt(size), math.sqrt(dy.shape[-1])
-        doubt = roots[0] * bounds[0] * jnp.abs(grams[1]) + roots[1] * jnp.abs(grams[0]) * bounds[1]
+        sizes = [jnp.abs(each) for each in grams]
+        doubt = 2 * _roundoff(dy) * (roots[0] * bounds[0] * sizes[1] + roots[1] * sizes[0] * bounds[1])
+        vanished = float(jnp.finfo(dy.dtype).tiny) * (size * sizes[1] + dy.shape[-1] * sizes[0] + 1)
         times = 1 if i == j else 2
         squares.append(times * jnp.sum(grams[0] * grams[1], axis=(1, 2)))
-        errors.append(times * 2 * _roundoff(dy) * jnp.sum(doubt, axis=(1, 2)))
+        errors.append(times * jnp.sum(doubt + vanished, axis=(1, 2)))
     return reduce(jnp.add, squares), reduce(jnp.add, errors)
+
+
+def _looked_at(uses: Sequence[Use], size: int) -> tuple[Array, Array]:
+    """For each example whether all its numbers are finite, and whether its gradient is 0, as all its products are."""
+    largest = [(_largest(x, size, dy.dtype), _largest(dy, size, dy.dtype)) for x, dy in uses]
+    finite = [jnp.all(jnp.isfinite(a) & jnp.isfinite(b), axis=1) for a, b in largest]
+    zero = [jnp.all((a == 0) | (b == 0), axis=1) for a, b in largest]
+    return reduce(jnp.logical_and, finite), reduce(jnp.logical_and, zero)
+
+
+def _largest(a: Array, size: int, dtype: np.dtype) -> Array:
+    """The largest magnitude in each row, [B, T]."""
+    if jnp.issubdtype(a.dtype, jnp.integer):
+        return (a < size).astype(dtype)
+    return lax.stop_gradient(jnp.max(jnp.abs(a), axis=-1))
 
 
 def _gram(a: Array, b: Array, size: int, dtype: np.dtype) -> Array:
@@ -105,11 +129,30 @@ def _rows(x: Array, size: int, dtype: np.dtype) -> Array:
 
 def _formed(x: Array, dy: Array) -> Array:
     """|X^T dY|^2 of one example, X^T dY in twice the digits where rounding would be too much of it."""
+    x, dy, power = _near_one(x, dy)
     square = jnp.sum(jnp.square(jnp.dot(x.T, dy, precision="highest")))
     lengths = [jnp.sqrt(jnp.sum(jnp.square(a), axis=-1)) for a in (x, dy)]
     error = 2 * math.sqrt(len(x)) * _roundoff(dy) * jnp.sum(lengths[0] * lengths[1])
     trusted = jnp.isfinite(square) & (2 * error <= ERROR * jnp.sqrt(square))
-    return lax.cond(trusted, lambda: square, lambda: jnp.sum(jnp.square(careful_product(x, dy))))
+    square = lax.cond(trusted, lambda: square, lambda: jnp.sum(jnp.square(careful_product(x, dy))))
+    return square * power * power
+
+
+def _near_one(x: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """X' and dY' with X^T dY = p X'^T dY', no entry larger than 4 and some products not small; and the power of two p.
+
+    Row t of x is divided by 2^a_t, which makes its largest entry at least 1/2; dy_t, of that size when divided by
+    2^b_t, is multiplied by 2^a_t / p, with p = 2^c and c = max(a_t + b_t) over the rows of which neither is 0.
+    """
+    info = jnp.finfo(dy.dtype)
+    sizes = [jnp.max(jnp.abs(each), axis=1) for each in (x, dy)]
+    a, b = (jnp.clip(jnp.frexp(each)[1], info.minexp, info.maxexp - 2) for each in sizes)
+    some = (sizes[0] > 0) & (sizes[1] > 0)
+    c = jnp.max(jnp.where(some, a + b, 2 * info.minexp))
+    two_to = lambda n: jnp.ldexp(jnp.ones_like(n, dy.dtype), n)
+    by = jnp.where(some, two_to(a - c), 0.0)
+    x, dy = x * two_to(-a)[:, None], dy * by[:, None]
+    return x, dy, two_to(jnp.clip(c, info.minexp, info.maxexp - 1))
 
 
 def careful_product(x: Array, dy: Array) -> Array:

@@ -155,6 +155,40 @@ def test_numbers_whose_squares_overflow_have_their_norm():
     assert_right(fn.Outer(x * 2.0**66, dy * 2.0**-66), jnp.zeros((8, 8)))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(1e-22, 1e18), (1e-25, 1e10), (1e-25, 1e25), (3e19, 1e-19), (1e-19, 1e3), (1, 1e-18),
+                                   (1e38, 1e-37), (1, 1e-15)], ids=str)  # fmt: skip
+def test_products_that_overflow_or_vanish_take_nothing_from_a_norm(sizes, steps):
+    """Those of x or dy with themselves, where those of x with dy do neither."""
+    x, dy = (size * normal(i, jax.ShapeDtypeStruct((2, steps, 16), jnp.float32)) for i, size in enumerate(sizes))
+    assert_right(fn.Outer(x.at[0].divide(8), dy), jnp.zeros((16, 16)))
+
+
+def test_positions_of_different_sizes_have_their_norm():
+    x, dy = (normal(i, jax.ShapeDtypeStruct((2, 3, 8), jnp.float32)) for i in (1, 2))
+    by = jnp.float32([1e20, 1e-20, 1e-30])[None, :, None]
+    assert_right(fn.Outer(x * by, dy / by), jnp.zeros((8, 8)))
+    assert_right(fn.Outer(x * by, dy * jnp.float32([0, 1e20, 1e30])[None, :, None]), jnp.zeros((8, 8)))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_norm_beyond_the_largest_number_is_infinite_and_one_of_zeros_is_zero(steps):
+    x, dy = (normal(i, jax.ShapeDtypeStruct((2, steps, 8), jnp.float32)) for i in (1, 2))
+    for size in (1e19, 1e30):
+        np.testing.assert_array_equal(fn.squared_norm(fn.Outer(size * x, size * dy), jnp.zeros((8, 8))), [np.inf] * 2)
+    for zeros in (fn.Outer(0 * x, dy), fn.Outer(x, 0 * dy), fn.Outer(1e37 * x, 0 * dy)):
+        np.testing.assert_array_equal(fn.squared_norm(zeros, jnp.zeros((8, 8))), [0, 0])
+
+
+@pytest.mark.parametrize("factor", ["zeros", "not finite"])
+def test_no_gradient_is_formed_where_that_tells_nothing_new(monkeypatch, factor):
+    monkeypatch.setattr(gram, "_formed", lambda x, dy: jnp.array(7.0))
+    x, dy = (normal(i, jax.ShapeDtypeStruct((2, 3, 8), jnp.float32)) for i in (1, 2))
+    x = x.at[0, 1].set(jnp.inf) if factor == "not finite" else x.at[0, :2].set(0)
+    dy = dy if factor == "not finite" else dy.at[0, 2].set(0)
+    assert 7 not in np.asarray(fn.squared_norm(fn.Outer(x, dy), jnp.zeros((8, 8))))
+
+
 def test_numbers_that_are_not_finite_have_no_finite_norm():
     x, dy = cancelling(1, (2, 3, 8, 8), left=1.0)
     for bad in (jnp.nan, jnp.inf):

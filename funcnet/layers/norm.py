@@ -210,7 +210,7 @@ def unshared(saved: Statistics) -> Statistics:
 
 
 def pulled(g: Array, high: Array, inner: Array, saved: Statistics, eps: float) -> Array:
-    """dx = p rstd_p * (g - x_hat * mean(g * x_hat)), x_hat = high * rstd_p, high being p x centred, inner mean(g * high).
+    """dx = p rstd_p * (g - x_hat * mean(g * x_hat)); x_hat = high * rstd_p, high p x centred, inner mean(g * high).
 
     Written as p rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no rounding of rstd_p enters the difference.
     One rstd_p is multiplied into the numbers of each row first, one after the difference and one with p, so that

@@ -9,8 +9,8 @@ Residuals: y for softmax; x, max(x) and log(sum(e^(x - max))) for log_softmax, w
 not give softmax(x) back.
 Numerics: in float32 for half precision, and with the maximum taken off: finite for any finite x. -inf is a masked
 entry, with probability 0; a row of nothing else is NaN. dy is centred twice: where y is near 1, dy less its mean under
-y is as small as 1 - y, and a rounded y puts more than that into the first mean; the second takes it off. log_softmax near
-0 is log(1 + r) of a small r, rounded as 1 + r is: its error is that of a float32 near 1, as of `jax.nn.log_softmax`.
+y is as small as 1 - y, and a rounded y puts more than that into the first mean; the second takes it off. log_softmax
+near 0 is log(1 + r) of a small r, rounded as 1 + r is: its error is that of a float32 near 1, as in `jax.nn`.
 Source: Bridle 1990, "Probabilistic interpretation of feedforward classification network outputs".
 """
 
