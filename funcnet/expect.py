@@ -4,6 +4,7 @@ Every complaint has the same four parts: where (the layer's path), what was expe
 Shapes and dtypes are known while JAX traces, so these checks cost nothing in a compiled step.
 """
 
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -17,6 +18,7 @@ import numpy as np
 from funcnet.arithmetic import wider
 
 Tree = Any
+SMALLEST, LARGEST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
 
 
 class InputError(ValueError):
@@ -128,9 +130,18 @@ def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:
 
 def count(value: Any, what: str) -> int:
     """`value` if it is a positive whole number."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+    if not is_whole(value) or int(value) < 1:
         raise InputError(f"{what} as a positive whole number", repr(value), "give one from 1, such as 4, not 4.0")
     return int(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number, Python's, NumPy's or JAX's, and no boolean."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def sequences(x: Any, features: int | None = None, what: str = "x") -> None:
@@ -143,21 +154,45 @@ def sequences(x: Any, features: int | None = None, what: str = "x") -> None:
 
 def fraction(value: Any, what: str, remedy: str) -> float:
     """`value` if it is a number of at least 0 and less than 1."""
-    if _is_real(value) and 0 <= float(value) < 1:
+    if _is_real(value) and 0 <= value < 1:
         return float(value)
     raise InputError(f"a {what} of at least 0 and less than 1", f"{what}={value!r}", remedy)
 
 
 def number(value: Any, what: str) -> float:
-    """`value`, a real number, as Python's own: NumPy's and JAX's would turn what they meet into their own dtype."""
+    """`value`, finite in float32, as Python's own: NumPy's and JAX's would turn what they meet into their own dtype."""
     if not _is_real(value):
-        raise InputError(f"{what} as a real number", f"{what}={value!r}", "give one, such as 0.5")
-    return float(value)
+        received = describe(value) if is_array(value) else repr(value)
+        raise InputError(f"{what} as a real number that can be read", f"{what}={received}", "give one, such as 0.5")
+    try:
+        given = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        given = float("inf")
+    if not abs(given) <= LARGEST:
+        raise InputError(f"{what} as a number that is finite in float32", f"{what}={given}", "give one, such as 0.5")
+    return given
+
+
+def positive(value: Any, what: str, remedy: str) -> float:
+    """`value` if it is a positive number also in float32."""
+    given = number(value, what)
+    if given < SMALLEST:
+        raise InputError(f"a positive {what}, in float32 too", f"{what}={given}", remedy)
+    return given
+
+
+def not_negative(value: Any, what: str, remedy: str) -> float:
+    """`value` if it is a number of at least 0."""
+    given = number(value, what)
+    if given < 0:
+        raise InputError(f"a {what} that is not negative", f"{what}={given}", remedy)
+    return given
 
 
 def weights(given: Any, what: str) -> np.ndarray:
     """`given`, a list or array of finite numbers of which none is negative, as float64 [C]; readable, not traced."""
-    wanted, remedy = f"{what} as finite numbers [C], none negative", "give one number for each of C, such as [1, 2.5]"
+    wanted = f"{what} as numbers [C] that can be read, not traced; none negative, all in the range of float32"
+    remedy = "give one number for each of C, such as [1, 2.5]"
     try:
         weights = np.asarray(given)
     except (TypeError, ValueError) as error:
@@ -166,8 +201,8 @@ def weights(given: Any, what: str) -> np.ndarray:
     if not real or weights.ndim != 1 or weights.size == 0:
         raise InputError(wanted, describe(weights), remedy)
     weights = weights.astype(np.float64)
-    if bad := np.flatnonzero(~((weights >= 0) & (weights <= jnp.finfo(jnp.float32).max))).tolist():
-        raise InputError(wanted, f"{weights[bad[0]]} at index {bad[0]}", "give 0 to what is to have no weight")
+    if bad := np.flatnonzero(~((weights >= 0) & (weights <= LARGEST))).tolist():
+        raise InputError(wanted, f"{weights[bad[0]]} at index {bad[0]}", "give 0 for no weight")
     return weights
 
 

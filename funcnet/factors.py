@@ -357,9 +357,10 @@ def squared_norm(factor: Factor, param: Array) -> Array:
         return _one_by_one(factor, "squared_norm", lambda gradient: jnp.sum(jnp.square(gradient)))
     uses = factor.factors if isinstance(factor, Sum) else (factor,)
     products = [_as_product(each) for each in uses if isinstance(each, (Outer, Gather))]
-    if all(isinstance(each, Gather) for each in uses):
+    tables = [each for each in uses if isinstance(each, Gather)]
+    if len(tables) == len(uses):
         ids, dy = (jnp.concatenate(parts, axis=1) for parts in zip(*products, strict=True))
-        sums = jax.vmap(partial(_touched, size=uses[0].size))(ids, dy).rows
+        sums = jax.vmap(partial(_touched, size=tables[0].size))(ids, dy).rows
         return jnp.sum(jnp.square(sums), axis=(1, 2))
     positions = sum(dy.shape[1] for _, dy in products)
     if len(products) == len(uses) and 2 * positions**2 <= math.prod(param.shape):

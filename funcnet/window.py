@@ -158,4 +158,4 @@ def _padding(value: Any) -> Any:
 
 
 def _natural(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__index__") and int(value) >= 0
+    return expect.is_whole(value) and int(value) >= 0

@@ -22,7 +22,6 @@ from jax import Array, lax, nn
 
 from funcnet import expect
 from funcnet.arithmetic import wide
-from funcnet.expect import InputError
 from funcnet.factors import total
 from funcnet.layer import Layer, elementwise
 
@@ -50,8 +49,7 @@ def relu6() -> Activation:
 
 def leaky_relu(slope: float = 0.01) -> Activation:
     """y = x for x > 0, else slope * x; y' = 1 for y > 0, else slope, at the kink x = 0 too. Saves y. slope >= 0."""
-    slope = expect.number(slope, "slope")
-    _require(slope >= 0, "slope", slope, "not negative")
+    slope = expect.not_negative(slope, "slope", "use the default, 0.01")
     f = lambda x: jnp.where(x <= 0, slope * x if slope else 0.0, x)  # 0 times an infinity is no number
     return elementwise("leaky_relu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), slope), "output")
 
@@ -62,8 +60,7 @@ def elu(alpha: float = 1.0) -> Activation:
     Saves y; in half precision x, with y' = alpha e^x for x <= 0.
     Source: Clevert, Unterthiner and Hochreiter 2016, arXiv:1511.07289.
     """
-    alpha = expect.number(alpha, "alpha")
-    _require(alpha > 0, "alpha", alpha, "positive")
+    alpha = expect.positive(alpha, "alpha", "use the default, 1.0")
     f = lambda x: jnp.where(x <= 0, alpha * _expm1_below_zero(x), x)
     return _by_precision(
         elementwise("elu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), y + alpha), "output"),
@@ -77,8 +74,7 @@ def celu(alpha: float = 1.0) -> Activation:
     Saves y; in half precision x, with y' = e^(x / alpha) for x <= 0.
     Source: Barron 2017, arXiv:1704.07483.
     """
-    alpha = expect.number(alpha, "alpha")
-    _require(alpha > 0, "alpha", alpha, "positive")
+    alpha = expect.positive(alpha, "alpha", "use the default, 1.0")
     f = lambda x: jnp.where(x <= 0, alpha * _expm1_below_zero(x / alpha), x)
     return _by_precision(
         elementwise("celu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), 1 + y / alpha), "output"),
@@ -205,8 +201,7 @@ def squareplus(b: float = 4.0) -> Activation:
     units in the last place: it doubles the relative error of a rounded y.
     Source: Barron 2021, arXiv:2112.11687.
     """
-    b = expect.number(b, "b")
-    _require(b > 0, "b", b, "positive")
+    b = expect.positive(b, "b", "use the default, 4.0")
 
     def f(x: Array) -> Array:
         far = jnp.abs(x) > math.sqrt(b / float(jnp.finfo(x.dtype).eps))  # there the root is |x|, and x^2 may overflow
@@ -310,8 +305,3 @@ def _sigmoid_gelu_slope(x: Array) -> Array:
 SIGMOID_IN_HALF = elementwise("sigmoid", nn.sigmoid, _sigmoid_slope)
 GELU_IN_HALF = elementwise("gelu", _erfc_gelu, _erfc_gelu_slope)
 GELU_TANH_IN_HALF = elementwise("gelu", _sigmoid_gelu, _sigmoid_gelu_slope)
-
-
-def _require(holds: bool, name: str, value: float, what: str) -> None:
-    if not holds:
-        raise InputError(f"a {name} that is {what}", f"{name}={value}", "use the default")

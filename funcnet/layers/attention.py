@@ -136,7 +136,7 @@ def attention(
     if heads % kv_heads:
         raise InputError(f"heads that {kv_heads} kv_heads divide", f"heads={heads}", "ask for a multiple of them")
     rate = expect.fraction(rate, "rate", "rate is the share dropped")
-    rotary_base = expect.number(rotary_base, "rotary_base")
+    rotary_base = embedding.a_base(rotary_base, "rotary_base")
     head_dim, window, features, block = (
         value if value is None else expect.count(value, name)
         for name, value in {"head_dim": head_dim, "window": window, "features": features, "block": block}.items()

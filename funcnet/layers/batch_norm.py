@@ -40,7 +40,7 @@ from funcnet.arithmetic import flat, in_front, placed, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift, mixing, total
 from funcnet.layer import Layer
-from funcnet.layers.norm import Statistics, centre, positive, statistics
+from funcnet.layers.norm import Statistics, centre, statistics
 
 
 def batch_norm(
@@ -70,7 +70,7 @@ def batch_norm(
     momentum = expect.number(momentum, "momentum")
     if not 0 <= momentum <= 1:
         raise InputError("a momentum from 0 to 1", f"momentum={momentum}", "use the default, 0.9")
-    eps = positive(eps, "1e-5")
+    eps = expect.positive(eps, "eps", "use the default, 1e-5")
     names = ("scale",) * use_scale + ("bias",) * use_bias
 
     def check(params: Any, state: Any, x: Array) -> None:

@@ -134,7 +134,7 @@ def sinusoidal_positions(base: float = 1e4) -> Layer[dict, tuple[()], tuple[()]]
     Raises:
         expect.InputError: if x is not floating, or D is odd.
     """
-    base = _checked_base(base)
+    base = a_base(base)
 
     def fwd(params: dict, x: Array) -> tuple[Array, tuple[()]]:
         expect.float_array(x, rank=2)
@@ -164,7 +164,7 @@ def rotary(x: Array, positions: Array, base: float = 1e4) -> Array:
         expect.InputError: if x or positions are not so.
     """
     expect.float_array(x)
-    base = _checked_base(base)
+    base = a_base(base)
     signed = expect.is_array(positions) and not jnp.issubdtype(positions.dtype, jnp.unsignedinteger)
     if not signed or not _broadcasts(positions.shape, x.shape[:-1]):
         wanted = f"signed positions with {x.ndim - 1} axes, of the sizes {list(x.shape[:-1])} or 1"
@@ -211,7 +211,7 @@ def _padding(padding_id: Any, vocab: int) -> int | None:
     """`padding_id` if it is an id, or None."""
     if padding_id is None:
         return None
-    if isinstance(padding_id, bool) or not hasattr(padding_id, "__index__") or not 0 <= int(padding_id) < vocab:
+    if not expect.is_whole(padding_id) or not 0 <= int(padding_id) < vocab:
         remedy = "give the id that pads; counted from the end, as PyTorch takes it, -1 is vocab - 1"
         raise InputError(f"a padding_id from 0 to {vocab - 1}, or None", repr(padding_id), remedy)
     return int(padding_id)
@@ -228,8 +228,8 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))
 
 
-def _checked_base(base: float) -> float:
-    base = expect.number(base, "base")
+def a_base(base: float, what: str = "base") -> float:
+    base = expect.number(base, what)
     if not base > 1:
-        raise InputError("a base greater than 1", f"base={base}", "use the default, 1e4")
+        raise InputError(f"a {what} greater than 1", f"{what}={base}", "use the default, 1e4")
     return base

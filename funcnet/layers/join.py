@@ -28,7 +28,7 @@ def concat(axis: int = -1) -> Layer[dict, tuple[()], tuple[Array, ...]]:
     Raises:
         expect.InputError: if x is no tuple of such arrays, or the axis is the batch axis or none of theirs.
     """
-    if isinstance(axis, bool) or not hasattr(axis, "__index__") or int(axis) == 0:
+    if not expect.is_whole(axis) or int(axis) == 0:
         raise InputError("an axis as a whole number, not that of the batch", repr(axis), "use -1 for the features")
     axis = int(axis)
 

@@ -84,10 +84,9 @@ def lru(
     """
     features, states = expect.count(features, "features"), expect.count(states, "states")
     r_min, r_max = expect.number(r_min, "r_min"), expect.number(r_max, "r_max")
-    max_phase = expect.number(max_phase, "max_phase")
-    if not 0 <= r_min < r_max <= 1 or not 0 < max_phase < float("inf"):
-        received = f"r_min={r_min}, r_max={r_max}, max_phase={max_phase}"
-        raise InputError("0 <= r_min < r_max <= 1 and a positive max_phase", received, "use the defaults")
+    max_phase = expect.positive(max_phase, "max_phase", "use the default, 6.28")
+    if not 0 <= r_min < r_max <= 1:
+        raise InputError("0 <= r_min < r_max <= 1", f"r_min={r_min}, r_max={r_max}", "use the defaults")
 
     def shapes(inputs: int) -> dict[str, tuple[int, ...]]:
         own = {"nu": (states,), "theta": (states,)}

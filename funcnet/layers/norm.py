@@ -85,7 +85,7 @@ def rms_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics
 
 
 def _norm(name: str, eps: float, centred: bool) -> Layer:
-    eps = positive(eps, "1e-6")
+    eps = expect.positive(eps, "eps", "use the default, 1e-6")
     names = ("scale", "bias") if centred else ("scale",)
 
     def init(key: Array, x: Any) -> dict[str, Array]:
@@ -121,14 +121,6 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         return dparams, placed(pulled(g, high, inner, saved, eps).astype(dy.dtype), saved.x)
 
     return stateless(name, init, fwd, bwd)
-
-
-def positive(eps: Any, default: str) -> float:
-    """`eps` as a Python number, if it is one to be added to a square."""
-    eps = expect.number(eps, "eps")
-    if not 0 < eps < float("inf"):
-        raise expect.InputError("a positive eps", f"eps={eps}", f"use the default, {default}")
-    return eps
 
 
 def statistics(

@@ -32,7 +32,7 @@ from funcnet.arithmetic import in_front, placed, regrouped, wide
 from funcnet.expect import InputError, describe
 from funcnet.factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.norm import Statistics, centre, positive, pulled, statistics, unshared
+from funcnet.layers.norm import Statistics, centre, pulled, statistics, unshared
 
 
 class Direction(NamedTuple):
@@ -72,7 +72,7 @@ def instance_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Stati
 
 def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
     """`groups` None for as many as there are channels."""
-    eps = positive(eps, "1e-6")
+    eps = expect.positive(eps, "eps", "use the default, 1e-6")
 
     def check(x: Any, channels: int | None = None) -> None:
         expect.float_array(x, rank=2, features=channels)

@@ -22,7 +22,7 @@ def reshape(*shape: int) -> Layer[dict, tuple[()], Array]:
     Raises:
         expect.InputError: if an example has not as many entries as `shape`.
     """
-    if not all(hasattr(size, "__index__") for size in shape):
+    if not all(map(expect.is_whole, shape)):
         raise expect.InputError("sizes as whole numbers", f"{shape}", "write reshape(2, 3)")
     shape = tuple(map(int, shape))
     if shape.count(-1) > 1 or any(size < -1 or size == 0 for size in shape):

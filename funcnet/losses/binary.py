@@ -94,9 +94,7 @@ def focal(gamma: float = 2.0, alpha: float | None = None) -> Loss:
     Target, mask, metric and residuals: as for `binary_cross_entropy`. Linear in a target between 0 and 1.
     Source: Lin et al. 2017, arXiv:1708.02002.
     """
-    gamma = expect.number(gamma, "gamma")
-    if not 0 <= gamma < float("inf"):
-        raise InputError("a gamma that is not negative", f"gamma={gamma}", "use the default, 2.0")
+    gamma = expect.not_negative(gamma, "gamma", "use the default, 2.0")
     alpha = None if alpha is None else expect.number(alpha, "alpha")
     if alpha is not None and not 0 <= alpha <= 1:
         raise InputError("alpha from 0 to 1, or None", f"alpha={alpha}", "use None for no weights")
@@ -131,10 +129,7 @@ def _weight(given: Any) -> np.ndarray:
     """`given`, a number or [C] of them, in float64, if none is negative or infinite."""
     if isinstance(given, Sequence) or (expect.is_array(given) and given.shape != ()):
         return expect.weights(given, "pos_weight")
-    weight = expect.number(given, "pos_weight")
-    if not 0 <= weight < float("inf"):
-        raise InputError("a pos_weight that is finite and not negative", f"pos_weight={given}", "use None for 1")
-    return np.asarray(weight)
+    return np.asarray(expect.not_negative(given, "pos_weight", "use None for 1"))
 
 
 def _binary(z: Any, t: Any, values: Callable[[], np.ndarray]) -> None:

@@ -169,7 +169,7 @@ def ignored(index: Any) -> int | None:
     """`index` if it is a label that may be left out of a mean, or None."""
     if index is None:
         return None
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
+    if not expect.is_whole(index):
         raise InputError("ignore_index as a whole number, or None", repr(index), "give the label, such as -1 or 0")
     return int(index)
 

@@ -88,7 +88,7 @@ def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
     Raises:
         InputError: for logits and targets that do not fit, as above.
     """
-    if isinstance(blank, bool) or not hasattr(blank, "__index__") or blank < 0:
+    if not expect.is_whole(blank) or blank < 0:
         raise InputError("blank as a class number", f"{blank!r}", "use the default, 0")
     blank = int(blank)
 

@@ -114,9 +114,7 @@ def linear_cross_entropy(
     vocab, chunk = expect.count(vocab, "vocab"), expect.count(chunk, "chunk")
     label_smoothing = expect.fraction(label_smoothing, "label_smoothing", "use 0 for plain labels")
     ignore_index = ignored(ignore_index)
-    z_loss = expect.number(z_loss, "z_loss")
-    if not 0 <= z_loss < float("inf"):
-        raise InputError("a z_loss that is not negative", f"{z_loss}", "use 0 for none, or 1e-4")
+    z_loss = expect.not_negative(z_loss, "z_loss", "use 0 for none, or 1e-4")
     class_weights = None if class_weights is None else expect.weights(class_weights, "class_weights")
     if class_weights is not None and len(class_weights) != vocab:
         raise InputError(f"class_weights [{vocab}]", f"[{len(class_weights)}]", "give a weight for each class")

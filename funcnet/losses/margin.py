@@ -29,7 +29,7 @@ from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
 from funcnet.layers.normalize import unit
 from funcnet.losses.entries import of_entries, share_right, times
-from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, stateless_loss
+from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, silenced, stateless_loss
 
 
 def hinge() -> Loss:
@@ -74,9 +74,7 @@ def triplet(margin: float = 1.0) -> Loss:
 
     Target: a tuple (positive, negative), both like the anchor in shape and dtype. Residuals: all three.
     """
-    margin = expect.number(margin, "margin")
-    if not 0 < margin < float("inf"):
-        raise InputError("a positive margin", f"margin={margin}", "use the default, 1.0")
+    margin = expect.positive(margin, "margin", "use the default, 1.0")
 
     def check(anchor: Any, others: Any) -> None:
         if not isinstance(others, tuple) or len(others) != 2:
@@ -102,8 +100,9 @@ def triplet(margin: float = 1.0) -> Loss:
     def bwd(params, x, dy, contract):
         (u, near), (v, far) = differences(x)
         g = expect.cotangent(dy, near.shape[:-1], near.dtype)
-        h = jnp.where(value(near, far) > 0, g, 0.0)[..., None]
-        danchor, dpositive, dnegative = (d.astype(x[0].dtype) for d in (h * (u - v), -h * u, h * v))
+        g, h = g[..., None], jnp.where(value(near, far) > 0, 1.0, jnp.zeros((), g.dtype))[..., None]
+        slopes = (h * (u - v), -h * u, h * v)
+        danchor, dpositive, dnegative = ((g * silenced(g, d)).astype(x[0].dtype) for d in slopes)
         return {}, (danchor, (dpositive, dnegative))
 
     return stateless_loss("triplet", fwd, bwd, lambda others: one_a_row(others[0]), {}, check)

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet import expect
-from funcnet.expect import InputError
 from funcnet.losses.entries import of_entries
 from funcnet.losses.loss import Loss, same_dtype
 
@@ -55,9 +54,7 @@ def huber(delta: float = 1.0) -> Loss:
 
     Source: Huber 1964, "Robust estimation of a location parameter".
     """
-    delta = expect.number(delta, "delta")
-    if not 0 < delta < float("inf"):
-        raise InputError("a positive delta", f"delta={delta}", "use the default, 1.0")
+    delta = expect.positive(delta, "delta", "use the default, 1.0")
 
     def f(r):
         inside = jnp.abs(r) <= delta

@@ -2,9 +2,9 @@
 
 With u = p / |p|, v = t / |t| and g = dy of that row:
 
-    cosine    l = 1 - <u, v> = |u - v|^2 / 2        du = g (u - v)        dp = (du - u <u, du>) / |p|, dt likewise
+    cosine    l = 1 - <u, v> = |u - v|^2 / 2        dp = g (d - u <u, d>) / |p| with d = u - v        dt likewise
 
-where -g v, the slope of 1 - <u, v>, would give the same dp: it differs from du along u alone.
+where d = -v, the slope of 1 - <u, v>, would give the same dp: it differs from u - v along u alone.
 
 With u = a / |a|, v = b / |b| for B pairs (a_i, b_i), and S = u v^T / temperature [B, B]:
 
@@ -20,8 +20,9 @@ and da = (du - u <u, du>) / |a|, db likewise. Every gradient has a share of ever
 Residuals: p and t; a and b.
 Numerics: in float32 for half precision; lengths are taken of x / max |x|, so no square overflows or vanishes. u - v has
 digits left for vectors so near in direction that 1 - <u, v> has none, or is negative. The largest cosine of a row is
-taken off before the division by the temperature: what is left is exact, whatever the temperature, and l_i is not
-negative either. Vectors are to be finite: x / |x| has no limit for entries that grow, and all is NaN.
+taken off before the division by the temperature: nothing more is lost there than the cosines' own rounding, and l_i is
+not negative either. A value of cosine without weight, g = 0, has a gradient of 0 also where it is NaN. Vectors are to
+be finite: x / |x| has no limit for entries that grow, and all is NaN.
 Source: van den Oord et al. 2018, arXiv:1807.03748 (InfoNCE); Radford et al. 2021, arXiv:2103.00020 (both directions).
 """
 
@@ -34,7 +35,7 @@ from funcnet import expect
 from funcnet.expect import InputError, describe
 from funcnet.factors import mixing
 from funcnet.layers.normalize import unit, unit_pullback
-from funcnet.losses.loss import Loss, one_a_row, one_an_example, same_dtype, same_shape, stateless_loss
+from funcnet.losses.loss import Loss, one_a_row, one_an_example, same_dtype, same_shape, silenced, stateless_loss
 
 
 def cosine() -> Loss:
@@ -57,8 +58,8 @@ def cosine() -> Loss:
     def bwd(params, x, dy, contract):
         p, t = (unit(a) for a in x)
         g = expect.cotangent(dy, x[0].shape[:-1], p[0].dtype)[..., None]
-        du = jnp.where((p[1] == 0) | (t[1] == 0), 0.0, g * (p[0] - t[0]))
-        dp, dt = unit_pullback(*p, du), unit_pullback(*t, -du)
+        across = jnp.where((p[1] == 0) | (t[1] == 0), 0.0, p[0] - t[0])
+        dp, dt = (g * silenced(g, unit_pullback(*a, d)) for a, d in ((p, across), (t, -across)))
         return {}, (dp.astype(x[0].dtype), dt.astype(x[1].dtype))
 
     return stateless_loss("cosine", fwd, bwd, one_a_row, {}, check)
@@ -81,9 +82,7 @@ def contrastive(temperature: float = 0.07) -> Loss:
 
     Target: b, like the prediction a in shape and dtype. No metrics.
     """
-    temperature = expect.number(temperature, "temperature")
-    if not 0 < temperature < float("inf"):
-        raise InputError("a positive temperature", f"temperature={temperature}", "use the default, 0.07")
+    temperature = expect.positive(temperature, "temperature", "use the default, 0.07")
 
     def check(a: Any, b: Any) -> None:
         same_shape(a, b)

@@ -126,6 +126,30 @@ def test_a_number_is_taken_as_pythons_whoever_made_it(option, x64):
                 assert traced(make(kind(value)), shape, dtype) == (texts, dtypes), kind
 
 
+@pytest.mark.parametrize("option", REALS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e39, 10**400], ids=["inf", "nan", "1e39", "10^400"])
+def test_a_number_that_float32_does_not_hold_is_refused(option, value):
+    with pytest.raises(fn.InputError):
+        REALS[option][0](value)
+
+
+POSITIVE = "eps", "temperature", "delta", "margin", "elu alpha", "celu alpha", " b", "max_phase", "base"
+
+
+@pytest.mark.parametrize("option", [option for option in REALS if option.endswith(POSITIVE)])
+@pytest.mark.parametrize("value", [0, -1, 1e-40])
+def test_a_number_that_is_to_be_positive_is_so_in_float32_too(option, value):
+    with pytest.raises(fn.InputError):
+        REALS[option][0](value)
+
+
+@pytest.mark.parametrize("option", WHOLES)
+@pytest.mark.parametrize("value", [np.array([1, 2]), 2.5, True], ids=["array", "float", "boolean"])
+def test_what_is_no_whole_number_is_refused(option, value):
+    with pytest.raises(fn.InputError):
+        WHOLES[option][0](value)
+
+
 def test_rotary_takes_a_base_of_any_kind(standard_promotion):
     x = normal(0, jax.ShapeDtypeStruct((1, 3, 4), jnp.bfloat16))
     wanted = fn.rotary(x, jnp.arange(3)[None], 16.0)

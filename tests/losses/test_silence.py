@@ -54,6 +54,9 @@ CASES = {
     "mse": (fn.mse(), MASKED, SOFT),
     "mae": (fn.mae(), MASKED, SOFT),
     "huber": (fn.huber(), MASKED, SOFT),
+    "cosine": (fn.cosine(), np.float32([[1, 2, 0.5], [NAN, 1, 2]]), SOFT),
+    "cosine, infinite": (fn.cosine(), np.float32([[1, 2, 0.5], [INF, 1, 2]]), SOFT),
+    "triplet": (fn.triplet(), np.float32([[1, 2, 0.5], [NAN, 1, 2]]), (SOFT, 2 * SOFT)),
     "hinge": (fn.hinge(), MASKED, np.float32([[1, -1, 1], [1, 1, 1]])),
 }  # fmt: skip
 SEEN = {name for name in CASES if name.startswith("ctc, too") or "out of range" in name}  # refused where they are read
