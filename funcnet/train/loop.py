@@ -25,7 +25,8 @@ import optax
 from jax import Array
 
 from funcnet import expect
-from funcnet.expect import InputError, at, describe, is_floating
+from funcnet.arithmetic import wide
+from funcnet.expect import InputError, at, describe, is_array, is_floating
 from funcnet.progress import progress
 from funcnet.train.finite import WATCHED, Record, changed, not_finite
 from funcnet.train.objective import (
@@ -35,6 +36,7 @@ from funcnet.train.objective import (
     check_batch,
     check_weights,
     mass,
+    may_weigh,
     share,
     split,
     weighed,
@@ -45,11 +47,12 @@ from funcnet.train.step import TrainState, TrainStep, a_pair, an_objective, jitt
 
 Tree = Any
 PROGRAMS = 8  # that are kept of an objective
+NORMS = WATCHED[1:]
 IN_A_ROW = 1000  # batches in which nothing counts are not skipped any more
 
 
 class Told(NamedTuple):
-    """What is told of one batch: its means, and by how much they count in means over several batches."""
+    """What is told of one step: its means, and by how much they count in means over several batches."""
 
     means: dict[str, Any]
     share: Share
@@ -73,17 +76,16 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
     an_objective(objective)
     expect.not_donated((params, state))
     check, scores = values_check(objective, params, state), _compiled(_scores, objective)
-    told, nothing = [], True
+    scored, nothing = [], True
     for batch in batches:
         nothing = False
         if check(batch):
-            sums, shares = _floats(jax.device_get(scores(params, state, batch)))
-            told.append(Told({name: value / (_divisor(shares, name) or 1.0) for name, value in sums.items()}, shares))
+            scored.append(_floats(jax.device_get(scores(params, state, batch))))
     if nothing:
         raise InputError("at least one batch", "none", "pass a list of (inputs, targets)")
-    if not told:
+    if not scored:
         raise _nothing_counts()
-    return _means(told)
+    return _pooled(scored)
 
 
 def _scores(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[dict[str, Array], Share]]:
@@ -350,7 +352,7 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
 
     def check(batch: Batch) -> bool:
         inputs, targets, weights = check_batch(batch)
-        for name, part in (("inputs", inputs), ("targets", targets)):
+        for name, part in (("inputs", inputs), ("targets", _let_through(targets))):
             with at(name):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(part):
                     _check_finite(path, leaf, may_forbid=name == "inputs")
@@ -370,15 +372,31 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
 def _weights(shape: tuple[int, ...], given: Any) -> np.ndarray:
     """The weights of a batch, if they can be those of a mean."""
     check_weights(shape, given)
-    with np.errstate(over="ignore"):
-        weights = np.asarray(given).astype(jnp.result_type(float))
-    fit = np.isfinite(weights) & (weights >= 0)
+    given = np.asarray(given)
+    with np.errstate(over="ignore", under="ignore"):
+        weights = given.astype(jnp.result_type(float))
+    ratios = "only ratios of the weights matter"
+    _all_fit(given, may_weigh(weights), "finite and not negative", f"give 0 to what is not to count; {ratios}")
+    if given.dtype != bool:
+        tiny = jnp.finfo(wide(expect.dtype(given))).tiny  # XLA takes smaller ones for 0
+        _all_fit(given, (given == 0) | (weights >= tiny), f"0, or at least {tiny}", f"{ratios}: multiply them all")
+    return weights
+
+
+def _all_fit(weights: np.ndarray, fit: np.ndarray, wanted: str, remedy: str) -> None:
     if not fit.all():
         index = tuple(int(i) for i in np.argwhere(~fit)[0])
-        received = f"{np.asarray(given)[index]} at index {index}"
-        remedy = "give 0 to what is not to count; only ratios of the weights matter"
-        raise InputError("weights in the batch that are finite and not negative", received, remedy)
-    return weights
+        raise InputError(f"weights in the batch that are {wanted}", f"{weights[index]} at index {index}", remedy)
+
+
+def _let_through(targets: Any) -> Any:
+    """Targets with zeros where their mask holds back what may be anything."""
+    if not isinstance(targets, Mapping) or targets.keys() != {"target", "mask"}:
+        return targets
+    t, mask = targets["target"], targets["mask"]
+    if not is_floating(t) or not is_array(mask) or mask.shape != t.shape or mask.dtype != bool:
+        return targets  # the loss says what it expects
+    return {**targets, "target": np.where(np.asarray(mask), np.asarray(t), np.zeros((), t.dtype))}
 
 
 def _check_finite(path: tuple, leaf: Any, may_forbid: bool) -> None:
@@ -405,13 +423,25 @@ def _divisor(share: Share, name: str) -> float:
     return share.mass if name == "loss" else share.weight
 
 
-def _means(told: list[Told]) -> Record:
-    """The means over several batches, the loss first; norms count one a step."""
+def _pooled(scored: list[tuple[Record, Share]]) -> Record:
+    """The means over several batches, the loss first, from the sums of each."""
+    top = max(share.e for _, share in scored)
+
+    def total(number):
+        return sum(2.0 ** (share.e - top) * number(sums, share) for sums, share in scored)
 
     def mean(name):
-        by = [2.0**each.share.e * _divisor(each.share, name) for each in told]
-        if name in WATCHED[1:]:
-            by = [1.0] * len(told)
-        return sum(b * each.means[name] for b, each in zip(by, told, strict=True)) / (sum(by) or 1.0)
+        return total(lambda sums, share: sums[name]) / (total(lambda sums, share: _divisor(share, name)) or 1.0)
 
-    return {name: mean(name) for name in sorted(told[0].means, key=lambda name: (name != "loss", name))}
+    return {name: mean(name) for name in sorted(scored[0][0], key=lambda name: (name != "loss", name))}
+
+
+def _means(told: list[Told]) -> Record:
+    """The means over several steps; norms count one a step."""
+
+    def summed(each):
+        own = each.means.keys() - NORMS
+        return {name: each.means[name] * _divisor(each.share, name) for name in own}, each.share
+
+    norms = {name: sum(each.means[name] for each in told) / len(told) for name in NORMS}
+    return _pooled([summed(each) for each in told]) | norms

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from funcnet import expect
@@ -117,7 +118,7 @@ def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tup
 def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array, Array]:
     """What each value of the loss weighs in the sum, w c, and adds to the divisor, w m; both times 2^-e, and e.
 
-    Where a weight is negative or not finite, both are NaN.
+    Where a weight is negative or not finite, both are NaN. 2^e is that of the largest weight of a value that counts.
     """
     counted = loss.counted(targets)
     each = mass(loss, targets).astype(jnp.result_type(float))
@@ -125,9 +126,22 @@ def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array
         return counted.astype(each.dtype), each, jnp.zeros((), jnp.int32)
     check_weights(counted.shape, weights)
     weights = jnp.asarray(weights).astype(each.dtype)
+    nan_or_0 = 0.0 * jnp.max(jnp.where(may_weigh(weights), 0.0, jnp.inf))
+    weights = jnp.where(counted, weights, 0.0)
     e = jnp.frexp(jnp.max(weights))[1]
-    weights = jnp.ldexp(weights, -e) + 0.0 * jnp.max(jnp.where((weights >= 0) & (weights < jnp.inf), 0.0, jnp.inf))
+    weights = _times_power_of_two(weights, -e) + nan_or_0
     return weights * counted.astype(each.dtype), weights * each, e
+
+
+def may_weigh(weights: Any) -> Any:
+    """Which of these numbers can be a weight of a mean."""
+    return (weights >= 0) & (weights < np.inf)
+
+
+def _times_power_of_two(a: Array, n: Array) -> Array:
+    """a 2^n; by products, since the derivative of `jnp.ldexp` is wrong at a = 0, and by two, of which none overflows."""
+    one = jnp.ones((), a.dtype)
+    return a * jnp.ldexp(one, n // 2) * jnp.ldexp(one, n - n // 2)
 
 
 def mass(loss: Loss, targets: Any) -> Array:

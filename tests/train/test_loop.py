@@ -354,6 +354,78 @@ def test_only_ratios_of_the_weights_matter(scale):
     assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("exponents", [(1023, 1023), (1023, -1000), (-1022, 0), (-1022, -1022), (1023, 0, -1022)])
+def test_only_ratios_of_the_weights_matter_in_64_bits_too(exponents, x64):
+    """Whole batches by powers of two: of those within the range of a sum the largest alone count."""
+    own = np.arange(1.0, 9) / 8
+    data = [(INPUTS[i : i + 8].astype(float), LABELS[i : i + 8], np.ldexp(own, e)) for i, e in enumerate(exponents)]
+    if -1022 in exponents:
+        data = [(x, t, np.maximum(w, np.finfo(float).tiny)) for x, t, w in data]
+    objective = fn.objective(fn.dense(3), fn.cross_entropy())
+    state = fn.init_train_state(objective, optax.sgd(0.0), jax.random.key(0), data[0])
+    least = [(x, t, np.ldexp(w, -max(exponents))) for x, t, w in data]
+    most = [(x, t, w) for x, t, w in least if w.max() >= 0.5]
+    wanted = fn.evaluate(objective, state.params, state.state, most)
+    assert fn.evaluate(objective, state.params, state.state, data) == pytest.approx(wanted, rel=1e-12)
+    _, (record,) = fn.fit(objective, optax.sgd(0.0), state, data, len(data))
+    assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x64", "least"),
+    [
+        ("float32", False, 1.1754944e-38),
+        ("bfloat16", False, 1.1754944e-38),
+        ("float64", False, 1.1754944e-38),
+        ("float16", False, 2.0**-24),
+        ("float32", True, 1.1754944e-38),
+        ("float64", True, 2.2250738585072014e-308),
+    ],
+)
+def test_weights_that_xla_takes_for_0_are_refused(dtype, x64, least):
+    """All other weights that can be written count, and by their ratios."""
+    with jax.enable_x64(x64):
+        weights = (np.array([1, 2, 0, 3, 1, 1, 2, 0]) * float(least)).astype(jnp.dtype(dtype))
+        objective = fn.objective(fn.dense(3), fn.cross_entropy())
+        data = INPUTS[:8], LABELS[:8]
+        params, state = objective.init(jax.random.key(0), data)
+        wanted = fn.evaluate(objective, params, state, [(*data, np.array([1, 2, 0, 3, 1, 1, 2, 0], np.float32))])
+        assert fn.evaluate(objective, params, state, [(*data, weights)]) == pytest.approx(wanted, rel=1e-5)
+        for small in (0.5, 2.0**-100) if dtype != "float16" else ():
+            below = np.where(np.arange(8) == 4, float(least) * small, np.asarray(weights, float)).astype(weights.dtype)
+            if below[4] > 0:
+                with pytest.raises(fn.InputError, match=r"at index \(4,\)\n  remedy    only ratios of the weights matter"):
+                    fn.evaluate(objective, params, state, [(*data, below)])
+
+
+MASKING = {
+    "mse": (fn.mse(), lambda t: t),
+    "mae": (fn.mae(), lambda t: t),
+    "huber": (fn.huber(), lambda t: t),
+    "binary_cross_entropy": (fn.binary_cross_entropy(), lambda t: (t > 0).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("anything", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", MASKING)
+def test_what_a_mask_holds_back_may_be_anything(name, anything):
+    loss, made = MASKING[name]
+    objective = fn.objective(fn.dense(3), loss)
+    mask = np.random.default_rng(0).uniform(size=(8, 3)) > 0.4
+    mask[2], t = False, made(INPUTS[:8, :3])
+    batch = lambda t: (INPUTS[:8], {"target": t, "mask": mask})
+    held, zeros = batch(np.where(mask, t, np.float32(anything))), batch(np.where(mask, t, np.float32(0)))
+    state = lambda: fn.init_train_state(objective, OPTIMIZER, jax.random.key(0), held)
+    scores = [fn.evaluate(objective, state().params, (), [data]) for data in (held, zeros)]
+    assert scores[0] == scores[1]
+    ends = [fn.fit(objective, OPTIMIZER, state(), [data] * 2, 2, validation=[data]) for data in (held, zeros)]
+    chex.assert_trees_all_equal(ends[0][0].params, ends[1][0].params)
+    assert ends[0][1] == ends[1][1]
+    bad = np.where(np.arange(24).reshape(8, 3) == np.flatnonzero(mask)[3], np.float32(anything), t)
+    with pytest.raises(fn.InputError, match=r"finite numbers\n.* of \['target'\]; 1 such of 24"):
+        fn.evaluate(objective, state().params, (), [batch(bad)])
+
+
 def test_booleans_as_weights_are_those_that_count():
     batch, mask = (INPUTS[:8], LABELS[:8]), np.arange(8) % 3 > 0
     state = fresh()
