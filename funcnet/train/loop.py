@@ -41,9 +41,20 @@ from funcnet.train.objective import (
     split,
     weighed,
     weighted_sums,
+    with_values,
 )
 from funcnet.train.run import append_metrics, start_run
-from funcnet.train.step import TrainState, TrainStep, a_pair, an_objective, jitted, one_step, scan_steps
+from funcnet.train.step import (
+    TrainState,
+    TrainStep,
+    a_pair,
+    a_train_state,
+    an_objective,
+    its_optimizer,
+    jitted,
+    one_step,
+    scan_steps,
+)
 
 Tree = Any
 PROGRAMS = 8  # that are kept of an objective
@@ -75,6 +86,7 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
     """
     an_objective(objective)
     expect.not_donated((params, state))
+    batches = _walkable(batches, "batches")
     check, scores = values_check(objective, params, state), _compiled(_scores, objective)
     scored, nothing = [], True
     for batch in batches:
@@ -162,18 +174,23 @@ def fit(
         overwrite: whether an earlier run in run_dir may be overwritten.
 
     A further call with the same objective, optimizer and options compiles nothing. Programs are kept as long as their
-    objective is, the last eight of each.
+    objective is, the last eight of each. An optimizer is a value: of one whose attributes are changed after a call, the
+    change is not seen.
 
     Raises:
         NotFiniteError: a FloatingPointError, when a loss, gradient, update, or what becomes of a layer's state, is not
             finite. It names the step, the layer and the leaves; that step is not made, and records stay written.
-        InputError: for a batch that does not fit, too few of them, or a thousand in a row in which nothing counts.
+        InputError: for a batch that does not fit, too few of them, or a thousand in a row in which nothing counts, for
+            a train state of another optimizer, and for a config that JSON cannot hold.
         FileExistsError: if run_dir holds an earlier run and overwrite is False.
 
         Whatever stops training, Ctrl-C included, carries `train_state`: the state after the last step that was made.
     """
     a_pair(objective, optimizer)
+    a_train_state(train_state)
     expect.not_donated(train_state)
+    its_optimizer(optimizer, train_state)
+    batches = _walkable(batches, "batches")
     accumulate = expect.count(accumulate, "accumulate")
     steps_per_call, log_every = expect.count(steps_per_call, "steps_per_call"), expect.count(log_every, "log_every")
     if expect.count(steps, "steps") % steps_per_call or log_every % steps_per_call:
@@ -282,7 +299,7 @@ def _select(alive: Array, after: Array, before: Array) -> Array:
 
 def _checked(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> list[Batch]:
     """Validation data, looked at before training begins."""
-    batches = list(batches)
+    batches = list(_walkable(batches, "validation"))
     if not batches:
         raise InputError("at least one validation batch", "none", "pass a list of (inputs, targets), or None")
     with at("validation"):
@@ -292,8 +309,15 @@ def _checked(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> list[B
     return batches
 
 
+def _walkable(batches: Any, what: str) -> Iterable[Batch]:
+    if not isinstance(batches, Iterable):
+        remedy = "give a list or an iterator of (inputs, targets)"
+        raise InputError(f"{what} to walk through", describe(batches), remedy)
+    return batches
+
+
 def _nothing_counts() -> InputError:
-    return InputError("at least one target that counts", "none that does", "leave such batches out")
+    return InputError("at least one target that counts", "none that does", "look at the labels and weights")
 
 
 def _validated(objective: Objective, train_state: TrainState, validation: list[Batch]) -> Record:
@@ -311,12 +335,13 @@ def _stacked(
     left_out, source = 0, _counting(check, batches)
     for done in range(steps_per_call, steps + 1, steps_per_call):
         taken = list(islice(source, steps_per_call))
-        before, left_out = left_out, taken[-1][0] if taken else left_out
-        if len(taken) < steps_per_call:
-            received = f"{done - steps_per_call + len(taken)} batches"
+        before, left_out = left_out, taken[-1][0]
+        group = [batch for _, batch in taken if batch is not None]
+        if len(group) < steps_per_call:
+            received = f"{done - steps_per_call + len(group)} batches"
+            received += f" that count, and {left_out} in which nothing does" if left_out else ""
             remedy = "give an endless iterator, or ask for fewer steps"
             raise InputError(f"batches for {steps} steps, in which something counts", received, remedy)
-        group = [batch for _, batch in taken]
         shapes = sorted({describe(batch) for batch in group})
         if len(shapes) > 1:
             remedy = "leave the remainder of the data for the next pass, or use steps_per_call=1"
@@ -324,8 +349,8 @@ def _stacked(
         yield done, left_out - before, jax.tree.map(_stack, *map(tuple, group))
 
 
-def _counting(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-    """The batches in which something counts, and how many others were there before each."""
+def _counting(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> Iterator[tuple[int, Batch | None]]:
+    """The batches in which something counts, None at their end, and how many others were there before each."""
     left_out = in_a_row = 0
     for batch in batches:
         if check(batch):
@@ -336,6 +361,7 @@ def _counting(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> Itera
         if in_a_row == IN_A_ROW:
             received = f"{IN_A_ROW} batches in a row in which nothing counts"
             raise InputError("batches in which something counts", received, "look at the labels and weights")
+    yield left_out, None
 
 
 def _stack(*leaves: Any) -> Any:
@@ -351,7 +377,7 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
     predictions: dict[str, Any] = {}
 
     def check(batch: Batch) -> bool:
-        inputs, targets, weights = check_batch(batch)
+        inputs, targets, weights = with_values(batch)
         for name, part in (("inputs", inputs), ("targets", _let_through(targets))):
             with at(name):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(part):

@@ -419,7 +419,7 @@ WEIGHED = {
 @pytest.mark.parametrize("scale", [1.0, 2.0**-120, 2.0**100])
 @pytest.mark.parametrize("name", WEIGHED)
 def test_the_derivative_by_a_weight_of_the_batch_is_right_also_at_0(name, scale, dtype, standard_promotion):
-    """Of the mean, and of its gradients: against the same coefficients as the argument. Larger weights have none left."""
+    """Of the mean, and of its gradients: against the same coefficients, given as the argument."""
     loss, target = WEIGHED[name]
     with jax.enable_x64(dtype == "float64"):
         inputs = np.random.default_rng(0).normal(size=(6, 4)).astype(dtype)
@@ -445,3 +445,31 @@ def test_weights_are_scaled_by_the_largest_of_what_counts():
     weights = np.array([1, 2, 1, 3, 1, 0], np.float32) * np.float32(1e-37)
     of = lambda weights: fn.value_and_grad(OBJECTIVE)(params, state, (inputs, labels, weights))
     chex.assert_trees_all_equal(of(np.where(labels < 0, np.float32(3e38), weights)), of(weights))
+
+
+def tensor(shape=(6,)):
+    """An array of another library."""
+    return type("Tensor", (), {"shape": shape, "ndim": len(shape), "dtype": "torch.float32"})()
+
+
+@pytest.mark.parametrize(
+    "weights", ["a", [1.0, [2.0]], [1.0] * 5, ["a"] * 6, [1] * 6, tensor(), [tensor()], object(), 1.0]
+)
+def test_coefficients_that_are_none_are_refused(weights):
+    params, state, batch = setup()
+    with pytest.raises(fn.InputError, match=r"floating weights|an array of NumPy or JAX"):
+        fn.value_and_grad(OBJECTIVE)(params, state, batch, weights=weights)
+
+
+def test_coefficients_may_be_a_list():
+    params, state, batch = setup()
+    of = fn.value_and_grad(OBJECTIVE)
+    given = of(params, state, batch, weights=[0.5, 1.0, 0.0, 2.0, -1.0, 1.0])
+    wanted = of(params, state, batch, weights=jnp.array([0.5, 1.0, 0.0, 2.0, -1.0, 1.0]))
+    chex.assert_trees_all_equal(given, wanted)
+
+
+@pytest.mark.parametrize("metrics", [{"m": 3}, {"m": None}, [1], [("m", len)], 3, "m", len])
+def test_metrics_that_are_no_functions_by_name_are_refused(metrics):
+    with pytest.raises(fn.InputError, match="metrics as functions by their names"):
+        fn.objective(MODEL, fn.cross_entropy(), metrics)
