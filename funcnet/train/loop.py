@@ -37,11 +37,11 @@ from funcnet.train.objective import (
     check_weights,
     mass,
     may_weigh,
+    no_shapes,
     share,
     split,
     weighed,
     weighted_sums,
-    with_values,
 )
 from funcnet.train.run import append_metrics, start_run
 from funcnet.train.step import (
@@ -377,7 +377,8 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
     predictions: dict[str, Any] = {}
 
     def check(batch: Batch) -> bool:
-        inputs, targets, weights = with_values(batch)
+        no_shapes(batch)
+        inputs, targets, weights = check_batch(batch)
         for name, part in (("inputs", inputs), ("targets", _let_through(targets))):
             with at(name):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(part):

@@ -105,7 +105,8 @@ def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tup
 
     Where nothing weighs anything, the mean is that of nothing: all coefficients are 0.
     """
-    inputs, targets, weights = with_values(batch)
+    no_shapes(batch, coefficients)
+    inputs, targets, weights = check_batch(batch)
     if coefficients is None:
         counting, each, _ = weighed(objective.loss, targets, weights)
         divisor = jnp.sum(each)
@@ -404,9 +405,8 @@ def check_batch(batch: Any) -> tuple[Any, Any, Any]:
     return batch[0], batch[1], weights
 
 
-def with_values(batch: Any) -> tuple[Any, Any, Any]:
-    """`check_batch`, and no shapes in place of arrays."""
-    if shapes := [leaf for leaf in jax.tree.leaves(batch) if isinstance(leaf, jax.ShapeDtypeStruct)]:
+def no_shapes(*trees: Any) -> None:
+    """Refuse shapes in place of arrays, where values are needed."""
+    if shapes := [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.ShapeDtypeStruct)]:
         remedy = "give the data, or trace the call with jax.eval_shape"
         raise InputError("a batch of arrays", f"only the shape of one: {describe(shapes[0])}", remedy)
-    return check_batch(batch)

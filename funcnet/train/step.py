@@ -20,7 +20,19 @@ from funcnet import expect
 from funcnet.arithmetic import scan, wide
 from funcnet.expect import InputError, describe, is_array
 from funcnet.factors import total
-from funcnet.train.objective import Batch, Objective, Pair, Pass, averages, entered, forward, run, weighted, with_values
+from funcnet.train.objective import (
+    Batch,
+    Objective,
+    Pair,
+    Pass,
+    averages,
+    check_batch,
+    entered,
+    forward,
+    no_shapes,
+    run,
+    weighted,
+)
 
 Tree = Any
 Metrics = dict[str, Array]
@@ -66,7 +78,8 @@ class TrainStep:
             expect.not_donated(train_state)
             raise
         except TypeError:
-            with_values(batch)  # refuses arrays that JAX cannot read
+            no_shapes(batch, weights)
+            check_batch(batch)  # refuses arrays that JAX cannot read
             with expect.at("weights"):
                 expect.shapes(weights)
             raise

@@ -753,6 +753,13 @@ def test_shapes_in_place_of_arrays_are_refused_where_values_are_needed(place):
     ):
         with pytest.raises(fn.InputError, match="only the shape of one"):
             use()
+    shape, batch = jax.ShapeDtypeStruct((8,), jnp.float32), next(batches())
+    for use in (
+        lambda: fn.value_and_grad(OBJECTIVE)(state.params, state.state, batch, weights=shape),
+        lambda: fn.train_step(OBJECTIVE, OPTIMIZER)(state, batch, shape),
+    ):
+        with pytest.raises(fn.InputError, match="only the shape of one"):
+            use()
 
 
 STEPS = {
