@@ -157,9 +157,11 @@ def fit(
         objective, optimizer: as for `fn.train_step`.
         train_state: from `fn.init_train_state` or an earlier `fit`; donated, so it cannot be used again.
         batches: pairs (inputs, targets), or (inputs, targets, weights) as for `fn.value_and_grad`, at least `steps` of
-            them. Each is checked before it is used: sizes, NaN and infinity, labels out of range, negative weights. An
-            entry named `bias` of a dict of inputs may hold -inf, which forbids, as in `fn.attention`. A batch in which
-            nothing counts, such as one of ignored labels only, makes no step and is skipped.
+            them. Each is checked before it is used: sizes, NaN and infinity, labels out of range, weights that are
+            negative or so small that XLA takes them for 0. What the mask of a target {"target", "mask"} holds back may
+            be anything, and an entry named `bias` of a dict of inputs may hold -inf, which forbids, as in
+            `fn.attention`. A batch in which nothing counts, such as one of ignored labels only, makes no step and is
+            skipped.
         steps: how many to make.
         steps_per_call: how many steps one compiled call makes; it must divide `steps` and `log_every`. Small models,
             bound by the cost of a call, run faster with 10 or 100.
