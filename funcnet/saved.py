@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet import expect
-from funcnet.expect import InputError, describe, is_array
+from funcnet.expect import InputError, describe, is_array, is_concrete
 
 Tree = Any
 Arrays = dict[str, np.ndarray]
@@ -25,10 +25,14 @@ def save_params(params: Tree, path: str | os.PathLike) -> None:
     It has the permissions of the file that it replaces, or those of any new file. Needs the extra `safetensors`.
 
     Raises:
-        InputError: for leaves that are no arrays of numbers, and for names with a "/", which would not be told apart.
+        InputError: for leaves that are no arrays of numbers with values, for names with a "/", which would not be told
+            apart, and for a path that is none or a folder.
     """
+    place = _a_path(path).absolute()
+    if place.is_dir():
+        raise InputError("the path of a file", f"a folder, {path}", "name a file in it")
     content = _safetensors().numpy.save(_by_path(params))
-    temporary = Path(path).absolute().with_name(f".saving-{uuid4().hex}")
+    temporary = place.with_name(f".saving-{uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
             if os.path.exists(path):
@@ -53,13 +57,19 @@ def load_params(path: str | os.PathLike, like: Tree) -> Tree:
             leaves without shape and dtype.
     """
     require_arrays(like, "arrays as like, or their shapes and dtypes")
-    package, content = _safetensors(), Path(path).read_bytes()
+    package, content = _safetensors(), _a_path(path).read_bytes()
     try:
         arrays = {name: _decoded(**view) for name, view in package.deserialize(content)}
     except (package.SafetensorError, KeyError) as error:
         raise InputError("a safetensors file", f"{path}: {error}", "write it with save_params") from error
     require_same(arrays, dict(named_leaves(as_loaded(like))), "load params for the same model")
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name, _ in named_leaves(like)])
+
+
+def _a_path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError("a path", describe(path), 'name a file, such as "model.safetensors"')
+    return Path(path)
 
 
 def _safetensors() -> Any:
@@ -86,6 +96,10 @@ def _by_path(tree: Tree) -> Arrays:
         if not is_array(leaf) or getattr(leaf.dtype, "name", "") not in _DTYPES.values():
             wanted = f"arrays of the dtypes {', '.join(sorted(_DTYPES.values()))}"
             raise InputError(wanted, f"{describe(leaf)} at {name}", "leave keys and other objects out")
+        if not is_concrete(leaf):
+            received = f"{describe(leaf)} at {name}, a shape or a traced array"
+            raise InputError("arrays with values", received, "save outside jit what init or a step returned")
+    expect.not_donated(tree)
     return {name: native(leaf) for name, leaf in named_leaves(tree)}
 
 
@@ -103,7 +117,12 @@ def native(array: Any) -> np.ndarray:
 
 def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Leaves with their paths as one text."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    try:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+    except ValueError as error:
+        remedy = "make all keys of a dict texts"
+        raise InputError("dicts whose keys can be sorted", f"{type(tree).__name__}: {error}", remedy) from error
+    for path, leaf in leaves:
         names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
         if bad := [name for name in names if "/" in name]:
             raise InputError('names without "/"', repr(bad[0]), "rename the layer")

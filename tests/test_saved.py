@@ -163,10 +163,33 @@ def test_what_is_no_such_file_or_no_array_is_refused(tmp_path, safetensors):
         ({"key": KEY}, "key<fry>"),
         ({"four bits": jnp.ones(2, "int4")}, "int4"),
         ({"a/b": jnp.ones(2)}, 'names without "/"'),
+        ({"shape": S((2,), jnp.float32)}, r"float32\[2\] at shape, a shape or a traced array"),
+        ({"a": jnp.ones(2), 1: jnp.ones(2)}, "dicts whose keys can be sorted"),
+        ({"b": {"a": jnp.ones(2), 1: jnp.ones(2)}}, "dicts whose keys can be sorted"),
     ):
         with pytest.raises(fn.InputError, match=message):
             fn.save_params(tree, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_traced_and_donated_arrays_are_refused(tmp_path, safetensors):
+    with pytest.raises(fn.InputError, match="a traced array"):
+        jax.jit(lambda params: fn.save_params(params, tmp_path / "model"))(PARAMS)
+    used = {"a": jnp.ones(2)}
+    jax.jit(lambda params: params, donate_argnums=0)(used)
+    with pytest.raises(fn.InputError, match="one whose arrays are deleted"):
+        fn.save_params(used, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_path_of_a_file_is_refused(tmp_path, safetensors):
+    for path in (3, None, b"model"):
+        with pytest.raises(fn.InputError, match="expected  a path"):
+            fn.save_params(PARAMS, path)
+        with pytest.raises(fn.InputError, match="expected  a path"):
+            fn.load_params(path, PARAMS)
+    with pytest.raises(fn.InputError, match=f"a folder, {tmp_path}"):
+        fn.save_params(PARAMS, tmp_path)
 
 
 @pytest.mark.parametrize("call", [lambda path: fn.save_params(PARAMS, path), lambda path: fn.load_params(path, PARAMS)])

@@ -93,7 +93,7 @@ def _owners(objective: Objective, params: Tree, state: Tree) -> list[str]:
 def _largest(tree: Tree) -> str:
     """The largest entry, and its leaf."""
     with_path = jax.tree_util.tree_leaves_with_path(tree)
-    sizes = {jax.tree_util.keystr(path): float(np.max(np.abs(np.asarray(leaf)))) for path, leaf in with_path}
+    sizes = {jax.tree_util.keystr(path): float(np.max(np.abs(np.asarray(leaf)), initial=0)) for path, leaf in with_path}
     path = max(sizes, key=lambda path: sizes[path])
     return f"{sizes[path]:.3g} at {path}"
 

@@ -26,7 +26,7 @@ from funcnet.order import after
 from funcnet.train import elementwise
 from funcnet.train.elementwise import HOLE, require_elementwise
 from funcnet.train.objective import Objective, Start, averages, entered, is_both, join, start
-from funcnet.train.step import TrainState, TrainStep, a_pair, jitted
+from funcnet.train.step import TrainState, TrainStep, a_pair, its_optimizer, jitted
 from funcnet.transform import rerun
 
 Tree = Any
@@ -49,12 +49,13 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
     Raises:
         InputError: when first called, for an optimizer that needs the whole gradient, such as clipping by a global
             norm, or a whole array, such as LAMB: applied layer by layer it would be another algorithm. And for a batch
-            that does not fit.
+            that does not fit, or a train state of another optimizer.
     """
     a_pair(objective, optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(train_state, batch, weights):
+        its_optimizer(optimizer, train_state)
         pair, weights = entered(objective, batch, weights)
         params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
         with expect.by("layerwise_step"):

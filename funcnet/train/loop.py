@@ -25,7 +25,8 @@ import optax
 from jax import Array
 
 from funcnet import expect
-from funcnet.expect import InputError, at, describe, is_floating
+from funcnet.arithmetic import wide
+from funcnet.expect import InputError, at, describe, is_array, is_floating
 from funcnet.progress import progress
 from funcnet.train.finite import WATCHED, Record, changed, not_finite
 from funcnet.train.objective import (
@@ -35,21 +36,34 @@ from funcnet.train.objective import (
     check_batch,
     check_weights,
     mass,
+    may_weigh,
+    no_shapes,
     share,
     split,
     weighed,
     weighted_sums,
 )
 from funcnet.train.run import append_metrics, start_run
-from funcnet.train.step import TrainState, TrainStep, a_pair, an_objective, jitted, one_step, scan_steps
+from funcnet.train.step import (
+    TrainState,
+    TrainStep,
+    a_pair,
+    a_train_state,
+    an_objective,
+    its_optimizer,
+    jitted,
+    one_step,
+    scan_steps,
+)
 
 Tree = Any
 PROGRAMS = 8  # that are kept of an objective
+NORMS = WATCHED[1:]
 IN_A_ROW = 1000  # batches in which nothing counts are not skipped any more
 
 
 class Told(NamedTuple):
-    """What is told of one batch: its means, and by how much they count in means over several batches."""
+    """What is told of one step: its means, and by how much they count in means over several batches."""
 
     means: dict[str, Any]
     share: Share
@@ -72,18 +86,18 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
     """
     an_objective(objective)
     expect.not_donated((params, state))
+    batches = _walkable(batches, "batches")
     check, scores = values_check(objective, params, state), _compiled(_scores, objective)
-    told, nothing = [], True
+    scored, nothing = [], True
     for batch in batches:
         nothing = False
         if check(batch):
-            sums, shares = _floats(jax.device_get(scores(params, state, batch)))
-            told.append(Told({name: value / (_divisor(shares, name) or 1.0) for name, value in sums.items()}, shares))
+            scored.append(_floats(jax.device_get(scores(params, state, batch))))
     if nothing:
         raise InputError("at least one batch", "none", "pass a list of (inputs, targets)")
-    if not told:
+    if not scored:
         raise _nothing_counts()
-    return _means(told)
+    return _pooled(scored)
 
 
 def _scores(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[dict[str, Array], Share]]:
@@ -143,9 +157,11 @@ def fit(
         objective, optimizer: as for `fn.train_step`.
         train_state: from `fn.init_train_state` or an earlier `fit`; donated, so it cannot be used again.
         batches: pairs (inputs, targets), or (inputs, targets, weights) as for `fn.value_and_grad`, at least `steps` of
-            them. Each is checked before it is used: sizes, NaN and infinity, labels out of range, negative weights. An
-            entry named `bias` of a dict of inputs may hold -inf, which forbids, as in `fn.attention`. A batch in which
-            nothing counts, such as one of ignored labels only, makes no step and is skipped.
+            them. Each is checked before it is used: sizes, NaN and infinity, labels out of range, weights that are
+            negative or so small that XLA takes them for 0. What the mask of a target {"target", "mask"} holds back may
+            be anything, and an entry named `bias` of a dict of inputs may hold -inf, which forbids, as in
+            `fn.attention`. A batch in which nothing counts, such as one of ignored labels only, makes no step and is
+            skipped.
         steps: how many to make.
         steps_per_call: how many steps one compiled call makes; it must divide `steps` and `log_every`. Small models,
             bound by the cost of a call, run faster with 10 or 100.
@@ -160,18 +176,23 @@ def fit(
         overwrite: whether an earlier run in run_dir may be overwritten.
 
     A further call with the same objective, optimizer and options compiles nothing. Programs are kept as long as their
-    objective is, the last eight of each.
+    objective is, the last eight of each. An optimizer is a value: of one whose attributes are changed after a call, the
+    change is not seen.
 
     Raises:
         NotFiniteError: a FloatingPointError, when a loss, gradient, update, or what becomes of a layer's state, is not
             finite. It names the step, the layer and the leaves; that step is not made, and records stay written.
-        InputError: for a batch that does not fit, too few of them, or a thousand in a row in which nothing counts.
+        InputError: for a batch that does not fit, too few of them, or a thousand in a row in which nothing counts, for
+            a train state of another optimizer, and for a config that JSON cannot hold.
         FileExistsError: if run_dir holds an earlier run and overwrite is False.
 
         Whatever stops training, Ctrl-C included, carries `train_state`: the state after the last step that was made.
     """
     a_pair(objective, optimizer)
+    a_train_state(train_state)
     expect.not_donated(train_state)
+    its_optimizer(optimizer, train_state)
+    batches = _walkable(batches, "batches")
     accumulate = expect.count(accumulate, "accumulate")
     steps_per_call, log_every = expect.count(steps_per_call, "steps_per_call"), expect.count(log_every, "log_every")
     if expect.count(steps, "steps") % steps_per_call or log_every % steps_per_call:
@@ -280,7 +301,7 @@ def _select(alive: Array, after: Array, before: Array) -> Array:
 
 def _checked(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> list[Batch]:
     """Validation data, looked at before training begins."""
-    batches = list(batches)
+    batches = list(_walkable(batches, "validation"))
     if not batches:
         raise InputError("at least one validation batch", "none", "pass a list of (inputs, targets), or None")
     with at("validation"):
@@ -290,8 +311,15 @@ def _checked(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> list[B
     return batches
 
 
+def _walkable(batches: Any, what: str) -> Iterable[Batch]:
+    if not isinstance(batches, Iterable):
+        remedy = "give a list or an iterator of (inputs, targets)"
+        raise InputError(f"{what} to walk through", describe(batches), remedy)
+    return batches
+
+
 def _nothing_counts() -> InputError:
-    return InputError("at least one target that counts", "none that does", "leave such batches out")
+    return InputError("at least one target that counts", "none that does", "look at the labels and weights")
 
 
 def _validated(objective: Objective, train_state: TrainState, validation: list[Batch]) -> Record:
@@ -309,12 +337,13 @@ def _stacked(
     left_out, source = 0, _counting(check, batches)
     for done in range(steps_per_call, steps + 1, steps_per_call):
         taken = list(islice(source, steps_per_call))
-        before, left_out = left_out, taken[-1][0] if taken else left_out
-        if len(taken) < steps_per_call:
-            received = f"{done - steps_per_call + len(taken)} batches"
+        before, left_out = left_out, taken[-1][0]
+        group = [batch for _, batch in taken if batch is not None]
+        if len(group) < steps_per_call:
+            received = f"{done - steps_per_call + len(group)} batches"
+            received += f" that count, and {left_out} in which nothing does" if left_out else ""
             remedy = "give an endless iterator, or ask for fewer steps"
             raise InputError(f"batches for {steps} steps, in which something counts", received, remedy)
-        group = [batch for _, batch in taken]
         shapes = sorted({describe(batch) for batch in group})
         if len(shapes) > 1:
             remedy = "leave the remainder of the data for the next pass, or use steps_per_call=1"
@@ -322,8 +351,8 @@ def _stacked(
         yield done, left_out - before, jax.tree.map(_stack, *map(tuple, group))
 
 
-def _counting(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-    """The batches in which something counts, and how many others were there before each."""
+def _counting(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> Iterator[tuple[int, Batch | None]]:
+    """The batches in which something counts, None at their end, and how many others were there before each."""
     left_out = in_a_row = 0
     for batch in batches:
         if check(batch):
@@ -334,6 +363,7 @@ def _counting(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> Itera
         if in_a_row == IN_A_ROW:
             received = f"{IN_A_ROW} batches in a row in which nothing counts"
             raise InputError("batches in which something counts", received, "look at the labels and weights")
+    yield left_out, None
 
 
 def _stack(*leaves: Any) -> Any:
@@ -349,8 +379,9 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
     predictions: dict[str, Any] = {}
 
     def check(batch: Batch) -> bool:
+        no_shapes(batch)
         inputs, targets, weights = check_batch(batch)
-        for name, part in (("inputs", inputs), ("targets", targets)):
+        for name, part in (("inputs", inputs), ("targets", _let_through(targets))):
             with at(name):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(part):
                     _check_finite(path, leaf, may_forbid=name == "inputs")
@@ -370,15 +401,31 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
 def _weights(shape: tuple[int, ...], given: Any) -> np.ndarray:
     """The weights of a batch, if they can be those of a mean."""
     check_weights(shape, given)
-    with np.errstate(over="ignore"):
-        weights = np.asarray(given).astype(jnp.result_type(float))
-    fit = np.isfinite(weights) & (weights >= 0)
+    given = np.asarray(given)
+    with np.errstate(over="ignore", under="ignore"):
+        weights = given.astype(jnp.result_type(float))
+    ratios = "only ratios of the weights matter"
+    _all_fit(given, may_weigh(weights), "finite and not negative", f"give 0 to what is not to count; {ratios}")
+    if given.dtype != bool:
+        tiny = jnp.finfo(wide(expect.dtype(given))).tiny  # XLA takes smaller ones for 0
+        _all_fit(given, (given == 0) | (weights >= tiny), f"0, or at least {tiny}", f"{ratios}: multiply them all")
+    return weights
+
+
+def _all_fit(weights: np.ndarray, fit: np.ndarray, wanted: str, remedy: str) -> None:
     if not fit.all():
         index = tuple(int(i) for i in np.argwhere(~fit)[0])
-        received = f"{np.asarray(given)[index]} at index {index}"
-        remedy = "give 0 to what is not to count; only ratios of the weights matter"
-        raise InputError("weights in the batch that are finite and not negative", received, remedy)
-    return weights
+        raise InputError(f"weights in the batch that are {wanted}", f"{weights[index]} at index {index}", remedy)
+
+
+def _let_through(targets: Any) -> Any:
+    """Targets with zeros where their mask holds back what may be anything."""
+    if not isinstance(targets, Mapping) or targets.keys() != {"target", "mask"}:
+        return targets
+    t, mask = targets["target"], targets["mask"]
+    if not is_floating(t) or not is_array(mask) or mask.shape != t.shape or mask.dtype != bool:
+        return targets  # the loss says what it expects
+    return {**targets, "target": np.where(np.asarray(mask), np.asarray(t), np.zeros((), t.dtype))}
 
 
 def _check_finite(path: tuple, leaf: Any, may_forbid: bool) -> None:
@@ -405,13 +452,25 @@ def _divisor(share: Share, name: str) -> float:
     return share.mass if name == "loss" else share.weight
 
 
-def _means(told: list[Told]) -> Record:
-    """The means over several batches, the loss first; norms count one a step."""
+def _pooled(scored: list[tuple[Record, Share]]) -> Record:
+    """The means over several batches, the loss first, from the sums of each."""
+    top = max(share.e for _, share in scored)
+
+    def total(number):
+        return sum(2.0 ** (share.e - top) * number(sums, share) for sums, share in scored)
 
     def mean(name):
-        by = [2.0**each.share.e * _divisor(each.share, name) for each in told]
-        if name in WATCHED[1:]:
-            by = [1.0] * len(told)
-        return sum(b * each.means[name] for b, each in zip(by, told, strict=True)) / (sum(by) or 1.0)
+        return total(lambda sums, share: sums[name]) / (total(lambda sums, share: _divisor(share, name)) or 1.0)
 
-    return {name: mean(name) for name in sorted(told[0].means, key=lambda name: (name != "loss", name))}
+    return {name: mean(name) for name in sorted(scored[0][0], key=lambda name: (name != "loss", name))}
+
+
+def _means(told: list[Told]) -> Record:
+    """The means over several steps; norms count one a step."""
+
+    def summed(each):
+        own = each.means.keys() - NORMS
+        return {name: each.means[name] * _divisor(each.share, name) for name in own}, each.share
+
+    norms = {name: sum(each.means[name] for each in told) / len(told) for name in NORMS}
+    return _pooled([summed(each) for each in told]) | norms

@@ -19,10 +19,12 @@ loss may make both of its passes in one (`Loss.ahead`).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from funcnet import expect
@@ -74,13 +76,17 @@ def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, An
         metrics: replaces the loss's own (accuracy for the cross-entropies); {} for none.
 
     Raises:
-        InputError: for what is no layer, for a metric whose name a training step needs itself, and for a model of two
-            layers called model and loss, whose params could not be told from those of an objective.
+        InputError: for what is no layer or no function, for a metric whose name a training step needs itself, and for a
+            model of two layers called model and loss, whose params could not be told from those of an objective.
     """
     loss = as_loss(a_layer(loss))
     if set(a_layer(model).parts) == set(PARTS):
         raise InputError("a model whose layers are not called model and loss", f"{list(model.parts)}", "rename them")
-    metrics = dict(loss.metrics if metrics is None else metrics)
+    metrics = loss.metrics if metrics is None else metrics
+    if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
+        remedy = 'give functions of a batch, such as {"error": lambda prediction, target: ..}'
+        raise InputError("metrics as functions by their names", describe(metrics), remedy)
+    metrics = dict(metrics)
     if taken := OWN_NAMES & metrics.keys():
         raise InputError(f"metrics not called {sorted(OWN_NAMES)}", f"{sorted(taken)}", "rename them")
     return Objective(model, loss, metrics)
@@ -99,6 +105,7 @@ def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tup
 
     Where nothing weighs anything, the mean is that of nothing: all coefficients are 0.
     """
+    no_shapes(batch, coefficients)
     inputs, targets, weights = check_batch(batch)
     if coefficients is None:
         counting, each, _ = weighed(objective.loss, targets, weights)
@@ -107,17 +114,30 @@ def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tup
     if weights is not None:
         remedy = "give one: the argument for the coefficients of a sum, the batch for relative weights of a mean"
         raise InputError("weights in the batch or as an argument", "both", remedy)
-    coefficients, counted = jnp.asarray(coefficients), objective.loss.counted(targets)
-    if coefficients.shape != counted.shape or not is_floating(coefficients):
+    counted = objective.loss.counted(targets)
+    with at("weights"):
+        given = _numbers(coefficients)
+    if given is None or given.shape != counted.shape or not is_floating(given):
         wanted = f"floating weights {list(counted.shape)}, one for each value of the loss"
-        raise InputError(wanted, describe(coefficients), "give one weight for each value of the loss")
-    return (inputs, targets), coefficients
+        received = describe(coefficients if given is None else given)
+        raise InputError(wanted, received, "give one weight for each value of the loss")
+    return (inputs, targets), given
+
+
+def _numbers(given: Any) -> Array | None:
+    """An array, or a list of numbers, as JAX's array; None for what is neither."""
+    if not all(is_array(leaf) or isinstance(leaf, Real) for leaf in jax.tree.leaves(given)):
+        return None
+    try:
+        return jnp.asarray(given)
+    except (TypeError, ValueError):
+        return None
 
 
 def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array, Array]:
     """What each value of the loss weighs in the sum, w c, and adds to the divisor, w m; both times 2^-e, and e.
 
-    Where a weight is negative or not finite, both are NaN.
+    Where a weight is negative or not finite, both are NaN. 2^e is that of the largest weight of a value that counts.
     """
     counted = loss.counted(targets)
     each = mass(loss, targets).astype(jnp.result_type(float))
@@ -125,9 +145,22 @@ def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array
         return counted.astype(each.dtype), each, jnp.zeros((), jnp.int32)
     check_weights(counted.shape, weights)
     weights = jnp.asarray(weights).astype(each.dtype)
+    nan_or_0 = 0.0 * jnp.max(jnp.where(may_weigh(weights), 0.0, jnp.inf))
+    weights = jnp.where(counted, weights, 0.0)
     e = jnp.frexp(jnp.max(weights))[1]
-    weights = jnp.ldexp(weights, -e) + 0.0 * jnp.max(jnp.where((weights >= 0) & (weights < jnp.inf), 0.0, jnp.inf))
+    weights = _times_power_of_two(weights, -e) + nan_or_0
     return weights * counted.astype(each.dtype), weights * each, e
+
+
+def may_weigh(weights: Any) -> Any:
+    """Which of these numbers can be a weight of a mean."""
+    return (weights >= 0) & (weights < np.inf)
+
+
+def _times_power_of_two(a: Array, n: Array) -> Array:
+    """a 2^n: products, since `jnp.ldexp` has a wrong derivative at a = 0, and two, since one factor may overflow."""
+    one = jnp.ones((), a.dtype)
+    return a * jnp.ldexp(one, n // 2) * jnp.ldexp(one, n - n // 2)
 
 
 def mass(loss: Loss, targets: Any) -> Array:
@@ -351,7 +384,9 @@ def check_batch(batch: Any) -> tuple[Any, Any, Any]:
     parts = dict(zip(("inputs", "targets", "weights"), batch, strict=False))
     leaves = jax.tree_util.tree_leaves_with_path(parts)
     for path, leaf in leaves:
-        if not is_array(leaf) or leaf.ndim == 0:
+        with at(path[0].key):
+            fits = is_array(leaf) and leaf.ndim > 0
+        if not fits:
             received = f"{describe(leaf)} at {jax.tree_util.keystr(path)}"
             raise InputError(
                 "arrays with the batch axis first",
@@ -368,3 +403,10 @@ def check_batch(batch: Any) -> tuple[Any, Any, Any]:
     if weights is not None and not is_array(weights):
         raise InputError("weights in the batch as one array", describe(weights), "give one for each value of the loss")
     return batch[0], batch[1], weights
+
+
+def no_shapes(*trees: Any) -> None:
+    """Refuse shapes in place of arrays, where values are needed."""
+    if shapes := [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.ShapeDtypeStruct)]:
+        remedy = "give the data, or trace the call with jax.eval_shape"
+        raise InputError("a batch of arrays", f"only the shape of one: {describe(shapes[0])}", remedy)

@@ -6,10 +6,13 @@ import platform
 import sys
 from collections.abc import Mapping
 from importlib import metadata
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from funcnet.expect import InputError, describe
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 
@@ -24,9 +27,16 @@ def start_run(run_dir: str | Path, config: Mapping[str, Any] | None = None, *, o
 
     Raises:
         FileExistsError: if run_dir is a file, or holds anything and overwrite is False. Nothing is written then.
+        InputError: for a run_dir that is no path and a config that JSON cannot hold. Nothing is written then either.
     """
+    if not isinstance(run_dir, (str, PathLike)):
+        raise InputError("run_dir as a path", describe(run_dir), "name a folder, such as run_dir='runs/1'")
     folder = Path(run_dir)
-    text = json.dumps(dict(config or {}), indent=2)
+    try:
+        text = json.dumps(dict(config or {}), indent=2)
+    except (TypeError, ValueError) as error:
+        remedy = "turn arrays into lists, with array.tolist(), and other objects into text"
+        raise InputError("a config that JSON can hold", f"{describe(config)}: {error}", remedy) from error
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the run")
     if folder.exists() and any(folder.iterdir()) and not overwrite:

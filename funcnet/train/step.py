@@ -20,7 +20,19 @@ from funcnet import expect
 from funcnet.arithmetic import scan, wide
 from funcnet.expect import InputError, describe, is_array
 from funcnet.factors import total
-from funcnet.train.objective import Batch, Objective, Pair, Pass, averages, entered, forward, run, weighted
+from funcnet.train.objective import (
+    Batch,
+    Objective,
+    Pair,
+    Pass,
+    averages,
+    check_batch,
+    entered,
+    forward,
+    no_shapes,
+    run,
+    weighted,
+)
 
 Tree = Any
 Metrics = dict[str, Array]
@@ -66,7 +78,10 @@ class TrainStep:
             expect.not_donated(train_state)
             raise
         except TypeError:
-            expect.shapes((batch, weights))  # refuses arrays that JAX cannot read
+            no_shapes(batch, weights)
+            check_batch(batch)  # refuses arrays that JAX cannot read
+            with expect.at("weights"):
+                expect.shapes(weights)
             raise
         params, state, opt_state, step = moved
         return TrainState(params, state, opt_state, train_state.key, step), metrics
@@ -77,6 +92,7 @@ class TrainStep:
 
 
 def _moving(train_state: TrainState) -> tuple[Tree, Tree, Tree, Array]:
+    a_train_state(train_state)
     return train_state.params, train_state.state, train_state.opt_state, train_state.step
 
 
@@ -136,7 +152,8 @@ def train_step(
         norms: whether to compute the two norms, which read every gradient and update once more.
 
     Raises:
-        InputError: when first called, for a batch that does not fit the model, the loss or these options.
+        InputError: when first called, for a batch that does not fit the model, the loss or these options, and for a
+            train state of another optimizer.
     """
     a_pair(objective, optimizer)
     step = one_step(objective, optimizer, accumulate, norms)
@@ -156,6 +173,29 @@ def a_pair(objective: Any, optimizer: Any) -> None:
     an_objective(objective)
     if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
         raise InputError("an optax optimizer", describe(optimizer), "call its constructor: optax.adam(1e-3)")
+
+
+def a_train_state(given: Any) -> None:
+    """Refuse what is not a train state."""
+    if not isinstance(given, TrainState):
+        remedy = "make one: fn.init_train_state(objective, optimizer, key, batch)"
+        raise InputError("a train state", describe(given), remedy)
+
+
+def its_optimizer(optimizer: optax.GradientTransformation, train_state: TrainState) -> None:
+    """Refuse the train state of another optimizer."""
+    wanted, received = jax.eval_shape(optimizer.init, train_state.params), train_state.opt_state
+    if jax.tree.structure(received) != jax.tree.structure(wanted):
+        names = [_states(wanted), _states(received)]
+        names[1] += ", for other params" if names[0] == names[1] else ""
+        remedy = "make the train state with the same optimizer: fn.init_train_state(objective, optimizer, key, batch)"
+        raise InputError(f"an opt_state of this optimizer for these params: {names[0]}", names[1], remedy)
+
+
+def _states(opt_state: Any) -> str:
+    """The names of the states that an optimizer's consists of."""
+    inside = type(opt_state) in (tuple, list)
+    return f"({', '.join(map(_states, opt_state))})" if inside else type(opt_state).__name__
 
 
 def jitted(step: Callable[[TrainState, Batch, Array | None], tuple[TrainState, Metrics]]) -> TrainStep:
@@ -212,6 +252,7 @@ def one_move(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def move(train_state, batch, weights=None):
+        its_optimizer(optimizer, train_state)
         pair, weights = entered(objective, batch, weights)
         params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
         passed = _accumulated(objective, accumulate, params, train_state.state, pair, key, weights)

@@ -81,6 +81,17 @@ def test_an_update_whose_norm_overflows_is_told_from_one_that_is_not_finite():
     assert line.startswith("loss and gradients are finite, the optimizer's update is not: ['dense']['bias']")
 
 
+def test_parameters_without_entries_are_passed_over():
+    nothing = {"w": jnp.zeros(0)}
+    empty = fn.stateless("empty", lambda key, x: nothing, lambda p, x: (x, None), lambda p, r, dy, c: (nothing, dy))
+    objective = fn.objective(fn.serial(empty, out=fn.dense(3)), fn.cross_entropy())
+    state = fn.init_train_state(objective, SGD, jax.random.key(0), BATCH)
+    for norm, optimizer in (("grad_norm", SGD), ("update_norm", optax.sgd(1e20))):
+        (line,) = facts(BATCH, objective, state, optimizer, **{norm: np.inf})
+        assert "the largest is " in line
+        assert "['out']" in line
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_step_is_made_again_as_it_was_made_in_micro_batches_too(accumulate):
     """1e20 beside itself, as in these micro-batches, has variance 0; beside 0 it is infinite."""

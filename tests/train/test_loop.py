@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import funcnet as fn
+from funcnet import expect
 from funcnet.losses.loss import as_loss
 from funcnet.train import loop
 from funcnet.train.run import read_metrics
@@ -354,6 +355,80 @@ def test_only_ratios_of_the_weights_matter(scale):
     assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("exponents", [(1023, 1023), (1023, -1000), (-1022, 0), (-1022, -1022), (1023, 0, -1022)])
+def test_only_ratios_of_the_weights_matter_in_64_bits_too(exponents, x64):
+    """Whole batches by powers of two: of those within the range of a sum the largest alone count."""
+    own = np.arange(1.0, 9) / 8
+    data = [(INPUTS[i : i + 8].astype(float), LABELS[i : i + 8], np.ldexp(own, e)) for i, e in enumerate(exponents)]
+    if -1022 in exponents:
+        data = [(x, t, np.maximum(w, np.finfo(float).tiny)) for x, t, w in data]
+    objective = fn.objective(fn.dense(3), fn.cross_entropy())
+    state = fn.init_train_state(objective, optax.sgd(0.0), jax.random.key(0), data[0])
+    least = [(x, t, np.ldexp(w, -max(exponents))) for x, t, w in data]
+    most = [(x, t, w) for x, t, w in least if w.max() >= 0.5]
+    wanted = fn.evaluate(objective, state.params, state.state, most)
+    assert fn.evaluate(objective, state.params, state.state, data) == pytest.approx(wanted, rel=1e-12)
+    _, (record,) = fn.fit(objective, optax.sgd(0.0), state, data, len(data))
+    assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x64", "least"),
+    [
+        ("float32", False, 1.1754944e-38),
+        ("bfloat16", False, 1.1754944e-38),
+        ("float64", False, 1.1754944e-38),
+        ("float16", False, 2.0**-24),
+        ("float32", True, 1.1754944e-38),
+        ("float64", True, 2.2250738585072014e-308),
+    ],
+)
+def test_weights_that_xla_takes_for_0_are_refused(dtype, x64, least):
+    """All other weights that can be written count, and by their ratios."""
+    with jax.enable_x64(x64):
+        weights = (np.array([1, 2, 0, 3, 1, 1, 2, 0]) * float(least)).astype(jnp.dtype(dtype))
+        objective = fn.objective(fn.dense(3), fn.cross_entropy())
+        data = INPUTS[:8], LABELS[:8]
+        params, state = objective.init(jax.random.key(0), data)
+        wanted = fn.evaluate(objective, params, state, [(*data, np.array([1, 2, 0, 3, 1, 1, 2, 0], np.float32))])
+        assert fn.evaluate(objective, params, state, [(*data, weights)]) == pytest.approx(wanted, rel=1e-5)
+        for small in (0.5, 2.0**-100) if dtype != "float16" else ():
+            below = np.where(np.arange(8) == 4, float(least) * small, np.asarray(weights, float)).astype(weights.dtype)
+            if below[4] > 0:
+                with pytest.raises(
+                    fn.InputError, match=r"at index \(4,\)\n  remedy    only ratios of the weights matter"
+                ):
+                    fn.evaluate(objective, params, state, [(*data, below)])
+
+
+MASKING = {
+    "mse": (fn.mse(), lambda t: t),
+    "mae": (fn.mae(), lambda t: t),
+    "huber": (fn.huber(), lambda t: t),
+    "binary_cross_entropy": (fn.binary_cross_entropy(), lambda t: (t > 0).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("anything", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", MASKING)
+def test_what_a_mask_holds_back_may_be_anything(name, anything):
+    loss, made = MASKING[name]
+    objective = fn.objective(fn.dense(3), loss)
+    mask = np.random.default_rng(0).uniform(size=(8, 3)) > 0.4
+    mask[2], t = False, made(INPUTS[:8, :3])
+    batch = lambda t: (INPUTS[:8], {"target": t, "mask": mask})
+    held, zeros = batch(np.where(mask, t, np.float32(anything))), batch(np.where(mask, t, np.float32(0)))
+    state = lambda: fn.init_train_state(objective, OPTIMIZER, jax.random.key(0), held)
+    scores = [fn.evaluate(objective, state().params, (), [data]) for data in (held, zeros)]
+    assert scores[0] == scores[1]
+    ends = [fn.fit(objective, OPTIMIZER, state(), [data] * 2, 2, validation=[data]) for data in (held, zeros)]
+    chex.assert_trees_all_equal(ends[0][0].params, ends[1][0].params)
+    assert ends[0][1] == ends[1][1]
+    bad = np.where(np.arange(24).reshape(8, 3) == np.flatnonzero(mask)[3], np.float32(anything), t)
+    with pytest.raises(fn.InputError, match=r"finite numbers\n.* of \['target'\]; 1 such of 24"):
+        fn.evaluate(objective, state().params, (), [batch(bad)])
+
+
 def test_booleans_as_weights_are_those_that_count():
     batch, mask = (INPUTS[:8], LABELS[:8]), np.arange(8) % 3 > 0
     state = fresh()
@@ -413,8 +488,16 @@ def test_batches_in_which_nothing_counts_are_skipped_and_counted(kind, steps_per
 
 def test_batches_in_which_nothing_counts_do_not_make_up_for_others():
     nothing = NOTHING["ignored"]
-    with pytest.raises(fn.InputError, match="batches for 2 steps, in which something counts\n  received  1 batches"):
+    with pytest.raises(
+        fn.InputError,
+        match="batches for 2 steps, in which something counts\n  received  1 batches that count, and 2 in",
+    ):
         fn.fit(IGNORING, OPTIMIZER, fresh(IGNORING), [nothing, next(batches()), nothing], 2)
+    for steps_per_call in (1, 2):
+        with pytest.raises(fn.InputError, match="received  0 batches that count, and 2 in which nothing does\n"):
+            fn.fit(IGNORING, OPTIMIZER, fresh(IGNORING), [nothing] * 2, 2, log_every=2, steps_per_call=steps_per_call)
+    with pytest.raises(fn.InputError, match="received  0 batches\n"):
+        fn.fit(IGNORING, OPTIMIZER, fresh(IGNORING), [], 2)
     with pytest.raises(fn.InputError, match="1000 batches in a row"):
         fn.fit(IGNORING, OPTIMIZER, fresh(IGNORING), itertools.repeat(nothing), 2)
     state = fresh(IGNORING)
@@ -651,8 +734,90 @@ def test_tensors_of_another_library_are_refused_with_the_remedy(place):
     ):
         with pytest.raises(
             fn.InputError, match=r"received  torch.float32\[8(, 6)?\]\n  remedy    convert it with x.numpy"
-        ):
+        ) as caught:
             use()
+        assert caught.value.path == (("inputs", "targets", "weights")[place],)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["inputs", "targets", "weights"])
+def test_shapes_in_place_of_arrays_are_refused_where_values_are_needed(place):
+    state, batch = fresh(), [*next(batches()), np.ones(8, np.float32)]
+    batch[place] = jax.ShapeDtypeStruct(batch[place].shape, batch[place].dtype)
+    for use in (
+        lambda: fn.evaluate(OBJECTIVE, state.params, state.state, [batch]),
+        lambda: fn.value_and_grad(OBJECTIVE)(state.params, state.state, batch),
+        lambda: fn.train_step(OBJECTIVE, OPTIMIZER)(state, batch),
+        lambda: fn.layerwise_step(OBJECTIVE, OPTIMIZER)(state, batch),
+        lambda: fn.fit(OBJECTIVE, OPTIMIZER, state, [batch], 1),
+        lambda: fn.fit(OBJECTIVE, OPTIMIZER, state, batches(), 1, validation=[batch]),
+    ):
+        with pytest.raises(fn.InputError, match="only the shape of one"):
+            use()
+    shape, batch = jax.ShapeDtypeStruct((8,), jnp.float32), next(batches())
+    for use in (
+        lambda: fn.value_and_grad(OBJECTIVE)(state.params, state.state, batch, weights=shape),
+        lambda: fn.train_step(OBJECTIVE, OPTIMIZER)(state, batch, shape),
+    ):
+        with pytest.raises(fn.InputError, match="only the shape of one"):
+            use()
+
+
+STEPS = {
+    "fit": lambda optimizer, state: fn.fit(OBJECTIVE, optimizer, state, batches(), 1),
+    "train_step": lambda optimizer, state: fn.train_step(OBJECTIVE, optimizer)(state, next(batches())),
+    "lower": lambda optimizer, state: fn.train_step(OBJECTIVE, optimizer).lower(state, next(batches())),
+    "layerwise_step": lambda optimizer, state: fn.layerwise_step(OBJECTIVE, optimizer)(state, next(batches())),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_what_is_no_train_state_of_the_optimizer_is_refused(name):
+    state = fresh()
+    for given in (None, 3, state.params, (state.params, state.state)):
+        with pytest.raises(fn.InputError, match="expected  a train state"):
+            STEPS[name](OPTIMIZER, given)
+    with pytest.raises(
+        fn.InputError, match=r"\(TraceState, EmptyState\)\n  received  \(ScaleByAdamState, EmptyState\)"
+    ):
+        STEPS[name](optax.sgd(0.1, momentum=0.9), state)
+    with pytest.raises(fn.InputError, match="received  NoneType"):
+        STEPS[name](OPTIMIZER, replace(state, opt_state=None))
+    other = fn.init_train_state(
+        fn.objective(fn.dense(3), fn.cross_entropy()), OPTIMIZER, jax.random.key(0), next(batches())
+    )
+    with pytest.raises(fn.InputError, match="for other params"):
+        STEPS[name](OPTIMIZER, replace(state, opt_state=other.opt_state))
+
+
+@pytest.mark.parametrize("given", [None, 3, 1.5, next])
+def test_what_are_no_batches_is_refused(given):
+    state = fresh()
+    with pytest.raises(fn.InputError, match="batches to walk through"):
+        fn.fit(OBJECTIVE, OPTIMIZER, state, given, 1)
+    with pytest.raises(fn.InputError, match="batches to walk through"):
+        fn.evaluate(OBJECTIVE, state.params, state.state, given)
+    if given is not None:
+        with pytest.raises(fn.InputError, match="validation to walk through"):
+            fn.fit(OBJECTIVE, OPTIMIZER, state, batches(), 1, validation=given)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"config": {"a": jnp.ones(3)}}, "a config that JSON can hold"),
+        ({"config": {"a": np.float32(1)}}, "a config that JSON can hold"),
+        ({"config": {(1, 2): 3}}, "a config that JSON can hold"),
+        ({"config": 3}, "a config that JSON can hold"),
+        ({"run_dir": 3}, "run_dir as a path"),
+        ({"run_dir": b"run"}, "run_dir as a path"),
+    ],
+)
+def test_a_run_that_cannot_be_written_is_refused_before_anything_is_trained(options, word, tmp_path):
+    state = fresh()
+    with pytest.raises(fn.InputError, match=word):
+        fn.fit(OBJECTIVE, OPTIMIZER, state, batches(), 1, **{"run_dir": tmp_path / "run", **options})
+    assert not list(tmp_path.iterdir())
+    expect.not_donated(state)
 
 
 ATTENDING = fn.objective(fn.serial(fn.attention(1), fn.global_avg_pool(), fn.dense(3)), fn.cross_entropy())

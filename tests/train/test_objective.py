@@ -4,6 +4,7 @@ import dataclasses
 
 import chex
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -404,3 +405,71 @@ def test_the_derivative_by_a_weight_is_the_value_also_at_0(standard_promotion):
     params, state, batch = setup()
     loss = lambda weights: fn.value_and_grad(OBJECTIVE)(params, state, batch, weights=weights)[0][0]
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(6)), plain_values(params, state, batch), rtol=1e-6)
+
+
+WEIGHED = {
+    "cross_entropy": (fn.cross_entropy(), np.arange(6, dtype=np.int32) % 3),
+    "ignored": (fn.cross_entropy(ignore_index=-1), np.array([0, 1, -1, 2, 1, 0], np.int32)),
+    "mse": (fn.mse(), np.random.default_rng(1).normal(size=(6, 3))),
+    "head": (fn.linear_cross_entropy(5), np.arange(6, dtype=np.int32) % 5),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-120, 2.0**100])
+@pytest.mark.parametrize("name", WEIGHED)
+def test_the_derivative_by_a_weight_of_the_batch_is_right_also_at_0(name, scale, dtype, standard_promotion):
+    """Of the mean, and of its gradients: against the same coefficients, given as the argument."""
+    loss, target = WEIGHED[name]
+    with jax.enable_x64(dtype == "float64"):
+        inputs = np.random.default_rng(0).normal(size=(6, 4)).astype(dtype)
+        target = target.astype(dtype) if name == "mse" else target
+        objective = fn.objective(fn.dense(3), loss)
+        params, state = objective.init(jax.random.key(0), (inputs, target))
+        of = lambda *args, **options: [
+            jax.flatten_util.ravel_pytree(tree)[0]
+            for tree in (lambda result: (result[0][0], result[1]))(fn.value_and_grad(objective)(*args, **options))
+        ]
+        counted = loss.counted(target).astype(dtype)
+        given = lambda w: of(params, state, (inputs, target, w * scale))
+        wanted = lambda w: of(params, state, (inputs, target), weights=w * counted / jnp.sum(w * counted))
+        w = jnp.array([2, 0, 3, 1, 0, 4], dtype)
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 1e-12, "atol": 1e-14}
+        chex.assert_trees_all_close(jax.jacobian(given)(w), jax.jacobian(wanted)(w), **tolerance)
+
+
+def test_weights_are_scaled_by_the_largest_of_what_counts():
+    """A weight of an ignored label has no influence, however large."""
+    params, state, (inputs, labels) = setup()
+    labels = np.where(np.arange(6) == 2, -1, labels).astype(np.int32)
+    weights = np.array([1, 2, 1, 3, 1, 0], np.float32) * np.float32(1e-37)
+    of = lambda weights: fn.value_and_grad(OBJECTIVE)(params, state, (inputs, labels, weights))
+    chex.assert_trees_all_equal(of(np.where(labels < 0, np.float32(3e38), weights)), of(weights))
+
+
+def tensor(shape=(6,)):
+    """An array of another library."""
+    return type("Tensor", (), {"shape": shape, "ndim": len(shape), "dtype": "torch.float32"})()
+
+
+@pytest.mark.parametrize(
+    "weights", ["a", [1.0, [2.0]], [1.0] * 5, ["a"] * 6, [1] * 6, tensor(), [tensor()], object(), 1.0]
+)
+def test_coefficients_that_are_none_are_refused(weights):
+    params, state, batch = setup()
+    with pytest.raises(fn.InputError, match=r"floating weights|an array of NumPy or JAX"):
+        fn.value_and_grad(OBJECTIVE)(params, state, batch, weights=weights)
+
+
+def test_coefficients_may_be_a_list():
+    params, state, batch = setup()
+    of = fn.value_and_grad(OBJECTIVE)
+    given = of(params, state, batch, weights=[0.5, 1.0, 0.0, 2.0, -1.0, 1.0])
+    wanted = of(params, state, batch, weights=jnp.array([0.5, 1.0, 0.0, 2.0, -1.0, 1.0]))
+    chex.assert_trees_all_equal(given, wanted)
+
+
+@pytest.mark.parametrize("metrics", [{"m": 3}, {"m": None}, [1], [("m", len)], 3, "m", len])
+def test_metrics_that_are_no_functions_by_name_are_refused(metrics):
+    with pytest.raises(fn.InputError, match="metrics as functions by their names"):
+        fn.objective(MODEL, fn.cross_entropy(), metrics)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from funcnet.expect import InputError
 from funcnet.train.run import append_metrics, read_metrics, start_run
 
 
@@ -28,6 +29,6 @@ def test_a_folder_that_holds_anything_is_left_alone(tmp_path):
 
 
 def test_a_config_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="a config that JSON can hold"):
         start_run(tmp_path / "run", {"x": object()})
     assert not (tmp_path / "run").exists()
