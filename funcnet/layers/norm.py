@@ -111,14 +111,16 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         g = dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim)
         if centred:
             g = g - _mean(g)
-            inner, x_hat = _mean(g * high), high * saved.rstd
+            dx = pulled(g, high, _mean(g * high), saved, eps) * saved.power
+            x_hat = high * saved.rstd
         else:  # of x itself, else the compiler forms p x for both, and keeps it beside x
-            x = x.astype(dtype)
-            inner, x_hat = _mean(g * saved.power * x), x * (4 * saved.power * saved.rstd) / 4
+            x, g = x.astype(dtype), g * saved.power
+            dx = pulled(g, high, saved.power * _mean(g * x), saved, eps)
+            x_hat = x * (4 * saved.power * saved.rstd) / 4  # p rstd_p of the largest rows is no normal number
         dparams = {"scale": contract(Scale(x_hat, dy), params["scale"])}
         if centred:
             dparams["bias"] = contract(Shift(dy), params["bias"])
-        return dparams, placed(pulled(g, high, inner, saved, eps).astype(dy.dtype), saved.x)
+        return dparams, placed(dx.astype(dy.dtype), saved.x)
 
     return stateless(name, init, fwd, bwd)
 
@@ -202,16 +204,15 @@ def unshared(saved: Statistics) -> Statistics:
 
 
 def pulled(g: Array, high: Array, inner: Array, saved: Statistics, eps: float) -> Array:
-    """dx = p rstd_p * (g - x_hat * mean(g * x_hat)); x_hat = high * rstd_p, high p x centred, inner mean(g * high).
+    """d(p x) = rstd_p * (g - x_hat * mean(g * x_hat)); x_hat = high * rstd_p, high p x centred, inner mean(g * high).
 
-    Written as p rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no rounding of rstd_p enters the difference.
-    One rstd_p is multiplied into the numbers of each row first, one after the difference and one with p, so that
-    nothing overflows or vanishes on the way; the factors of 4 keep p rstd_p, of the largest rows, a normal number.
+    Written as rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no rounding of rstd_p enters the difference. One
+    rstd_p is multiplied into the numbers of each row first, so that nothing overflows or vanishes; the factor of 4
+    keeps rstd_p^2 a normal number. Where high may be small beside p x, g is not to have been multiplied by p.
     """
     power, square, rstd = saved.power, saved.square, saved.rstd
-    by_rstd = lambda row: jnp.where(rstd > 0, row * rstd, 0.0)
-    d = rstd / 4 * (g * by_rstd(eps * power * power) + (g * by_rstd(square) - high * by_rstd(inner)))
-    return d * (4 * power * rstd)
+    by_rstd = lambda row: jnp.where(rstd > 0, row * (rstd / 4), 0.0)
+    return 4 * rstd * rstd * (g * by_rstd(eps * power * power) + (g * by_rstd(square) - high * by_rstd(inner)))
 
 
 def _mean(x: Array) -> Array:

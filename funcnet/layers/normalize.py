@@ -105,7 +105,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         high = centre(grouped(x), saved)
         g = grouped(dy.astype(dtype) * in_front(params["scale"].astype(dtype), dy.ndim))
         g = g - _mean(g)
-        dx = regrouped(pulled(g, high, _mean(g * high), saved, eps), dy.shape)
+        dx = regrouped(pulled(g, high, _mean(g * high), saved, eps) * saved.power, dy.shape)
         x_hat = regrouped(high * saved.rstd, dy.shape)
         dparams = {
             "scale": contract(Scale(x_hat, dy), params["scale"]),

@@ -199,7 +199,7 @@ def test_a_variance_is_kept_where_the_sum_of_squares_overflows_and_infinite_wher
     [
         ({"momentum": 1.5}, "momentum from 0"),
         ({"momentum": np.float32(-0.5)}, "momentum from 0"),
-        ({"momentum": float("nan")}, "momentum from 0"),
+        ({"momentum": float("nan")}, "momentum as a number"),
         ({"momentum": "0.9"}, "momentum as a real number"),
         ({"eps": 0.0}, "eps"),
     ],

@@ -206,6 +206,29 @@ def test_rows_of_every_finite_size_have_their_output_and_gradients(name, dtype, 
             assert (np.abs(np.asarray(got_scale, np.longdouble) - terms.sum((0, 1))) <= room).all(), kind
 
 
+@pytest.mark.parametrize("size", [1e19, 1e30, 1e33, 1e37])
+@pytest.mark.parametrize("name", ["layer_norm", "group_norm", "batch_norm"])
+def test_large_rows_that_are_nearly_constant_have_their_gradients(name, size, x64):
+    layer, rng = FIVE[name](), np.random.default_rng(8)
+    x, dy = (
+        jnp.asarray(a, jnp.float32) for a in (size * (1 + 1e-6 * rng.normal(size=(4, 8))), rng.normal(size=(4, 8)))
+    )
+    x, dy = (a.T if name == "batch_norm" else a for a in (x, dy))
+    params, state = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), layer.init(None, x))
+    dx = layer.bwd(params, layer.fwd(params, state, x, None)[2], dy)[1]
+    _, wanted, _, _ = exact(name, x[:, None], np.ones(x.shape[-1]), dy[:, None])
+    error = np.abs(np.asarray(dx, np.longdouble) - wanted[:, 0])
+    assert (error <= 1e-3 * np.abs(wanted).max()).all()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_rows_whose_mean_square_is_just_within_range_have_their_gradients(name):
+    x, dy = jnp.float32([[1.7e19, -1.75e19], [1.25e19, 0.5e19]]), jnp.float32([[1, -2], [3, 1]])
+    dx = pull(NORMS[name](), ones(name, 2), x, dy)[-1]
+    small = pull(NORMS[name](eps=1e-30), ones(name, 2), x * 2.0**-40, dy)[-1]
+    np.testing.assert_allclose(dx, small * 2.0**-40, rtol=1e-5, atol=1e-38)
+
+
 @pytest.mark.parametrize("name", FIVE)
 def test_an_ordinary_row_is_what_it_is_without_a_large_neighbour(name):
     layer, x = FIVE[name](), jnp.asarray(np.random.default_rng(7).normal(size=(4, 5, 6)), jnp.float32)
@@ -315,7 +338,7 @@ def test_half_precision_parameter_gradients_are_summed_in_float32(name, dtype):
 @BOTH
 @pytest.mark.parametrize("eps", [0.0, -1e-6, float("nan")])
 def test_an_eps_that_is_not_positive_is_refused(name, eps):
-    with pytest.raises(fn.InputError, match="positive eps"):
+    with pytest.raises(fn.InputError, match=r"positive eps|eps as a number"):
         NORMS[name](eps)
 
 

@@ -136,7 +136,7 @@ def test_pos_weight_of_one_is_no_weight_and_integers_are_targets_too():
         (-1.0, "not negative"),
         (float("nan"), "finite"),
         (np.array([1.0, -1.0]), "none negative"),
-        (np.array([1.0, np.inf]), "finite"),
+        (np.array([1.0, np.inf]), "range of float32"),
         (np.ones((1, 5)), r"numbers \[C\]"),
         (np.ones(5, bool), r"numbers \[C\]"),
         (True, "real number"),
@@ -151,7 +151,7 @@ def test_a_pos_weight_that_is_none_is_refused(weight, message):
 
 
 def test_a_traced_pos_weight_is_refused():
-    with pytest.raises(fn.InputError, match="pos_weight as finite numbers"):
+    with pytest.raises(fn.InputError, match="not traced"):
         jax.eval_shape(lambda w: value(fn.binary_cross_entropy(w), Z, jnp.float32(SOFT)), jnp.ones(5))
 
 
