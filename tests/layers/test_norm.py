@@ -209,11 +209,8 @@ def test_rows_of_every_finite_size_have_their_output_and_gradients(name, dtype, 
 @pytest.mark.parametrize("size", [1e19, 1e30, 1e33, 1e37])
 @pytest.mark.parametrize("name", ["layer_norm", "group_norm", "batch_norm"])
 def test_large_rows_that_are_nearly_constant_have_their_gradients(name, size, x64):
-    layer, rng = FIVE[name](), np.random.default_rng(8)
-    x, dy = (
-        jnp.asarray(a, jnp.float32) for a in (size * (1 + 1e-6 * rng.normal(size=(4, 8))), rng.normal(size=(4, 8)))
-    )
-    x, dy = (a.T if name == "batch_norm" else a for a in (x, dy))
+    layer, (near, dy) = FIVE[name](), np.random.default_rng(8).normal(size=(2, 6, 6))
+    x, dy = (jnp.asarray(a, jnp.float32) for a in (size * (1 + 1e-6 * near), dy))
     params, state = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), layer.init(None, x))
     dx = layer.bwd(params, layer.fwd(params, state, x, None)[2], dy)[1]
     _, wanted, _, _ = exact(name, x[:, None], np.ones(x.shape[-1]), dy[:, None])
