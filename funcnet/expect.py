@@ -71,13 +71,17 @@ def is_array(x: Any) -> bool:
     """Whether `x` is an array that JAX can read: NumPy's, JAX's, a tracer or a `jax.ShapeDtypeStruct`.
 
     Raises:
-        InputError: for another library's, such as a PyTorch tensor, whose dtype is not NumPy's.
+        InputError: for another library's, such as a PyTorch tensor, whose dtype is not NumPy's; and for numbers in
+            another machine's order of bytes, as some file formats have them.
     """
     if not _is_array_of_any(x):
         return False
     if not isinstance(x.dtype, np.dtype) and not isinstance(x, (jax.Array, jax.ShapeDtypeStruct)):
         remedy = "convert it with x.numpy(); a tensor on a GPU, or with a gradient, with x.detach().cpu().numpy()"
         raise InputError("an array of NumPy or JAX", describe(x), remedy)
+    if isinstance(x.dtype, np.dtype) and not x.dtype.isnative:
+        remedy = 'convert it with x.astype(x.dtype.newbyteorder("="))'
+        raise InputError("an array in this machine's order of bytes", describe(x), remedy)
     return True
 
 

@@ -4,8 +4,9 @@
 transparent: name, params and parts are those of the layer they are given, but for what they are there to change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import jax
@@ -91,13 +92,19 @@ def mixed(
 
     Raises:
         InputError: if a floating input is not of dtype `output`, one of the three is no floating dtype, or a path in
-            `keep` leads to no layer.
+            `keep` leads to no layer, or into another one that is kept.
     """
     a_layer(layer)
     param, compute, output = map(expect.floating_dtype, (param, compute, output))
     with expect.by("mixed"):
         if isinstance(keep, str):
             raise InputError("keep as a tuple of paths", repr(keep), f'write keep=("{keep}",)')
+        keep = tuple(keep) if isinstance(keep, Iterable) else (keep,)
+        if not all(isinstance(path, str) for path in keep):
+            raise InputError("keep as a tuple of paths", repr(keep), 'write keep=("layer_norm",), or leave it out')
+        if inside := [(a, b) for a, b in permutations(keep, 2) if f"{a}/".startswith(f"{b}/")]:
+            received = "{!r} and {!r}".format(*inside[0])
+            raise InputError("paths of different layers to keep, none inside another", received, "leave out the inner")
         mostly = layer
         for path in keep:
             mostly = _at(mostly, path, path.split("/"), lambda part: mixed(part, param, param, compute))

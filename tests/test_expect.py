@@ -90,6 +90,14 @@ def test_kinds_of_input(x, array, floating, concrete):
     assert (expect.is_array(x), expect.is_floating(x), expect.is_concrete(x)) == (array, floating, concrete)
 
 
+def test_another_order_of_bytes_is_refused():
+    """Once a program is compiled JAX reads such numbers as if they were native."""
+    for kind in (">f4", ">i4"):
+        with pytest.raises(expect.InputError, match="order of bytes"):
+            expect.is_array(np.ones(3, kind))
+    assert expect.is_array(np.ones(3, ">f4").astype("=f4"))
+
+
 def test_a_tracer_is_not_concrete():
     seen = []
     jax.jit(lambda x: seen.append(expect.is_concrete(x)))(jnp.ones(2))

@@ -558,6 +558,10 @@ def test_layers_that_are_kept_compute_in_the_dtype_of_params():
         (("repeat/norm",), "where repeat has the parts"),
         (("",), "''"),
         ("head", "a tuple of paths"),
+        ((1,), "a tuple of paths"),
+        (None, "a tuple of paths"),
+        (("head", "head"), "none inside another"),
+        (("repeat/layer_norm", "head", "repeat"), "none inside another"),
     ],
 )
 def test_a_path_that_leads_to_no_layer_is_refused(keep, message):

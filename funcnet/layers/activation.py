@@ -8,7 +8,7 @@ a difference, as 1 - y^2 is, of which a rounded y leaves nothing. Each docstring
 of f' at a kink, where f has no derivative; the plain forward has the same value there.
 
 Numerics: half precision is computed in float32 and rounded once: for every one of its numbers y is within 1 unit in the
-last place of the exact value, and f' within 2. Infinite inputs have the limits, and NaN stays NaN. One exception: on
+last place of the exact value, and f' within 2. Infinite inputs have the limits, and y of NaN is NaN. One exception: on
 CPUs XLA takes subnormal numbers for 0, so in float32 and bfloat16 a result below 1e-35, and any of a subnormal x, may
 be what it is of 0. The derivatives of gelu and silu are written to share no expensive subexpression with f: the
 compiler would keep that for the backward pass, beside x.
@@ -102,7 +102,7 @@ def gelu(approximate: bool = False) -> Activation:
     With approximate=True, y = x s(x) with s = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), which is the tanh form
     x (1 + t) / 2, t = tanh u; y' = (1 + t) / 2 + x (1 - t^2) u' / 2.
 
-    Numerics: in float32 Phi is (1 + erf(x / sqrt 2)) / 2, or (1 + t) / 2, the fastest: y is off by at most 2e-7, which
+    Numerics: in float32 Phi is (1 + erf(x / sqrt 2)) / 2, or (1 + t) / 2, the fastest: y is off by at most 8e-7, which
     from x = -3 on is more than the last digits of y, and all of them at -6. In half precision it is
     erfc(-x / sqrt 2) / 2, or s, which keep them.
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.

@@ -111,7 +111,8 @@ def lru(
 
     def turning(params: dict[str, Array], x: Array) -> Turning:
         high = wide(max((params[name].dtype for name in LOGARITHMS), key=lambda dtype: jnp.finfo(dtype).bits))
-        a, b = -jnp.exp(params["nu"].astype(high)), jnp.exp(params["theta"].astype(high))
+        nu = jnp.minimum(params["nu"].astype(high), 80.0)  # of which nothing is left after one step: e^nu stays finite
+        a, b = -jnp.exp(nu), jnp.exp(params["theta"].astype(high))
         factor = jnp.exp(lax.complex(a, b))
         # JAX differentiates expm1 to expm1 + 1, which loses what is left of e^(2a) where that is small.
         square = jnp.where(2 * a < -1, 1 - jnp.exp(2 * a), -jnp.expm1(2 * a))

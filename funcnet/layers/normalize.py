@@ -17,8 +17,8 @@ Residuals: x [B, .., C], and [B, 1, G, 1] in the dtype of the statistics the pow
 means, the mean square and rstd; y and |x| [.., 1].
 Numerics: in float32 for half precision. Group norm centres twice, as layer norm does (`norm`), so that values far from
 zero lose nothing, and as there groups up to the largest finite number are right, whose squares overflow. |x| is taken
-of x / max |x|, so that no square overflows or vanishes, and y is right for every finite x; dx is 0 where 1 / |x| is
-below the normal numbers.
+of x / max |x|, so that no square overflows or vanishes, and y is right for every finite x but subnormal ones, which
+CPUs take for 0; dx is 0 where 1 / |x| is below the normal numbers.
 Source: Wu and He 2018, arXiv:1803.08494; Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
 """
 

@@ -46,9 +46,9 @@ def cross_entropy(
 
     q is the one-hot vector of an integer label, or the soft label itself, mixed with the uniform distribution:
     q <- (1 - s) q + s / V. With top = max_v z_v and total = sum_v exp(z_v - top), -log softmax_v is
-    log(total) - (z_v - top), which does not overflow for any finite logits; -inf logits are masked classes. A logit of
-    +inf takes all of softmax: the loss tends to 0 for its class and to infinity for others. Several of them share it,
-    though the limit depends on the way; a row of -inf alone has none, and gives NaN.
+    log(total) - (z_v - top), which does not overflow as long as z_v - top does not; -inf logits are masked classes. A
+    logit of +inf takes all of softmax: the loss tends to 0 for its class and to infinity for others. Several of them
+    share it, though the limit depends on the way; a row of -inf alone has none, and gives NaN.
 
     Residuals: logits, top, total, target.  Why these: softmax is formed again in `bwd` from the logits, so that a
     half-precision model keeps its logits in half precision and loses nothing in softmax - q, which cancels.

@@ -78,7 +78,7 @@ def stateless_loss(name, fwd, bwd, counted, metrics, check) -> Loss:
 
 def a_pair(x: Any) -> None:
     if not isinstance(x, tuple) or len(x) != 2:
-        raise InputError("a pair (prediction, target)", describe(x), "give the loss both")
+        raise InputError("a pair (prediction, target)", describe(x), "give the loss both, in a tuple")
 
 
 def silenced(dy: Array, a: Array) -> Array:

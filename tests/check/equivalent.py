@@ -15,8 +15,8 @@ _BY_REASON = {
         "_per_example: Scale(dy, x_hat)",
         '_norm: dparams = {"scale": contract((Scale(dy, x_hat)), params["scale"])}',
         'batch_norm: factors = {"scale": (Scale(dy, x_hat, mixes=True)), "bias": Shift(dy, mixes=True)}',
-        "_norm: return dparams, placed((pulled(g, inner, high, saved, eps)).astype(dy.dtype), saved.x)",
-        "_group_norm: dx = regrouped((pulled(g, _mean(g * high), high, saved, eps)), dy.shape)",
+        "_norm: dx = (pulled(g, _mean(g * high), high, saved, eps)) * saved.power",
+        "_group_norm: dx = regrouped((pulled(g, _mean(g * high), high, saved, eps)) * saved.power, dy.shape)",
     ],
     "log softmax is x less both, and which first is within what the rounding of x itself does": [
         "log_softmax: (x, log_total, top) = residuals"
@@ -134,7 +134,7 @@ _BY_REASON = {
         "total: answer = (jnp.sum(dy.reshape(-1, *param.shape), axis=0, dtype=wide(dy.dtype)))",
         "total: answer = (jnp.sum(flat(x_hat).astype(high) * flat(dy).astype(high), axis=0))",
         "batch_norm: return dparams, (dx.astype(x.dtype))",
-        "_norm: return dparams, (pulled(g, high, inner, saved, eps).astype(dy.dtype))",
+        "_norm: return dparams, (dx.astype(dy.dtype))",
     ],
     "few terms in half precision are summed as well as half precision can tell; test_factors.py has long sums": [
         "total: answer = reduce(jnp.add, [total(each, (param)) for each in factors])",
@@ -177,6 +177,8 @@ _BY_REASON = {
         "attention: return dparams, (added(*of_context, dx))",
         'attention: dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else (added(*of_context, dx))}',
         "_pull: heads = tuple(axis for axis in ((2, 1)) if db.shape[axis] == 1)",
+        "contrastive: (by_column, by_row) = g[:, None] * nn.softmax(shifted(c, 1), 1), g[None] * nn.softmax(shifted(c, 0), 0)",
+        "contrastive: by_row, by_column = ((g[None] * nn.softmax(shifted(c, 0), 0), g[:, None] * nn.softmax(shifted(c, 1), 1)))",
     ],
     "zeros have no sign, and a query, key and value of one size the same shape": [
         'linear_cross_entropy: dx, answers = scan(body, (jnp.zeros_like(-flat(x), top.dtype)), blocks(params["kernel"], size))',
@@ -321,16 +323,16 @@ _BY_REASON = {
         "unshared: return Statistics(saved.x, *(saved[1:]))",
     ],
     "eps is nothing beside a square that p scales, and p is 1 elsewhere": [
-        "pulled: return rstd * rstd * (g * by_rstd((eps * power / power)) + (g * by_rstd(square) - high * by_rstd(inner)))",
-        "pulled: return rstd * rstd * (g * by_rstd((eps * power)) + (g * by_rstd(square) - high * by_rstd(inner)))",
-        "pulled: return rstd * rstd * (g * by_rstd((eps / power) * power) + (g * by_rstd(square) - high * by_rstd(inner)))",
-        "pulled: return rstd * rstd * (g * by_rstd((eps) * power) + (g * by_rstd(square) - high * by_rstd(inner)))",
+        "pulled: return 4 * rstd * rstd * (g * by_rstd((eps * power / power)) + (g * by_rstd(square) - high * by_rstd(inner)))",
+        "pulled: return 4 * rstd * rstd * (g * by_rstd((eps * power)) + (g * by_rstd(square) - high * by_rstd(inner)))",
+        "pulled: return 4 * rstd * rstd * (g * by_rstd((eps / power) * power) + (g * by_rstd(square) - high * by_rstd(inner)))",
+        "pulled: return 4 * rstd * rstd * (g * by_rstd((eps) * power) + (g * by_rstd(square) - high * by_rstd(inner)))",
     ],
     "no case has a row with an infinite number; rstd * rstd = 0 makes 0 of any number there": [
-        "pulled: lambda row: jnp.where((rstd >= 0), row * rstd, 0.0)",
-        "pulled: lambda row: jnp.where(rstd > -1, row * rstd, 0.0)",
-        "pulled: lambda row: jnp.where(rstd > 0, row * rstd, -1)",
-        "pulled: lambda row: jnp.where(rstd > 0, row * rstd, 1)",
+        "pulled: lambda row: jnp.where((rstd >= 0), row * (rstd / 4), 0.0)",
+        "pulled: lambda row: jnp.where(rstd > -1, row * (rstd / 4), 0.0)",
+        "pulled: lambda row: jnp.where(rstd > 0, row * (rstd / 4), -1)",
+        "pulled: lambda row: jnp.where(rstd > 0, row * (rstd / 4), 1)",
     ],
     "in no case is y rounded to 1; test_softmax.py has it": [
         "softmax: range(1)",

@@ -99,6 +99,17 @@ def test_where_nothing_decays_the_gradient_of_nu_is_its_limit(x64):
         np.testing.assert_allclose(dnu(-60, dtype), -np.sqrt(2) * np.exp(-30) * np.sin(np.e), rtol=tolerance)
 
 
+@pytest.mark.parametrize("nu", [79.0, 88.0, 89.0, 1e30])
+def test_where_nothing_is_left_after_a_step_the_gradient_of_nu_is_0(nu):
+    layer, x = fn.lru(2, 2), jnp.ones((1, 3, 2))
+    params = layer.init(KEY, x)[0] | {"nu": jnp.full(2, nu)}
+    y, _, residuals = layer.fwd(params, (), x, None)
+    pull = jax.vjp(lambda params: layer.apply(params, (), x), params)[1]
+    for dparams in (layer.bwd(params, residuals, y)[0], pull(y)[0]):
+        assert all(np.isfinite(leaf).all() for leaf in dparams.values())
+        np.testing.assert_array_equal(dparams["nu"], [0, 0])
+
+
 def test_where_much_decays_autodiff_of_the_forward_pass_is_exact_too(x64):
     layer, x, dy = fn.lru(1, 1), jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1))
     params = {name: jnp.ones((1, 1)) for name in layer.init(KEY, x)[0]} | {"theta": jnp.ones(1), "nu": jnp.full(1, 1.9)}
