@@ -76,7 +76,12 @@ def has_a_batch(case):
     return True
 
 
-@some(CASES)
+FIRST = {
+    case.name.split("/")[0]: case for case in reversed(CASES)
+}  # one of each rule: a batch is as open in the others
+
+
+@some([case for case in CASES if case in FIRST.values() or case.name in FEW])
 def test_a_layer_is_exported_for_any_batch(case):
     with jax.enable_x64(walk.dtype_of(case) == "float64"):
         if not has_a_batch(case):
