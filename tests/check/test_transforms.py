@@ -76,9 +76,8 @@ def has_a_batch(case):
     return True
 
 
-FIRST = {
-    case.name.split("/")[0]: case for case in reversed(CASES)
-}  # one of each rule: a batch is as open in the others
+# A case of each rule: a batch is as open in the others.
+FIRST = {case.name.split("/")[0]: case for case in reversed(CASES)}
 
 
 @some([case for case in CASES if case in FIRST.values() or case.name in FEW])
