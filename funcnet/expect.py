@@ -71,18 +71,21 @@ def is_array(x: Any) -> bool:
     """Whether `x` is an array that JAX can read: NumPy's, JAX's, a tracer or a `jax.ShapeDtypeStruct`.
 
     Raises:
-        InputError: for another library's, such as a PyTorch tensor, whose dtype is not NumPy's; and for numbers in
-            another machine's order of bytes, as some file formats have them.
+        InputError: for another library's, such as a PyTorch tensor, whose dtype is not NumPy's.
     """
     if not _is_array_of_any(x):
         return False
     if not isinstance(x.dtype, np.dtype) and not isinstance(x, (jax.Array, jax.ShapeDtypeStruct)):
         remedy = "convert it with x.numpy(); a tensor on a GPU, or with a gradient, with x.detach().cpu().numpy()"
         raise InputError("an array of NumPy or JAX", describe(x), remedy)
+    return True
+
+
+def native(x: Any) -> None:
+    """Refuse an array in another machine's order of bytes, as of some files, which JAX may read as if it were not."""
     if isinstance(x.dtype, np.dtype) and not x.dtype.isnative:
         remedy = 'convert it with x.astype(x.dtype.newbyteorder("="))'
         raise InputError("an array in this machine's order of bytes", describe(x), remedy)
-    return True
 
 
 def _is_array_of_any(x: Any) -> bool:
@@ -124,6 +127,7 @@ def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:
     if not is_floating(x):
         received = f"a list of {len(x)}" if isinstance(x, list) else describe(x)
         raise InputError(wanted, received, "convert it first, for instance with jnp.asarray(x, jnp.float32)")
+    native(x)
     if x.ndim < rank or x.ndim == 0:
         raise InputError(wanted, describe(x), "add the missing axes; the batch axis comes first")
     if 0 in x.shape:

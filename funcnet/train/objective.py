@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 
 from funcnet import expect
-from funcnet.expect import InputError, at, describe, is_array, is_floating
+from funcnet.expect import InputError, at, describe, is_array, is_floating, native
 from funcnet.factors import Contraction, total
 from funcnet.layer import Layer, Made, a_layer
 from funcnet.losses.loss import Loss, as_loss
@@ -393,6 +393,8 @@ def check_batch(batch: Any) -> tuple[Any, Any, Any]:
                 received,
                 "give arrays, not lists or numbers: (np.asarray(inputs), np.asarray(targets))",
             )
+        with at(path[0].key):
+            native(leaf)
     sizes = {jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in leaves}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         received = ", ".join(f"{n} in {path}" for path, n in sizes.items()) or "none"

@@ -842,3 +842,16 @@ def test_a_bias_of_attention_may_forbid_and_nothing_else_may_be_infinite(value, 
     elsewhere = {"x": np.full_like(x, -np.inf), "bias": np.zeros_like(bias)}, LABELS[:4]
     with pytest.raises(fn.InputError, match=r"-inf at index .* of \['x'\]"):
         fn.evaluate(ATTENDING, *ATTENDING.init(jax.random.key(0), batch), [elsewhere])
+
+
+@pytest.mark.parametrize("place", range(3), ids=["inputs", "targets", "weights"])
+def test_another_order_of_bytes_is_refused_also_once_the_program_is_compiled(place):
+    batch = (*next(batches()),)
+    batch = (*batch[:2], np.ones(len(batch[1]), np.float32))
+    state = fresh()
+    fn.evaluate(OBJECTIVE, state.params, state.state, [batch])
+    swapped = tuple(a.astype(a.dtype.newbyteorder(">")) if i == place else a for i, a in enumerate(batch))
+    with pytest.raises(fn.InputError, match="order of bytes"):
+        fn.evaluate(OBJECTIVE, state.params, state.state, [swapped])
+    with pytest.raises(fn.InputError, match="order of bytes"):
+        fn.fit(OBJECTIVE, OPTIMIZER, state, [swapped], 1)
