@@ -81,7 +81,7 @@ def is_array(x: Any) -> bool:
     return True
 
 
-def native(x: Any) -> None:
+def native_order(x: Any) -> None:
     """Refuse an array in another machine's order of bytes, as of some files, which JAX may read as if it were not."""
     if isinstance(x.dtype, np.dtype) and not x.dtype.isnative:
         remedy = 'convert it with x.astype(x.dtype.newbyteorder("="))'
@@ -127,7 +127,7 @@ def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:
     if not is_floating(x):
         received = f"a list of {len(x)}" if isinstance(x, list) else describe(x)
         raise InputError(wanted, received, "convert it first, for instance with jnp.asarray(x, jnp.float32)")
-    native(x)
+    native_order(x)
     if x.ndim < rank or x.ndim == 0:
         raise InputError(wanted, describe(x), "add the missing axes; the batch axis comes first")
     if 0 in x.shape:

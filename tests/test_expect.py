@@ -94,11 +94,11 @@ def test_another_order_of_bytes_is_refused():
     """Once a program is compiled JAX reads such numbers as if they were native."""
     for kind in (">f4", ">i4"):
         with pytest.raises(expect.InputError, match="order of bytes"):
-            expect.native(np.ones(3, kind))
+            expect.native_order(np.ones(3, kind))
     with pytest.raises(expect.InputError, match="order of bytes"):
         expect.float_array(np.ones(3, ">f4"))
-    expect.native(np.ones(3, ">f4").astype("=f4"))
-    expect.native(jax.random.key(0))
+    expect.native_order(np.ones(3, ">f4").astype("=f4"))
+    expect.native_order(jax.random.key(0))
 
 
 def test_a_tracer_is_not_concrete():

@@ -25,7 +25,7 @@ from jax import Array, lax
 from funcnet import expect
 from funcnet.arithmetic import wide
 from funcnet.expect import InputError, describe
-from funcnet.losses.loss import Loss, one_an_example, same_shape, stateless_loss
+from funcnet.losses.loss import Loss, one_an_example, same_shape, silenced, stateless_loss
 
 
 def of_entries(
@@ -63,7 +63,7 @@ def of_entries(
         z, t, mask = _entries(*x)
         given, _ = opened(x[1])
         g = spread(dy, x[0], mask)
-        dz, dt = (_silenced(g, slope) for slope in df(z, t))
+        dz, dt = (g * silenced(g, slope) for slope in df(z, t))
         dt = dt.astype(given.dtype) if expect.is_floating(given) else None
         if mask is not None:
             dt = {"target": dt, "mask": None}
@@ -123,11 +123,6 @@ def _count(mask: Array, dtype: Any) -> Array:
     """How many entries of each example the mask lets through, at least 1."""
     count = jnp.sum(mask.reshape(mask.shape[0], -1), axis=1, dtype=jnp.int32)
     return jnp.maximum(count, 1).astype(dtype)
-
-
-def _silenced(g: Array, slope: Array) -> Array:
-    """g * slope, 0 where g is 0 and the slope is not finite; elsewhere also g = 0 has its derivative, the slope."""
-    return g * jnp.where((g == 0) & ~jnp.isfinite(slope), 0.0, slope)
 
 
 def times(factor: Array | float, a: Array) -> Array:

@@ -100,7 +100,7 @@ def triplet(margin: float = 1.0) -> Loss:
     def bwd(params, x, dy, contract):
         (u, near), (v, far) = differences(x)
         g = expect.cotangent(dy, near.shape[:-1], near.dtype)
-        g, h = g[..., None], jnp.where(value(near, far) > 0, 1.0, jnp.zeros((), g.dtype))[..., None]
+        g, h = (a[..., None] for a in (g, (value(near, far) > 0).astype(g.dtype)))
         slopes = (h * (u - v), -h * u, h * v)
         danchor, dpositive, dnegative = ((g * silenced(g, d)).astype(x[0].dtype) for d in slopes)
         return {}, (danchor, (dpositive, dnegative))

@@ -93,9 +93,8 @@ def contrastive(temperature: float = 0.07) -> Loss:
     def fwd(params, x):
         check(*x)
         u, v = (unit(a)[0] for a in x)
-        either = [shifted(u @ v.T, axis) for axis in (1, 0)]
-        terms = (jnp.log(jnp.sum(jnp.exp(z), axis)) - jnp.diagonal(z) for axis, z in zip((1, 0), either, strict=True))
-        return sum(terms, jnp.zeros((), u.dtype)) / 2, x
+        c = u @ v.T
+        return (of_the_diagonal(c, 1) + of_the_diagonal(c, 0)) / 2, x
 
     def bwd(params, x, dy, contract):
         mixing(contract)
@@ -106,6 +105,11 @@ def contrastive(temperature: float = 0.07) -> Loss:
         ds = ((by_row + by_column) / 2 - jnp.diag(g)) / temperature
         da, db = unit_pullback(u, a_length, ds @ v), unit_pullback(v, b_length, ds.T @ u)
         return {}, (da.astype(x[0].dtype), db.astype(x[1].dtype))
+
+    def of_the_diagonal(c, axis):
+        """The cross-entropies along an axis, each with the entry on the diagonal as its label."""
+        z = shifted(c, axis)
+        return jnp.log(jnp.sum(jnp.exp(z), axis)) - jnp.diagonal(z)
 
     def shifted(c, axis):
         """S less its largest entries along an axis, from the cosines c."""

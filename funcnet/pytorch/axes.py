@@ -38,7 +38,7 @@ from funcnet import expect
 from funcnet.expect import InputError
 from funcnet.layer import Layer
 from funcnet.observe import observe
-from funcnet.pytorch.kinds import is_left_out, kind_of
+from funcnet.pytorch.kinds import TRANSPARENT, is_left_out, kind_of
 from funcnet.saved import as_loaded
 
 Tree = Any
@@ -68,7 +68,6 @@ _OF_PIECES = ("glu", "swiglu", "geglu", "maxout")  # in order along the last axi
 _RESHAPES = ("flatten", "reshape")
 _JOINS = ("add", "concat")
 _KNOWN = (*_CONVOLUTIONS, *_OF_CHANNELS, *_OF_SEQUENCES, *_OF_FEATURES, *_IN_ANY_ORDER, *_OF_PIECES, *_JOINS)
-_SAME_INSIDE = ("named", "remat", "mixed", "freeze", "tied")
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def found_of(layer: Layer, params: Tree, state: Tree, x: Tree, channels: str | N
                 return tuple(part(name, each) for name, each in zip(layer.parts, given, strict=True))
             case "reversible":
                 return _reversible(given, part)
-        if made and layer.combinator in _SAME_INSIDE:
+        if made and layer.combinator in TRANSPARENT:
             return walk(made.inner, given, path, at)
         if layer.parts and reordering(layer):
             remedy = "convert the layers one by one, or take serial, skip and branch"

@@ -13,7 +13,7 @@ from funcnet.pytorch.modules import FIELDS, RECURRENT, STATE, WHOLE, Field
 Tree = Any
 
 _RUNS = [((kind, False),) for kind in RECURRENT] + [((kind, False), (kind, True)) for kind in RECURRENT]
-_TRANSPARENT = ("named", "remat", "mixed", "freeze", "tied")  # around a layer that is the same module without them
+TRANSPARENT = ("named", "remat", "mixed", "freeze", "tied")  # around a layer that is the same module without them
 
 
 def require_convertible(layer: Layer) -> None:
@@ -50,7 +50,7 @@ def _option(layer: Layer, name: str) -> bool:
 
 def runs_of(layer: Layer) -> tuple[tuple[str, bool], ...]:
     """The kind of a layer and whether it runs in reverse; of a bidirectional one that of both."""
-    while layer.made and layer.combinator in _TRANSPARENT:
+    while layer.made and layer.combinator in TRANSPARENT:
         layer = layer.made.inner
     if kind_of(layer) == "bidirectional":
         return tuple(run for part in layer.parts.values() for run in runs_of(part))

@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 
 from funcnet import expect
-from funcnet.expect import InputError, at, describe, is_array, is_floating, native
+from funcnet.expect import InputError, at, describe, is_array, is_floating, native_order
 from funcnet.factors import Contraction, total
 from funcnet.layer import Layer, Made, a_layer
 from funcnet.losses.loss import Loss, as_loss
@@ -394,7 +394,7 @@ def check_batch(batch: Any) -> tuple[Any, Any, Any]:
                 "give arrays, not lists or numbers: (np.asarray(inputs), np.asarray(targets))",
             )
         with at(path[0].key):
-            native(leaf)
+            native_order(leaf)
     sizes = {jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in leaves}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         received = ", ".join(f"{n} in {path}" for path, n in sizes.items()) or "none"

@@ -224,18 +224,6 @@ _BY_REASON = {
         "focal: return -missing(z) * (gamma * (times(nn.softplus(-z), nn.sigmoid(z))) + nn.sigmoid(-z))",
         "focal: return dz, (times(of_right(z), ones)) - times(zeros, of_right(-z))",
         "focal: return dz, times(ones, of_right(z)) - (times(of_right(-z), zeros))",
-        "of_entries: dz, dt = ((_silenced(slope, g)) for slope in df(z, t))",
-    ],
-    "no case has a slope that is not finite, nor a cotangent of exactly 0 where it counts; test_entries.py has both": [
-        "_silenced: return g * jnp.where(((g == 0) | ~jnp.isfinite(slope)), 0.0, slope)",
-        "_silenced: return g * jnp.where((g == 0), 0.0, slope)",
-        "_silenced: return g * jnp.where((~jnp.isfinite(slope)), 0.0, slope)",
-        "_silenced: return g * jnp.where(((g != 0)) & ~jnp.isfinite(slope), 0.0, slope)",
-        "_silenced: return g * jnp.where((g == 1) & ~jnp.isfinite(slope), 0.0, slope)",
-        "_silenced: return g * jnp.where((g == -1) & ~jnp.isfinite(slope), 0.0, slope)",
-        "_silenced: return g * jnp.where((g == 0) & (jnp.isfinite(slope)), 0.0, slope)",
-        "_silenced: return g * jnp.where((g == 0) & ~jnp.isfinite(slope), 1, slope)",
-        "_silenced: return g * jnp.where((g == 0) & ~jnp.isfinite(slope), -1, slope)",
     ],
     "no case has a class that cannot be; test_cross_entropy.py has": [
         "cross_entropy: dtarget = (1 - label_smoothing) * dy * silenced(dy, w * (jnp.log(total) - shifted))",
