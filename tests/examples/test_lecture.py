@@ -29,8 +29,7 @@ def test_every_comparison_holds_and_the_pictures_are_drawn(tmp_path):
     assert len(errors) > 30
     assert max(errors) < 1e-10
     assert explained.count("        remedy") == 3
-    loss = float(re.search(r"cross_entropy: (\S+)", explained)[1])
-    assert 0.3 < loss < 2  # of two classes, before training
+    assert "cross_entropy: 0.858" in explained
     assert "vanishing" in explained.split("Thirty layers")[1].splitlines()[-5]
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert set(pictures) == {"square.png", "training.png", "chain_3.png", "chain_30.png"}

@@ -220,10 +220,11 @@ def test_large_rows_that_are_nearly_constant_have_their_gradients(name, size, x6
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_rows_whose_mean_square_is_just_within_range_have_their_gradients(name):
-    x, dy = jnp.float32([[1.7e19, -1.75e19], [1.25e19, 0.5e19]]), jnp.float32([[1, -2], [3, 1]])
-    dx = pull(NORMS[name](), ones(name, 2), x, dy)[-1]
-    small = pull(NORMS[name](eps=1e-30), ones(name, 2), x * 2.0**-40, dy)[-1]
-    np.testing.assert_allclose(dx, small * 2.0**-40, rtol=1e-5, atol=1e-38)
+    x = jnp.float32([[1.7e19, -1.75e19, 0.3e19], [1.25e19, 0.5e19, -1e19]])
+    dy = jnp.float32([[1, -2, 1], [3, 1, 0]])
+    dx = pull(NORMS[name](), ones(name, 3), x, dy)[-1]
+    _, wanted, _, _ = exact(name, x[None], np.ones(3), dy[None])
+    np.testing.assert_allclose(dx, wanted[0].astype(np.float64), rtol=0, atol=4e-6 * float(np.abs(wanted).max()))
 
 
 @pytest.mark.parametrize("name", FIVE)
@@ -335,7 +336,7 @@ def test_half_precision_parameter_gradients_are_summed_in_float32(name, dtype):
 @BOTH
 @pytest.mark.parametrize("eps", [0.0, -1e-6, float("nan")])
 def test_an_eps_that_is_not_positive_is_refused(name, eps):
-    with pytest.raises(fn.InputError, match=r"positive eps|eps as a number"):
+    with pytest.raises(fn.InputError, match="eps as a number" if np.isnan(eps) else "positive eps"):
         NORMS[name](eps)
 
 

@@ -1,4 +1,4 @@
-"""Numbers as options: NumPy's and JAX's mean what Python's mean, in every layer and combinator that takes one.
+"""Numbers as options: NumPy's and JAX's mean what Python's mean, in every layer, combinator and loss that takes one.
 
 A NumPy scalar is an array to JAX: taken as it is, one of float64 turns a bfloat16 layer into a float32 one.
 """
