@@ -256,15 +256,15 @@ def repeat(layer: Layer, times: int) -> Layer:
             raise InputError(wanted, describe(y), "repeat a layer that keeps its shape and dtype")
 
     @expect.by("repeat")
-    def check(params, state=()):
+    def check(params, state=(), x=()):
+        expect.shapes(x)  # refuses what is no array
         for what, tree in {"params": params, "state": state}.items():
             if any(jnp.shape(leaf)[:1] != (times,) for leaf in jax.tree.leaves(tree)):
                 wanted = f"{what} stacked along a first axis of {times} layers"
                 raise InputError(wanted, describe(tree), f"pass the {what} that this model's init returned")
 
     def apply(params, state, x):
-        check(params, state)
-        expect.shapes(x)
+        check(params, state, x)
 
         def body(x, layers):
             params, state = layers
@@ -273,8 +273,7 @@ def repeat(layer: Layer, times: int) -> Layer:
         return scan(body, x, (params, state), length=times)[0]
 
     def fwd(params, state, x, key):
-        check(params, state)
-        expect.shapes(x)
+        check(params, state, x)
 
         def body(x, layers):
             params, state, key = layers
@@ -295,8 +294,7 @@ def repeat(layer: Layer, times: int) -> Layer:
         return jax.tree.map(lambda _, answer: contract.stacked(answer), params, dparams), dx
 
     def fwd_of_reversible(params, state, x, key):
-        check(params, state)
-        expect.shapes(x)
+        check(params, state, x)
 
         def body(x, layers):
             params, state, key = layers

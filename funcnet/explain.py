@@ -22,7 +22,7 @@ from funcnet.expect import InputError, describe, is_floating
 from funcnet.factors import is_factor, total
 from funcnet.layer import Layer, a_layer
 from funcnet.text import bytes_of, readable, tabulated
-from funcnet.train.objective import Batch, Objective, entered, is_both, split, start
+from funcnet.train.objective import Batch, Objective, an_objective, entered, is_both, split, start
 
 Tree = Any
 LARGEST = 2**28  # bytes of a Jacobian that `layer_jacobians` forms
@@ -183,8 +183,7 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
     Raises:
         InputError: for params or a batch that do not fit.
     """
-    if not isinstance(objective, Objective):
-        raise InputError("an objective", describe(objective), "make one: fn.objective(model, loss)")
+    an_objective(objective)
     pair, weights = entered(objective, batch)
     records: dict[tuple[str, ...], dict[str, Any]] = {}
     model, loss = _watched(objective.model, (), records), objective.loss

@@ -144,11 +144,11 @@ def stateless(
 
 def _as_jax(leaf: Any) -> Array:
     """NumPy's integers may be too large for JAX, which would wrap them around."""
-    narrow = expect.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
-    a = jnp.asarray(leaf)
-    if narrow and a.dtype != leaf.dtype and np.any(np.asarray(a) != leaf):
-        raise InputError(f"integers that fit {a.dtype}", describe(leaf), "map them to smaller ones")
-    return a
+    if expect.is_array(leaf) and isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "iu":
+        held = jnp.iinfo(expect.dtype(leaf))
+        if int(np.min(leaf, initial=0)) < held.min or int(np.max(leaf, initial=0)) > held.max:
+            raise InputError(f"integers that fit {held.dtype}", describe(leaf), "map them to smaller ones")
+    return jnp.asarray(leaf)
 
 
 def no_params(key: Array | None, x: Any) -> dict[str, Array]:

@@ -163,3 +163,10 @@ def test_every_layer_refuses_the_arrays_of_another_library_with_the_remedy(kind)
     for use in (lambda: case.layer.apply(params, state, tensors), lambda: case.layer.fwd(params, state, tensors, None)):
         with pytest.raises(fn.InputError, match=r"convert it with x\.numpy"):
             use()
+
+
+def test_integers_that_a_compiled_function_closes_over_are_looked_at_too():
+    ids, layer = np.array([[0, 2]], np.int64), fn.reshape(2, 1)
+    np.testing.assert_array_equal(jax.jit(lambda: layer.apply({}, (), ids))(), ids[..., None])
+    with pytest.raises(fn.InputError, match="integers that fit int32"):
+        jax.jit(lambda: layer.apply({}, (), ids + 2**40))()

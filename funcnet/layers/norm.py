@@ -208,7 +208,8 @@ def pulled(g: Array, high: Array, inner: Array, saved: Statistics, eps: float) -
 
     Written as rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no rounding of rstd_p enters the difference. One
     rstd_p is multiplied into the numbers of each row first, so that nothing overflows or vanishes; the factor of 4
-    keeps rstd_p^2 a normal number. Where high may be small beside p x, g is not to have been multiplied by p.
+    keeps rstd_p^2 a normal number. For dx multiply by p, g or the result: the result where a row may be centred, since
+    g p times what is left of a nearly constant row would be too small for a number.
     """
     power, square, rstd = saved.power, saved.square, saved.rstd
     by_rstd = lambda row: jnp.where(rstd > 0, row * (rstd / 4), 0.0)

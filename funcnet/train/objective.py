@@ -92,6 +92,12 @@ def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, An
     return Objective(model, loss, metrics)
 
 
+def an_objective(given: Any) -> None:
+    """Refuse what is not an objective."""
+    if not isinstance(given, Objective):
+        raise InputError("an objective", describe(given), "make one: fn.objective(model, loss)")
+
+
 class Pass(NamedTuple):
     """What one forward and backward pass gives: weighted sums over the batch, the new state, the gradients."""
 
@@ -145,10 +151,9 @@ def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array
         return counted.astype(each.dtype), each, jnp.zeros((), jnp.int32)
     check_weights(counted.shape, weights)
     weights = jnp.asarray(weights).astype(each.dtype)
-    nan_or_0 = 0.0 * jnp.max(jnp.where(may_weigh(weights), 0.0, jnp.inf))
-    weights = jnp.where(counted, weights, 0.0)
+    fit, weights = jnp.all(may_weigh(weights)), jnp.where(counted, weights, 0.0)
     e = jnp.frexp(jnp.max(weights))[1]
-    weights = _times_power_of_two(weights, -e) + nan_or_0
+    weights = jnp.where(fit, _times_power_of_two(weights, -e), jnp.nan)
     return weights * counted.astype(each.dtype), weights * each, e
 
 

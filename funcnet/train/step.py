@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -25,6 +26,7 @@ from funcnet.train.objective import (
     Objective,
     Pair,
     Pass,
+    an_objective,
     averages,
     check_batch,
     entered,
@@ -72,6 +74,9 @@ class TrainStep:
     def __call__(
         self, train_state: TrainState, batch: Batch, weights: Array | None = None
     ) -> tuple[TrainState, Metrics]:
+        for leaf in jax.tree.leaves((batch, weights)):
+            if isinstance(leaf, np.ndarray):
+                expect.native_order(leaf)  # a compiled program reads the bytes as they lie
         try:
             moved, metrics = self.compiled(_moving(train_state), train_state.key, batch, weights)
         except (RuntimeError, ValueError):
@@ -160,12 +165,6 @@ def train_step(
     if steps is None:
         return jitted(step)
     return jitted(partial(scan_steps, step, expect.count(steps, "steps")))
-
-
-def an_objective(given: Any) -> None:
-    """Refuse what is not an objective."""
-    if not isinstance(given, Objective):
-        raise InputError("an objective", describe(given), "make one: fn.objective(model, loss)")
 
 
 def a_pair(objective: Any, optimizer: Any) -> None:

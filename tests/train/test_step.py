@@ -345,3 +345,12 @@ def test_a_layerwise_step_takes_weights_in_the_batch():
     ]
     chex.assert_trees_all_close(ends[1][0].params, ends[0][0].params, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(ends[1][1]["accuracy"], ends[0][1]["accuracy"], rtol=1e-6)
+
+
+def test_another_order_of_bytes_is_refused_also_once_the_step_is_compiled():
+    step = fn.train_step(OBJECTIVE, optax.sgd(0.1))
+    inputs, labels = BATCH
+    state, _ = step(fresh(optax.sgd(0.1)), BATCH)
+    for swapped in ((inputs.astype(">f4"), labels), (inputs, labels.astype(">i4"))):
+        with pytest.raises(fn.InputError, match="order of bytes"):
+            step(state, swapped)
