@@ -31,7 +31,7 @@ products in twice the digits).
 import math
 from collections.abc import Sequence
 from functools import reduce
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 
 import jax
 import jax.numpy as jnp
@@ -141,34 +141,45 @@ def _formed(x: Array, dy: Array) -> Array:
 def _near_one(x: Array, dy: Array) -> tuple[Array, Array, Array]:
     """X' and dY' with X^T dY = p X'^T dY', no entry larger than 4 and some products not small; and the power of two p.
 
-    Row t of x is divided by 2^a_t, which makes its largest entry at least 1/2; dy_t, of that size when divided by
-    2^b_t, is multiplied by 2^a_t / p, with p = 2^c and c = max(a_t + b_t) over the rows of which neither is 0.
+    With 2^a_t and 2^b_t the powers of two in the largest entries of x_t and dy_t, row t of x is divided by the one and
+    row t of dy by the other, and multiplied by 2^(a_t + b_t) / p, where p is the largest 2^(a_t + b_t) of all rows.
     """
     info = jnp.finfo(dy.dtype)
-    sizes = [jnp.max(jnp.abs(each), axis=1) for each in (x, dy)]
-    a, b = (jnp.clip(jnp.frexp(each)[1], info.minexp, info.maxexp - 2) for each in sizes)
-    some = (sizes[0] > 0) & (sizes[1] > 0)
-    c = jnp.max(jnp.where(some, a + b, 2 * info.minexp))
-    two_to = lambda n: jnp.ldexp(jnp.ones_like(n, dy.dtype), n)
-    by = jnp.where(some, two_to(a - c), 0.0)
-    x, dy = x * two_to(-a)[:, None], dy * by[:, None]
-    return x, dy, two_to(jnp.clip(c, info.minexp, info.maxexp - 1))
+    one = info.maxexp - 1  # the exponent that 1 is stored with; 2 * one is the largest
+    stored = (_stored_exponents(jnp.max(jnp.abs(each), axis=1)) for each in (x, dy))
+    a, b = (jnp.minimum(each, 2 * one - 1) for each in stored)  # as the power for the largest has no inverse
+    both = jnp.where((a > 0) & (b > 0), a + b, 0)  # 0 has exponent 0
+    c = jnp.max(both)
+    to_near_one = lambda n: _power_of_two(2 * one - n, dy.dtype)[:, None]
+    by = _power_of_two(jnp.maximum(both - c + one, 0), dy.dtype)[:, None]  # 0 for what vanishes beside the largest
+    return x * to_near_one(a), dy * to_near_one(b) * by, _power_of_two(jnp.clip(c - one, 1, 2 * one), dy.dtype)
+
+
+def _stored_exponents(a: Array) -> Array:
+    """The exponents of positive numbers, as they are stored: that of 1 is `maxexp - 1`."""
+    bits = lax.bitcast_convert_type(a, jnp.dtype(f"int{8 * a.dtype.itemsize}"))
+    return bits >> jnp.finfo(a.dtype).nmant
+
+
+def _power_of_two(exponent: Array, dtype: np.dtype) -> Array:
+    """The power of two of a stored exponent, or 0 for 0."""
+    return lax.bitcast_convert_type(exponent << jnp.finfo(dtype).nmant, dtype)
 
 
 def careful_product(x: Array, dy: Array) -> Array:
     """X^T dY of x [T, D] and dy [T, F], as in twice the digits of their dtype, and rounded once."""
-    (x_high, x_low), (dy_high, dy_low) = _halves(x), _halves(dy)
-    rows = jnp.concatenate([x_high, x_high, x_low, x_low]), jnp.concatenate([dy_high, dy_low, dy_high, dy_low])
 
     def add(carry: tuple[Array, Array], row: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         total, lost = carry
-        term = row[0][:, None] * row[1][None]  # exact, of numbers of half of the digits
-        new = total + term
-        back = new - total
-        return (new, lost + ((total - (new - back)) + (term - back))), None
+        for x, dy in product(*map(_halves, row)):
+            term = x[:, None] * dy[None]  # exact, of numbers of half of the digits
+            new = total + term
+            back = new - total
+            total, lost = new, lost + ((total - (new - back)) + (term - back))
+        return (total, lost), None
 
     zero = jnp.zeros((x.shape[1], dy.shape[1]), dy.dtype)
-    return reduce(jnp.add, lax.scan(add, (zero, zero), rows)[0])
+    return reduce(jnp.add, lax.scan(add, (zero, zero), (x, dy))[0])
 
 
 def _halves(a: Array) -> tuple[Array, Array]:

@@ -102,9 +102,10 @@ def models():
 def test_no_layer_has_a_norm_that_is_off(name):
     """The same input at all positions, and cotangents that cancel over them: squared_norm is that of per_example."""
     layer, x = models()[name]
-    params, state = layer.init(jax.random.key(0), x)
+    params, state = jax.eval_shape(layer.init, jax.random.key(0), x)
+    params = normal(9, params)
     y, _, residuals = jax.jit(layer.fwd)(params, state, x, None)
-    dy = normal(7, y)
+    dy = np.asarray(normal(7, y))
     dy = dy - dy.mean(1, keepdims=True)
     squares, kept = jax.jit(
         lambda params, residuals, dy: [layer.bwd(params, residuals, dy, how)[0] for how in (fn.squared_norm, fn.keep)]
@@ -114,8 +115,7 @@ def test_no_layer_has_a_norm_that_is_off(name):
         if isinstance(factor, fn.Outer) and not factor.layers:
             assert_right(factor, param)
         assert np.all(np.asarray(square) >= 0)
-        later = np.asarray(fn.squared_norm(factor, param))
-        np.testing.assert_allclose(square, later, rtol=1e-3, atol=1e-12)
+        np.testing.assert_allclose(square, squared_norm(factor, param), rtol=1e-3, atol=1e-12)
 
     jax.tree.map(check, squares, kept, params)
 
@@ -169,6 +169,17 @@ def test_positions_of_different_sizes_have_their_norm():
     by = jnp.float32([1e20, 1e-20, 1e-30])[None, :, None]
     assert_right(fn.Outer(x * by, dy / by), jnp.zeros((8, 8)))
     assert_right(fn.Outer(x * by, dy * jnp.float32([0, 1e20, 1e30])[None, :, None]), jnp.zeros((8, 8)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_rows_of_every_normal_size_count_where_their_products_do(steps):
+    """60 draws of rows anywhere from the smallest to the largest numbers, whose products are of one size."""
+    rng = np.random.default_rng(steps)
+    sizes = rng.choice([-37, -20, 0, 20, 37], (60, steps, 1)) + rng.uniform(0, 1, (60, steps, 1))
+    others = np.clip(rng.uniform(-8, 8, (60, 1, 1)) + rng.uniform(-1, 1, sizes.shape) - sizes, -37, 38)
+    entries = lambda *shape: rng.uniform(0.5, 1, shape) * rng.choice([-1, 1], shape)
+    x, dy = (entries(60, steps, n) * 10**size for n, size in ((6, sizes), (5, others)))
+    assert_right(fn.Outer(jnp.float32(x), jnp.float32(dy)), jnp.zeros((6, 5)))
 
 
 @pytest.mark.parametrize("steps", [1, 3])

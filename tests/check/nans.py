@@ -61,14 +61,17 @@ def run(jaxpr: Any, consts: Any, args: list[Any], varies: list[bool], watch: Wat
 def scanned(equation: Any, values: list[Any], moving: list[bool], watch: Watch) -> tuple[list[Any], list[bool]]:
     """A scan, in which every turn says what it has seen."""
     params, closed = equation.params, equation.params["jaxpr"]
-    consts, carry = params["num_consts"], params["num_consts"] + params["num_carry"]
+    of_one_rank = lambda outer, inner: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
+    carry = of_one_rank(equation.invars, closed.jaxpr.invars)  # what it goes over has an axis more outside
+    carried = of_one_rank(equation.outvars, closed.jaxpr.outvars)
+    consts = carry - carried
     inside = Watch()
 
     def body(state, each):
         inside.flags, inside.names = [], []
         depends = moving[:consts] + [True] * (len(closed.jaxpr.invars) - consts)
         outputs, _ = run(closed.jaxpr, closed.consts, [*values[:consts], *state, *each], depends, inside)
-        return outputs[: params["num_carry"]], (outputs[params["num_carry"] :], inside.flags)
+        return outputs[:carried], (outputs[carried:], inside.flags)
 
     state, (stacked, flags) = jax.lax.scan(
         body, values[consts:carry], values[carry:], length=params["length"], reverse=params["reverse"]
