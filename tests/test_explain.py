@@ -29,11 +29,16 @@ def test_the_jacobians_multiplied_by_the_cotangent_are_what_bwd_returns(name):
     with jax.enable_x64(True):
         key = jax.random.key(1)
         x = cast(drawn(settled(specs(x), 0), 0), "float64")
-        params, state = cast(layer.init(key, x), "float64")
-        y, _, residuals = layer.fwd(params, state, x, key)
+        params, state = cast(jax.jit(layer.init)(key, x), "float64")
+        y = jax.eval_shape(layer.fwd, params, state, x, key)[0]
         dy = jax.tree.map(lambda leaf: jnp.asarray(RNG.standard_normal(leaf.shape), leaf.dtype), y)
-        dparams, dx = layer.bwd(params, residuals, dy)
-        jacobians = fn.layer_jacobians(layer, params, state, x, key)
+
+        @jax.jit
+        def both(params, state, x, dy):
+            residuals = layer.fwd(params, state, x, key)[2]
+            return layer.bwd(params, residuals, dy), fn.layer_jacobians(layer, params, state, x, key)
+
+        (dparams, dx), jacobians = both(params, state, x, dy)
 
         def product(cotangent, jacobian):
             return np.tensordot(cotangent, jacobian, axes=cotangent.ndim)

@@ -310,15 +310,22 @@ def same_and_alike(got, params, wanted):
         assert g.sharding.is_equivalent_to(p.sharding, p.ndim), f"{path}: {g.sharding.spec} for {p.sharding.spec}"
 
 
-def check_sharded(name, way, mesh):
-    model, shape, layout, layouts = SHARDED[name]
-    params, state, x, dy = draw(model, shape, jnp.float32)
+@cache
+def on_one_device(name):
+    """What a model computes, what it is given, and (dparams, dx, new_state)."""
+    model, shape, *_ = SHARDED[name]
+    params, state, *given = draw(model, shape, jnp.float32)
 
     def gradients(params, x, dy):
         _, new_state, residuals = model.fwd(params, state, x, None)
         return *model.bwd(params, residuals, dy), new_state
 
-    *wanted, wanted_state = jax.tree.map(np.asarray, jax.jit(gradients)(params, x, dy))
+    return gradients, (params, state, *given), jax.tree.map(np.asarray, jax.jit(gradients)(params, *given))
+
+
+def check_sharded(name, way, mesh):
+    model, _, layout, layouts = SHARDED[name]
+    gradients, (params, state, x, dy), (*wanted, wanted_state) = on_one_device(name)
     around, transform = WAYS[way]
     at = lambda spec: jax.NamedSharding(mesh, spec)
     with around(mesh):

@@ -138,21 +138,24 @@ MODELS = {
 def test_every_contraction_is_that_of_one_examples_own_gradient(name, x64):
     layer, shape = MODELS[name]
     params, state, x, dy = setting(layer, shape)
-    residuals = layer.fwd(params, state, x, None)[2]
     own = lambda x, dy: jax.grad(lambda params: jnp.vdot(layer.apply(params, state, x[None])[0], dy))(params)
     each = jax.jit(jax.vmap(own))(x, dy)
     squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g.reshape(len(x), -1)), axis=1), each)
     wanted = {"total": jax.tree.map(lambda g: g.sum(0), each), "per_example": each, "squared_norm": squares}
-    kept = layer.bwd(params, residuals, dy, fn.keep)[0]
-    for contract in (fn.total, fn.per_example, fn.squared_norm, fn.rows):
-        once = layer.bwd(params, residuals, dy, contract)[0]
-        later = jax.tree.map(contract, kept, params, is_leaf=fn.is_factor)
-        for got in (once, later):
-            jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11),
-                got,
-                wanted["total" if contract is fn.rows else contract.name],
-            )
+    wanted["rows"] = wanted["total"]
+
+    @jax.jit
+    def contracted(params, x, dy):
+        """By each contraction, at once and of what was kept."""
+        residuals = layer.fwd(params, state, x, None)[2]
+        kept = layer.bwd(params, residuals, dy, fn.keep)[0]
+        later = lambda contract: jax.tree.map(contract, kept, params, is_leaf=fn.is_factor)
+        hows = (fn.total, fn.per_example, fn.squared_norm, fn.rows)
+        return {how.name: (layer.bwd(params, residuals, dy, how)[0], later(how)) for how in hows}
+
+    for name, both in contracted(params, x, dy).items():
+        for got in both:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, wanted[name])
 
 
 def test_a_batch_norm_inside_refuses_examples_still():

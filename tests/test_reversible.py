@@ -142,12 +142,13 @@ def test_contractions_and_hessian_vector_products_go_through(x64):
         return model.bwd(params, residuals, jnp.sin(y), contract)[0]
 
     alone = lambda params, x: jax.grad(lambda p: -jnp.sum(jnp.cos(in_turn(p, x[None]))))(params)
-    each = jax.vmap(alone, (None, 0))(params, x)
-    assert_close(gradient(params, fn.per_example), each)
-    squares = jax.tree.map(lambda leaf: jnp.sum(leaf.reshape(4, -1) ** 2, axis=1), each)
-    assert_close(gradient(params, fn.squared_norm), squares)
+    each = jax.jit(jax.vmap(alone, (None, 0)))(params, x)
+    hows = (fn.per_example, fn.squared_norm)
+    per_example, squared_norm = jax.jit(lambda params: [gradient(params, how) for how in hows])(params)
+    assert_close(per_example, each)
+    assert_close(squared_norm, jax.tree.map(lambda leaf: jnp.sum(leaf.reshape(4, -1) ** 2, axis=1), each))
     wanted = jax.grad(lambda p: -jnp.sum(jnp.cos(in_turn(p, x))))
-    product = lambda f: jax.jvp(f, (params,), (jax.tree.map(jnp.cos, params),))[1]
+    product = lambda f: jax.jit(lambda params: jax.jvp(f, (params,), (jax.tree.map(jnp.cos, params),))[1])(params)
     assert_close(product(gradient), product(wanted), rtol=1e-8)
 
 

@@ -482,7 +482,7 @@ def test_the_logarithms_of_an_lru_are_not_rounded_by_mixed(wrap, compute, x64):
         high = cast((params, x, dy), jnp.float64)
         return run(layer, params, x, dy), run(exact, *high)
 
-    params, state = jax.vmap(lambda key: layer.init(key, x))(jax.random.split(KEY, 12))
+    params, state = jax.jit(jax.vmap(lambda key: layer.init(key, x)))(jax.random.split(KEY, 12))
     assert dtypes(params) == {"float32"}
     got, wanted = both(params)
     assert dtypes(got) == {"float32"}

@@ -7,6 +7,7 @@ gives for these inputs alone; the gradients of the parameters are each device's 
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,7 +48,11 @@ def sharded(f: Callable, out_specs: Tree, vma: bool, params: int = 1) -> Callabl
     )
 
 
-def check_case(case: Case, vma: bool) -> None:
+# What each of these gives: a function of `check_vma` that runs on both devices, and what it is to give.
+Check = tuple[Callable[[bool], Tree], Tree]
+
+
+def of_case(case: Case) -> Check:
     """apply, fwd and bwd; the batch of a device is one entry of an axis in front, so that any input will do."""
     xs = [walk.inputs(case, seed) for seed in (0, 1)]
     params, state = walk.start(case, xs[0])
@@ -66,8 +71,8 @@ def check_case(case: Case, vma: bool) -> None:
 
     compiled = jax.jit(alone)
     own, dparams = zip(*(compiled(params, state, x, dy) for x, dy in zip(xs, dys, strict=True)), strict=True)
-    got = sharded(device, (P("i"), P()), vma, params=2)(params, state, stacked(*xs), stacked(*dys))
-    near(got, (stacked(*own), added(*dparams)))
+    both = lambda vma: sharded(device, (P("i"), P()), vma, params=2)(params, state, stacked(*xs), stacked(*dys))
+    return both, (stacked(*own), added(*dparams))
 
 
 INNER = fn.serial(fn.embedding(7, 4), fn.lstm(4), fn.repeat(fn.transformer_block(4, 2), 2))
@@ -82,7 +87,7 @@ LABELS = {
 }
 
 
-def check_objective(objective: fn.Objective, batch: Tree, vma: bool) -> None:
+def of_objective(objective: fn.Objective, batch: Tree) -> Check:
     """The loss and the gradients of a batch that is cut are, summed over devices, those of the whole one."""
     params, state = objective.init(walk.KEY, batch)
     passes = fn.value_and_grad(objective)
@@ -95,10 +100,10 @@ def check_objective(objective: fn.Objective, batch: Tree, vma: bool) -> None:
         (loss, _), grads = whole(params, batch, weights)
         return jax.lax.psum((loss, grads), "i")
 
-    near(sharded(device, P(), vma)(params, batch, weights), (loss, grads))
+    return lambda vma: sharded(device, P(), vma)(params, batch, weights), (loss, grads)
 
 
-def check_steps(vma: bool) -> None:
+def of_steps() -> Check:
     """Two accumulated training steps, the gradients summed by the optimizer: params and loss of one device."""
     update = lambda grads, state, params=None: (jax.lax.psum(grads, "i"), state)
     summing = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -116,10 +121,10 @@ def check_steps(vma: bool) -> None:
         params, loss = trained(optax.chain(summing, optax.sgd(0.5, momentum=0.9)), batch, weights)
         return params, jax.lax.psum(loss, "i")
 
-    near(sharded(device, P(), vma, params=0)(batch, weights), wanted)
+    return lambda vma: sharded(device, P(), vma, params=0)(batch, weights), wanted
 
 
-def check_differentiable(layer: fn.Layer, x: Tree, vma: bool) -> None:
+def of_differentiable(layer: fn.Layer, x: Tree) -> Check:
     """`jax.grad` of a loss over all devices: of shared parameters, of a shared input, and of what is not shared."""
     params, state = layer.init(walk.KEY, x)
     run = fn.differentiable(layer)
@@ -131,69 +136,70 @@ def check_differentiable(layer: fn.Layer, x: Tree, vma: bool) -> None:
 
     whole = lambda params, shift, x: jax.grad(loss, (0, 1, 2))(params, shift, x)
 
-    def device(params, shift, x):
+    def device(vma, params, shift, x):
         dparams, dshift, dx = whole(params, shift, x)
         return (dparams, dshift, dx) if vma else (*jax.lax.psum((dparams, dshift), "i"), dx)
 
-    wanted = jax.jit(whole)(params, shift, x)
-    near(sharded(device, (P(), P(), P("i")), vma, params=2)(params, shift, x), wanted)
+    both = lambda vma: sharded(partial(device, vma), (P(), P(), P("i")), vma, params=2)(params, shift, x)
+    return both, jax.jit(whole)(params, shift, x)
 
 
-def check_own_params(vma: bool) -> None:
+def of_own_params() -> Check:
     """A shared input to parameters that are a device's own: the gradient of the input is summed, theirs is not."""
     run, x = fn.differentiable(fn.repeat(fn.dense(3), 2)), walk.random(jax.ShapeDtypeStruct((2, 3), jnp.float32), 2)
     each = [fn.repeat(fn.dense(3), 2).init(jax.random.key(i), x)[0] for i in range(2)]
     pull = jax.jit(jax.grad(lambda x, params: jnp.sum(jnp.sin(run(params, x))), (0, 1)))
     dx, dparams = zip(*(pull(x, params) for params in each), strict=True)
 
-    def device(x, params):
+    def device(vma, x, params):
         dx, dparams = pull(x, jax.tree.map(lambda a: a[0], params))
         return dx if vma else jax.lax.psum(dx, "i"), jax.tree.map(lambda a: a[None], dparams)
 
-    got = sharded(device, (P(), P("i")), vma)(x, stacked(*each))
-    near(got, (added(*dx), stacked(*dparams)))
+    both = lambda vma: sharded(partial(device, vma), (P(), P("i")), vma)(x, stacked(*each))
+    return both, (added(*dx), stacked(*dparams))
 
 
-def check_pmap() -> None:
+def of_pmap() -> Check:
+    """Which has no `check_vma`."""
     loss = fn.linear_cross_entropy(7, chunk=8)
     x, labels, weights = SPOKEN[:, :, 0], IDS[:, 0], np.float32([1, 2, 0, 3])
     params, _ = loss.init(walk.KEY, (x, labels))
     both = lambda params, x, labels, weights: loss.at_once(params, (x, labels), weights)
-    values, (dparams, (dx, _)) = both(params, x, labels, weights)
-    cut = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), (x, labels, weights))
-    got, (dshares, (dx_cut, _)) = jax.pmap(both, "i", in_axes=(None, 0, 0, 0))(params, *cut)
-    near((got.reshape(4), dx_cut.reshape(x.shape)), (values, dx))
-    near(jax.tree.map(lambda a: a.sum(0), dshares), dparams)
+    values, (dparams, (dx, _)) = jax.jit(both)(params, x, labels, weights)
+
+    def cut(_):
+        halves = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), (x, labels, weights))
+        got, (dshares, (dx_cut, _)) = jax.pmap(both, "i", in_axes=(None, 0, 0, 0))(params, *halves)
+        return got.reshape(4), dx_cut.reshape(x.shape), jax.tree.map(lambda a: a.sum(0), dshares)
+
+    return cut, (values, dx, dparams)
 
 
-OTHERS: dict[str, Callable[[bool], None]] = {
-    "language model": lambda vma: check_objective(LANGUAGE, (IDS[:, :-1], IDS[:, 1:]), vma),
-    "recogniser": lambda vma: check_objective(RECOGNISER, (SPOKEN, LABELS), vma),
-    "training steps": check_steps,
-    "differentiable dense": lambda vma: check_differentiable(fn.dense(3), SPOKEN, vma),
-    "differentiable lstm": lambda vma: check_differentiable(fn.lstm(3), SPOKEN, vma),
-    "differentiable attention": lambda vma: check_differentiable(fn.attention(1, causal=True, block=2), SPOKEN, vma),
-    "differentiable from_function": lambda vma: check_differentiable(
-        fn.from_function(lambda params, x: x * params["s"], lambda key, x: {"s": jnp.float32(2)}), SPOKEN, vma
+OTHERS: dict[str, Callable[[], Check]] = {
+    "language model": lambda: of_objective(LANGUAGE, (IDS[:, :-1], IDS[:, 1:])),
+    "recogniser": lambda: of_objective(RECOGNISER, (SPOKEN, LABELS)),
+    "training steps": of_steps,
+    "differentiable dense": lambda: of_differentiable(fn.dense(3), SPOKEN),
+    "differentiable lstm": lambda: of_differentiable(fn.lstm(3), SPOKEN),
+    "differentiable attention": lambda: of_differentiable(fn.attention(1, causal=True, block=2), SPOKEN),
+    "differentiable from_function": lambda: of_differentiable(
+        fn.from_function(lambda params, x: x * params["s"], lambda key, x: {"s": jnp.float32(2)}), SPOKEN
     ),
-    "differentiable, own params": check_own_params,
-    "pmap": lambda vma: None if vma else check_pmap(),
+    "differentiable, own params": of_own_params,
+    "pmap": of_pmap,
 }
 
 
 def failures(few: bool) -> dict[str, str]:
     """What went wrong, by name."""
     found = {}
-    chosen = {
-        case.name: (lambda vma, case=case: check_case(case, vma), walk.dtype_of(case) == "float64")
-        for case in CASES
-        if not few or case.name in FEW
-    }
-    for name, (check, x64) in (chosen | {name: (check, False) for name, check in OTHERS.items()}).items():
-        for vma in (True, False):
-            with jax.enable_x64(x64):
+    cases = {case.name: case for case in CASES if not few or case.name in FEW}
+    for name in [*cases, *OTHERS]:
+        with jax.enable_x64(name in cases and walk.dtype_of(cases[name]) == "float64"):
+            both, wanted = of_case(cases[name]) if name in cases else OTHERS[name]()
+            for vma in (True, False):
                 try:
-                    check(vma)
+                    near(both(vma), wanted)
                 except Exception as error:
                     found[f"{name}, check_vma={vma}"] = f"{type(error).__name__}: {error}"[:600]
     return found
