@@ -1,7 +1,7 @@
 """A pytest plugin: the fixture `check_grads` and the option `--grad-seed`.
 
-It stands beside the package, not in it: importing anything of funcnet imports JAX, and pytest imports its plugins in
-every suite. funcnet is imported by the first test that checks something.
+It is a module beside the package, not inside it: importing anything of funcnet imports JAX, and pytest imports its
+plugins in every test suite. So funcnet is imported only by the first test that checks something.
 """
 
 import os
@@ -24,8 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def check_grads(pytestconfig: pytest.Config) -> Callable[..., "Report"]:
     """check_grads(f, *args, **options) fails the test, with the report, unless the gradients of f hold.
 
-    A function goes to `fn.check_vjp`, a layer to `fn.check_layer`, several arguments as a tuple; options are theirs.
-    Returns the report.
+    A function is passed to `fn.check_vjp`; a layer to `fn.check_layer`, several arguments as one tuple. The options are
+    those of the function called. Returns the report.
     """
     seed: Any = pytestconfig.getoption("grad_seed")
 
@@ -53,6 +53,6 @@ def _report(f: Any, args: tuple, options: dict[str, Any]) -> tuple["Report | Non
 
 
 def _again(seed: int | None) -> str:
-    """The command that runs the present test, with a seed where it gives none itself."""
+    """The command that runs the current test again, with a seed where the test gives none itself."""
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
     return shlex.join(["pytest", test, *([] if seed is None else ["--grad-seed", str(seed)])])

@@ -1,34 +1,35 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
-from funcnet.blocks import mlp, residual_block, separable_conv, transformer_block
-from funcnet.bridge import differentiable, from_function
-from funcnet.calculus import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
+from funcnet._internal.expect import InputError
+from funcnet.calculus.derivatives import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
+from funcnet.calculus.worked_examples import WORKED, Worked
 from funcnet.check.checker import check_layer, check_vjp
 from funcnet.check.compare import compare_grads
 from funcnet.check.judge import Leaf
 from funcnet.check.report import Failure, Report
-from funcnet.combine import branch, parallel, repeat, serial, skip
-from funcnet.expect import InputError
-from funcnet.explain import Explanation, LayerJacobians, explain, layer_jacobians
-from funcnet.factors import (
-    Blocks,
-    Contraction,
-    Gather,
-    Outer,
-    Pulled,
-    Rows,
-    Scale,
-    Shift,
-    Sum,
-    Window,
-    contraction,
-    is_factor,
-    keep,
-    per_example,
-    rows,
-    squared_norm,
-    total,
-)
+from funcnet.combinators.freeze import Frozen, freeze
+from funcnet.combinators.mixed import mixed
+from funcnet.combinators.named import named
+from funcnet.combinators.parallel import branch, parallel
+from funcnet.combinators.recurrent import bidirectional, stacked
+from funcnet.combinators.remat import remat
+from funcnet.combinators.repeat import repeat
+from funcnet.combinators.reversible import reversible
+from funcnet.combinators.serial import serial
+from funcnet.combinators.sides import select
+from funcnet.combinators.skip import skip
+from funcnet.combinators.spectral_norm import spectral_norm
+from funcnet.combinators.tied import tied
+from funcnet.combinators.weight_norm import weight_norm
+from funcnet.compositions import mlp, residual_block, separable_conv, transformer_block
+from funcnet.gradients.common_factors import Gather, Outer, Scale, Shift, Sum, Window
+from funcnet.gradients.contraction import Contraction, Rows, contraction, keep, per_example, rows, squared_norm, total
+from funcnet.gradients.factor import Blocks, Factor, Mapped, Mixing, Pulled, Stacked, Use, is_factor
+from funcnet.inspect.explain import Explanation, LayerJacobians, explain, layer_jacobians
+from funcnet.inspect.summary import Row, Summary, summary
+from funcnet.interop.jax import differentiable, from_function
+from funcnet.interop.safetensors import load_params, save_params
+from funcnet.interop.torch.convert import from_torch, to_torch
 from funcnet.layer import Layer, elementwise, stateless
 from funcnet.layers.activation import (
     celu,
@@ -53,6 +54,7 @@ from funcnet.layers.activation import (
 )
 from funcnet.layers.attention import attention
 from funcnet.layers.batch_norm import batch_norm
+from funcnet.layers.bilinear import bilinear
 from funcnet.layers.conv import conv, depthwise_conv
 from funcnet.layers.conv_transpose import conv_transpose
 from funcnet.layers.dense import dense
@@ -77,27 +79,22 @@ from funcnet.losses.loss import Loss
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
-from funcnet.pytorch.convert import from_torch, to_torch
-from funcnet.reparametrize import spectral_norm, weight_norm
-from funcnet.reversible import reversible
-from funcnet.saved import load_params, save_params
-from funcnet.sequences import bidirectional, stacked
-from funcnet.summary import Row, Summary, summary
-from funcnet.tie import tied
+from funcnet.structure import Composed, Wrapped, constructor
 from funcnet.train.finite import NotFiniteError
 from funcnet.train.layerwise import layerwise_step
 from funcnet.train.loop import evaluate, fit
 from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, TrainStep, init_train_state, train_step
-from funcnet.transform import Frozen, freeze, mixed, named, remat
-from funcnet.worked import WORKED, Worked
 
+__version__ = "0.1.0"
 __all__ = [
     "WORKED",
     "Blocks",
     "ChainRule",
+    "Composed",
     "Contraction",
     "Explanation",
+    "Factor",
     "Failure",
     "Frozen",
     "Gather",
@@ -106,6 +103,8 @@ __all__ = [
     "LayerJacobians",
     "Leaf",
     "Loss",
+    "Mapped",
+    "Mixing",
     "NotFiniteError",
     "Objective",
     "Outer",
@@ -115,17 +114,21 @@ __all__ = [
     "Rows",
     "Scale",
     "Shift",
+    "Stacked",
     "Sum",
     "Summary",
     "TrainState",
     "TrainStep",
+    "Use",
     "Window",
     "Worked",
+    "Wrapped",
     "add",
     "attention",
     "avg_pool",
     "batch_norm",
     "bidirectional",
+    "bilinear",
     "binary_cross_entropy",
     "branch",
     "celu",
@@ -134,6 +137,7 @@ __all__ = [
     "check_vjp",
     "compare_grads",
     "concat",
+    "constructor",
     "contraction",
     "contrastive",
     "conv",
@@ -215,6 +219,7 @@ __all__ = [
     "rotary",
     "rows",
     "save_params",
+    "select",
     "selu",
     "separable_conv",
     "serial",
@@ -243,3 +248,7 @@ __all__ = [
     "value_and_grad",
     "weight_norm",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

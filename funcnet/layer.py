@@ -1,18 +1,20 @@
 """The one abstraction: a layer is a record of four pure functions, its backward pass written by hand."""
 
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from funcnet import expect
-from funcnet.arithmetic import wide
-from funcnet.expect import InputError, describe
-from funcnet.factors import Contraction, total
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import sum_dtype
+from funcnet.gradients.contraction import Contraction, a_contraction, total
+from funcnet.structure import Call, Structure, tree
 
 Tree = Any
 Params = TypeVar("Params")
@@ -20,7 +22,7 @@ State = TypeVar("State")
 Residuals = TypeVar("Residuals")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layer(Generic[Params, State, Residuals]):
     """A layer: how to make its parameters, apply it, run it for training, and pull a cotangent back through it.
 
@@ -29,10 +31,10 @@ class Layer(Generic[Params, State, Residuals]):
         fwd    (params, state, x, key)                -> (y, state, residuals)  training
         bwd    (params, residuals, dy, contract)      -> (dparams, dx)          the VJP, by hand
 
-    `init` takes an array or a `jax.ShapeDtypeStruct`, batch axis first, and reads input sizes and the dtype of the
-    parameters off it. `key` is a `jax.random.key`, or None where nothing is drawn. Params are dicts of arrays nested
+    `init` takes an array or a `jax.ShapeDtypeStruct`, batch axis first, and reads the input sizes and the dtype of the
+    parameters from it. `key` is a `jax.random.key`, or None where nothing is drawn. Params are dicts of arrays nested
     by layer name (`{}` without parameters), state is `()` without state. `dy` is the cotangent of `y`; an integer
-    input has the cotangent None. `contract` says what becomes of a parameter's gradient (`funcnet.factors`).
+    input has the cotangent None. `contract` decides what is computed of a parameter's gradient (`funcnet.gradients`).
 
     The laws; `fn.check_layer` enforces all but the fifth, which is `serial`'s own:
 
@@ -46,13 +48,13 @@ class Layer(Generic[Params, State, Residuals]):
     All four are plain JAX, so forward mode through `bwd` gives Hessian-vector products.
 
     Attributes:
-        name: the layer's kind; `serial` names it so among its parameters.
-        parts: sub-layers by name, for tables and traces; params and state of a layer with parts are dicts over them,
-            but for `freeze`, which has both in its state.
-        rebuild: the same combinator over other parts of the same names; None for a layer without parts.
-        made: by which combinator, and of what; None for most layers not made of others.
-        unrounded: names of those of its own params that may be of a wider dtype than x, and that `mixed` therefore
-            does not round to the dtype it computes in: an exponential, for one, makes of their rounding a larger one.
+        name: the layer's kind; `serial` uses it as the layer's name among its params.
+        made: the record of the layers that a combinator made it from (`funcnet.structure`); None for a single layer.
+        call: the constructor call that made it, for `repr`; None if no `fn.constructor` made it.
+        unrounded: names of those of its own params that may have a wider dtype than x, and that `mixed` therefore does
+            not round to the dtype it computes in: an exponential of them, for example, magnifies the rounding error.
+        reads: the side inputs that it takes beside x, in a dict {"x": x, name: side} (`funcnet.combinators.sides`).
+        passes: whether it takes whatever dict it is given, and returns one with all sides, as combinators do.
     """
 
     name: str
@@ -60,48 +62,47 @@ class Layer(Generic[Params, State, Residuals]):
     apply: Callable[[Params, State, Any], Any]
     fwd: Callable[[Params, State, Any, Array | None], tuple[Any, State, Residuals]]
     bwd: Callable[..., tuple[Any, Any]]
-    parts: Mapping[str, "Layer"] = field(default_factory=dict)
-    rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None
-    made: "Made | None" = None
+    made: Structure | None = None
+    call: Call | None = None
     unrounded: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    passes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.made is not None and not isinstance(self.made, Structure):
+            raise InputError(
+                "made as fn.Composed(parts, again) or fn.Wrapped(inner, again)", describe(self.made), "use one"
+            )
+        if self.made is not None and self.made.functions is None:
+            object.__setattr__(self, "made", replace(self.made, functions=self._functions))
+
+    def __repr__(self) -> str:
+        return "\n".join(tree(self))
 
     @property
-    def combinator(self) -> str:
-        """What made this layer, such as "serial"; "" where that is not said, and after `replace` of fwd or bwd."""
+    def _functions(self) -> tuple[Callable, ...]:
+        return self.init, self.apply, self.fwd, self.bwd
+
+    @property
+    def structure(self) -> Structure | None:
+        """`made`, or None once `replace` has changed fwd or bwd: the record then no longer describes the layer."""
         made = self.made
-        return made.combinator if made and made.fwd is self.fwd and made.bwd is self.bwd else ""
+        fits = made is not None and all(map(operator.is_, made.functions or (), self._functions))
+        return made if fits else None
 
+    @property
+    def parts(self) -> Mapping[str, "Layer"]:
+        """The layers it is made of, by name, for tables and traces; {} for a single layer.
 
-class Undone(NamedTuple):
-    """Residuals of a reversible layer: its output, and what else it was called with beside params and input."""
+        A combinator's params and state are dicts over these names, but for `freeze`, which keeps both in its state.
+        """
+        return self.made.parts if self.made else {}
 
-    kept: Any
-    y: Any
-
-
-Undo = Callable[[Any, Undone, Any, Contraction], tuple[Any, Any, Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """How a layer was made, for what walks through a model on a way of its own, such as `layerwise_step`.
-
-    Attributes:
-        combinator: its name, or the constructor's.
-        fwd, bwd: those that it gave the layer.
-        inner: the one layer that a transparent combinator, such as "skip", is made of.
-        wrap: the same transparent combinator around another layer.
-        undo: of a reversible layer, (params, residuals, dy, contract) -> (dparams, x, dx); its residuals are `Undone`.
-        options: those that another library's module may lack, and that params do not show: {"reverse": True}.
-    """
-
-    combinator: str
-    fwd: Callable
-    bwd: Callable
-    inner: Any = None
-    wrap: Any = None
-    undo: Undo | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    @property
+    def rebuild(self) -> Callable[[Mapping[str, "Layer"]], "Layer"] | None:
+        """parts -> the same combinator of other parts of the same names; None where that cannot be made."""
+        again = self.structure.rebuild if self.structure else None
+        return again and (lambda parts: replace(again(parts), name=self.name, call=self.call))
 
 
 def a_layer(given: Any) -> Layer:
@@ -110,7 +111,12 @@ def a_layer(given: Any) -> Layer:
         raise InputError("a layer", f"a {type(given).__name__}", "pass layers one by one: serial(*layers)")
     if not isinstance(given, Layer):
         name = getattr(given, "__name__", "")
-        remedy = f"call its constructor: {name}(..), not {name}" if name else "make one, such as dense(8) or relu()"
+        if getattr(given, "__module__", "").startswith("funcnet."):
+            remedy = f"call its constructor: {name}(..), not {name}"
+        elif callable(given):
+            remedy = f"take funcnet's own, such as fn.relu(), or fn.from_function(lambda params, x: {name or 'f'}(x))"
+        else:
+            remedy = "make one, such as dense(8) or relu()"
         raise InputError("a layer", f"{describe(given)} {name}".strip(), remedy)
     return given
 
@@ -120,6 +126,8 @@ def stateless(
     init: Callable[[Array, Any], Params],
     fwd: Callable[[Params, Any], tuple[Any, Residuals]],
     bwd: Callable[[Params, Residuals, Any, Contraction], tuple[Any, Any]],
+    *,
+    reads: tuple[str, ...] = (),
 ) -> Layer[Params, tuple[()], Residuals]:
     """A layer without state or randomness: `init(key, x) -> params`, `fwd(params, x) -> (y, residuals)`, `bwd`."""
 
@@ -129,21 +137,23 @@ def stateless(
 
     def with_state(params, state, x, key):
         with expect.by(name):
-            y, residuals = fwd(params, jax.tree.map(_as_jax, x))
-        return y, state, residuals
+            out = fwd(params, jax.tree.map(_as_jax, x))
+            if not isinstance(out, tuple) or len(out) != 2:
+                raise InputError("fwd(params, x) -> (y, residuals)", describe(out), "return what bwd needs beside y")
+        return out[0], state, out[1]
 
     def apply(params, state, x):
         return with_state(params, state, x, None)[0]
 
     def pullback(params, residuals, dy, contract=total):
         with expect.by(name):
-            return bwd(params, residuals, dy, contract)
+            return bwd(params, residuals, dy, a_contraction(contract))
 
-    return Layer(name, init_with_state, apply, with_state, pullback)
+    return Layer(name, init_with_state, apply, with_state, pullback, reads=reads)
 
 
 def _as_jax(leaf: Any) -> Array:
-    """NumPy's integers may be too large for JAX, which would wrap them around."""
+    """`leaf` as a JAX array; refuses NumPy integers too large for JAX, which would wrap them around."""
     if expect.is_array(leaf) and isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "iu":
         held = jnp.iinfo(expect.dtype(leaf))
         if int(np.min(leaf, initial=0)) < held.min or int(np.max(leaf, initial=0)) > held.max:
@@ -163,21 +173,21 @@ def elementwise(
 
     Args:
         name: the layer's.
-        f: plain JAX, differentiable in both modes; at a kink its own derivative must be the one that df gives.
+        f: plain JAX, differentiable in both modes; at a kink JAX's derivative of it must be the one that df gives.
         df: the derivative of f as a function of what is saved.
-        saves: "input" if df wants x, "output" if it wants y. Prefer the output: the next layer mostly saves it anyway,
-            so it takes no memory of its own. It is rounded to x's dtype: where df takes a difference, as 1 - y^2, half
-            precision keeps too few of its digits.
+        saves: "input" if df takes x, "output" if it takes y. Prefer the output: the next layer usually saves it anyway,
+            so it takes no memory of its own. But y is rounded to x's dtype: where df is a difference, such as 1 - y^2,
+            half precision leaves it too few digits.
     """
 
     def fwd(params, x):
         expect.float_array(x)
-        y = f(x.astype(wide(x.dtype))).astype(x.dtype)
+        y = f(x.astype(sum_dtype(x.dtype))).astype(x.dtype)
         return y, x if saves == "input" else y
 
     def bwd(params, saved, dy, contract):
         dy = expect.cotangent(dy, saved.shape, saved.dtype)
-        high = wide(dy.dtype)
+        high = sum_dtype(dy.dtype)
         return {}, (dy.astype(high) * df(saved.astype(high))).astype(dy.dtype)
 
     return stateless(name, no_params, fwd, bwd)
@@ -188,36 +198,10 @@ def output(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
     return jax.eval_shape(layer.apply, params, state, x)
 
 
-def around(
-    inner: Layer, whole: Layer, wrap: Callable[[Layer], Layer], combinator: str, undo: Undo | None = None
-) -> Layer:
-    """`whole`, a combinator of the one layer `inner`, transparent to its parts; `wrap` makes it of another layer."""
-    rebuild = inner.rebuild
-    again = None if rebuild is None else lambda parts: wrap(rebuild(parts))
-    return replace(whole, rebuild=again, made=Made(combinator, whole.fwd, whole.bwd, inner, wrap, undo))
-
-
-def undoing(layer: Layer) -> Undo | None:
-    """For a reversible layer: its `bwd`, which says its input too. None for others."""
-    if layer.made and layer.combinator == "named":
-        return undoing(layer.made.inner)
-    return layer.made.undo if layer.made and layer.combinator else None
-
-
 def unrounded(layer: Layer) -> tuple[str, ...]:
-    """Paths of the params that may be wider than their layer's x: its own and those of its parts."""
+    """Paths of the params that may have a wider dtype than their layer's x: its own and those of its parts."""
     of_parts = (f"{name}/{path}" for name, part in layer.parts.items() for path in unrounded(part))
     return (*layer.unrounded, *of_parts)
-
-
-def without_x(undo: Undo) -> Callable[..., tuple[Any, Any]]:
-    """The `bwd` of a reversible layer."""
-
-    def bwd(params, residuals, dy, contract=total):
-        dparams, _, dx = undo(params, residuals, dy, contract)
-        return dparams, dx
-
-    return bwd
 
 
 def child(key: Array | None, i: int) -> Any:

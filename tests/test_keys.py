@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import funcnet as fn
+from funcnet._internal.casting import cast
 from funcnet.check.cases import CASES
 from funcnet.check.spec import drawn, specs
-from funcnet.transform import cast
 
 KEY = jax.random.key(0)
 X, SEQUENCES = jnp.ones((4, 3)), jnp.ones((2, 3, 4))
@@ -23,6 +23,7 @@ LABELS = jnp.zeros(4, jnp.int32)
 # of every constructor that takes an initializer
 DRAWING = {
     "attention": (fn.attention(2, **BOTH), SEQUENCES),
+    "bilinear": (fn.bilinear(3, **BOTH), (X, X)),
     "conv": (fn.conv(4, 3, **BOTH), SEQUENCES),
     "conv_transpose": (fn.conv_transpose(4, 3, **BOTH), SEQUENCES),
     "dense": (fn.dense(5, **BOTH), X),

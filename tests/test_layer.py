@@ -1,6 +1,6 @@
 """The record of four functions, and the two ways to write one without repeating oneself."""
 
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, fields
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import pytest
 import funcnet as fn
 from funcnet.check.cases import CASES
 from funcnet.check.spec import drawn, specs
-from funcnet.layer import around, no_params, output
+from funcnet.layer import no_params, output
 
 X = jax.random.normal(jax.random.key(0), (4, 3))
 
@@ -53,8 +53,19 @@ def test_a_layer_has_no_parts_and_no_way_to_rebuild_unless_it_says_so():
     layer = affine()
     assert dict(layer.parts) == {}
     assert layer.rebuild is None
-    names = ["name", "init", "apply", "fwd", "bwd", "parts", "rebuild", "made", "unrounded"]
-    assert [field.name for field in fields(layer)] == names
+    assert layer.structure is None
+    assert [field.name for field in fields(layer)] == [
+        "name",
+        "init",
+        "apply",
+        "fwd",
+        "bwd",
+        "made",
+        "call",
+        "unrounded",
+        "reads",
+        "passes",
+    ]
 
 
 def test_stateless_threads_state_draws_nothing_and_evaluates_as_it_trains():
@@ -113,18 +124,6 @@ def test_output_says_shapes_without_computing():
     assert (y.shape, y.dtype) == ((10**6, 10**6), jnp.float32)
 
 
-def test_around_rebuilds_the_wrapper_over_other_parts():
-    inner = fn.serial(fn.dense(3), fn.relu())
-    wrapped = []
-    whole = around(inner, inner, lambda layer: wrapped.append(layer) or layer, "wrap")
-    assert (whole.combinator, whole.made.inner) == ("wrap", inner)
-    assert replace(whole, bwd=lambda *args: None).combinator == ""
-    rebuilt = whole.rebuild({"dense": fn.dense(3), "relu": fn.tanh()})
-    assert wrapped == [rebuilt]
-    assert rebuilt.parts["relu"].name == "tanh"
-    assert around(fn.dense(3), fn.dense(3), fn.skip, "skip").rebuild is None
-
-
 def test_integers_that_jax_would_wrap_around_are_refused():
     params, _ = fn.embedding(10, 2).init(jax.random.key(0), jnp.zeros(3, jnp.int32))
     assert fn.embedding(10, 2).apply(params, (), np.array([3])).shape == (1, 2)
@@ -170,3 +169,15 @@ def test_integers_that_a_compiled_function_closes_over_are_looked_at_too():
     np.testing.assert_array_equal(jax.jit(lambda: layer.apply({}, (), ids))(), ids[..., None])
     with pytest.raises(fn.InputError, match="integers that fit int32"):
         jax.jit(lambda: layer.apply({}, (), ids + 2**40))()
+
+
+@pytest.mark.parametrize("out", [X, (X,), (X, X, X)], ids=["y alone", "one", "three"])
+def test_a_fwd_that_returns_no_pair_is_named(out):
+    layer = fn.stateless("mine", no_params, lambda params, x: out, lambda *args: ({}, X))
+    with pytest.raises(fn.InputError, match=r"(?s)mine.*fwd\(params, x\) -> \(y, residuals\)"):
+        layer.apply({}, (), X)
+
+
+def test_a_record_that_is_none_is_refused():
+    with pytest.raises(fn.InputError, match=r"fn\.Composed"):
+        fn.Layer("mine", *(lambda *args: None,) * 4, {"a": fn.relu()})

@@ -1,31 +1,31 @@
-"""The README's code runs, in order, and its tables are what the code prints."""
+"""The README's code runs, in order, prints what it shows, and is as short as it should be."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-import funcnet as fn
-
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
+CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_the_code_runs_and_prints_the_tables(capsys, standard_promotion):
+def test_the_code_runs_and_prints_the_report(capsys, standard_promotion):
     namespace: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+    for block in CODE:
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
-    tables = [text for language, text in re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL) if not language]
-    assert len(tables) == 3
-    # Last digits may differ, and by them which element is worst, and the order of leaves that are right.
-    words = lambda text: sorted(re.findall(r"[^\d\s.e+-][^\s]*", re.sub(r"\d+", "0", text)))
-    assert words(printed[printed.index("1. forward") :]) == words("".join(tables))
+    [report] = [text for language, text in re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL) if not language]
+    # Last digits may differ, and by them which element is worst.
+    words = lambda text: re.findall(r"[^\d\s.e+-][^\s]*", re.sub(r"\d+", "0", text))
     assert "'loss': 0.0" in printed
+    assert "\nTrue\n" in printed
+    assert words(printed[printed.index("rms: ") :]) == words(report)
 
 
-def test_the_example_has_twenty_lines_or_so():
-    first = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[0]
-    assert len([line for line in first.splitlines() if line.strip()]) <= 20
+def test_it_is_short():
+    assert len(TEXT.splitlines()) <= 150
+    train, norms, layer, _ = (len([line for line in block.splitlines() if line.strip()]) for block in CODE)
+    assert (train <= 16, norms <= 5, layer <= 10) == (True,) * 3
 
 
 @pytest.mark.parametrize("command", ["examples/digits.py", "pytest -n auto"])
@@ -33,5 +33,6 @@ def test_the_two_commands_stand_on_a_line_each(command):
     assert re.search(rf'```sh\npython -m pip install -e "\.\[\w+\]" && python .*{command}\n```', TEXT)
 
 
-def test_every_public_name_stands_in_it():
-    assert [name for name in fn.__all__ if not re.search(rf"\b{name}\b", TEXT)] == []
+def test_its_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!http)(.+?)\)", TEXT):
+        assert (Path(__file__).parents[1] / link).exists(), link

@@ -1,5 +1,5 @@
-"""What every VJP is, whatever its function: linear in the cotangent, adjoint to forward mode, the same wherever it runs
-and however often; its gradients are like the leaves that they belong to.
+"""What holds for every VJP, whatever its function: it is linear in the cotangent, adjoint to forward mode, and the same
+wherever and however often it runs; its gradients match the leaves that they belong to.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.check.judge import leaves_of, measure, mismatch, tolerance, wide
+from funcnet.check.judge import as_float64, leaves_of, measure, mismatch, tolerance
 from funcnet.check.numerical import Numerical
 from funcnet.check.plain import Program, is_inexact, jaxpr_of
 from funcnet.check.report import Failure, said, values_failure
-from funcnet.check.subject import Point, Values, host, laid, quickly
+from funcnet.check.subject import Point, Values, host, quickly, sharded_like
 
 Tree = Any
 ORACLE = "algebra"
@@ -54,7 +54,10 @@ def structure(point: Point) -> list[Failure]:
 
 
 def _tree_unlike(point: Point, gradients: Tree) -> list[Failure]:
-    """A layer's gradients as trees: {} where there are no parameters, None for an integer input. JAX asks functions."""
+    """Whether a layer's gradients are the right trees: {} without parameters, None for an integer input.
+
+    For functions JAX checks this itself.
+    """
     if not point.subject.layer:
         return []
     got = jax.tree.structure(jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients))
@@ -84,21 +87,23 @@ def _unlike(path: str, got: Any, leaf: Any) -> list[Failure]:
 
 
 def algebra(point: Point, finder: Numerical) -> list[Failure]:
-    """All of it that takes values."""
+    """The algebraic checks that need values."""
     failures = [f for oracle in (output, linearity, repeatable, modes, uses) for f in oracle(point)]
     return failures + adjoint(point, finder)
 
 
 def linearity(point: Point) -> list[Failure]:
     """pull(2 a - 3 b) = 2 pull(a) - 3 pull(b), and pull(0) = 0."""
-    a, b = ({k: (np.round(4 * wide(v)) / 4).astype(v.dtype) for k, v in dy.items()} for dy in point.dys)
-    mixed = {k: (2 * wide(a[k]) - 3 * wide(b[k])).astype(a[k].dtype) for k in a}  # of quarters: exact in any dtype
-    laid_out = lambda dy: {k: laid(v, point.outputs[k]) for k, v in dy.items()}
+    a, b = ({k: (np.round(4 * as_float64(v)) / 4).astype(v.dtype) for k, v in dy.items()} for dy in point.dys)
+    mixed = {
+        k: (2 * as_float64(a[k]) - 3 * as_float64(b[k])).astype(a[k].dtype) for k in a
+    }  # multiples of 1/4: exact in any dtype
+    laid_out = lambda dy: {k: sharded_like(v, point.outputs[k]) for k, v in dy.items()}
     of_a, of_b, got = (point.gradients(laid_out(dy)) for dy in (a, b, mixed))
     zero = point.gradients(laid_out({k: np.zeros_like(v) for k, v in a.items()}))
     failures = []
     for path in point.sound:
-        first, second = wide(of_a[path]), wide(of_b[path])
+        first, second = as_float64(of_a[path]), as_float64(of_b[path])
         with np.errstate(all="ignore"):
             size = np.abs(2 * first) + np.abs(3 * second)
             finite = np.isfinite(first) & np.isfinite(second)
@@ -106,14 +111,14 @@ def linearity(point: Point) -> list[Failure]:
             leaf = point.measured(path, got[path], 2 * first - 3 * second, 8.0, most, ~finite)
         if finite.any() and not leaf.within:
             failures.append(values_failure(leaf, ORACLE, "linearity", "of 2 a - 3 b, the gradient"))
-        if np.any((wide(zero[path]) != 0) & finite):
+        if np.any((as_float64(zero[path]) != 0) & finite):
             failures.append(Failure(path, ORACLE, "zero cotangent", "the gradient of a zero cotangent is not zero"))
     return failures
 
 
 def repeatable(point: Point) -> list[Failure]:
     """Two calls agree bit for bit, compiled and eagerly: nothing stale, drawn anew or uninitialised is used. And the
-    eager gradients are the compiled ones."""
+    eager gradients agree with the compiled ones."""
     once = lambda: host(point.named(point.pull(*jax.device_put((point.values, point.dys[0])))[1]))
     with point.subject.mode():
         eagerly = [_attempt(once), _attempt(once)]
@@ -143,14 +148,14 @@ def adjoint(point: Point, finder: Numerical) -> list[Failure]:
     failures = []
     forward = quickly(push)
     for path in point.sound:
-        v = {k: np.zeros(np.shape(x)) for k, x in values.items()} | point.draw({path: wide(values[path])})
+        v = {k: np.zeros(np.shape(x)) for k, x in values.items()} | point.draw({path: as_float64(values[path])})
         try:
             with jax.enable_x64(True):
-                out = forward(point.wide(values), point.wide(v))[1]
+                out = forward(point.in_float64(values), point.in_float64(v))[1]
         except Exception as error:
             point.notes.append(f"forward mode is not to be had: {said(error)}")
             return []
-        gradient, terms = wide(point.rule[0][path]), [_pairing(point.dys[0][k], out[k]) for k in out]
+        gradient, terms = as_float64(point.rule[0][path]), [_pairing(point.dys[0][k], out[k]) for k in out]
         by_forward, size = sum(t for t, _ in terms), sum(s for _, s in terms)
         if not np.isfinite(gradient).all() or not np.isfinite(by_forward):
             continue
@@ -164,21 +169,22 @@ def adjoint(point: Point, finder: Numerical) -> list[Failure]:
 
 
 def _excused(finder: Numerical, path: str, v: Any, by_forward: float) -> bool:
-    """Forward mode is no judge at a kink, nor where the numerical slope is the rule's and not its own."""
+    """Forward mode cannot judge at a kink, nor where the numerical slope is the rule's and not its own."""
     return finder.slope(path, v).kind != "smooth" or finder.backs(path, v, by_forward)
 
 
 def _pairing(a: Any, b: Any) -> tuple[float, float]:
     """<a, b> as JAX pairs cotangents with tangents, and the size of its terms."""
-    a, b = wide(a), wide(b)
+    a, b = as_float64(a), as_float64(b)
     with np.errstate(all="ignore"):
         terms = np.where((a == 0) | (b == 0), 0, a * b)
         return float(np.real(terms.sum())), float(np.abs(terms).sum())
 
 
 def modes(point: Point) -> list[Failure]:
-    """The same gradients under vmap over a new axis of examples and in the body of a scan: in one program, a scan of a
-    vmap; only where that fails is each tried alone, to tell which.
+    """The gradients are the same under vmap over a new axis of examples and in the body of a scan.
+
+    Both are tried in one program, a scan of a vmap; only where that fails is each tried alone, to tell which it is.
     """
     pull = lambda v, dy: {k: g for k, g in point.named(point.pull(v, dy)[1]).items() if k in point.sound}
     scan = lambda f: lambda *given: jax.lax.scan(lambda carry, each: (carry, f(*each)), None, given)[1]
@@ -211,7 +217,7 @@ def _mappable(point: Point) -> bool:
 
 
 def _stacked(points: Sequence[Any], places: Any) -> Any:
-    """A tree of arrays with those of the numbered point in each of the places."""
+    """The trees of the points that `places` numbers, stacked in the way in which `places` is nested."""
     if isinstance(places, int):
         return points[places]
     stack = lambda *leaves: np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
@@ -219,9 +225,9 @@ def _stacked(points: Sequence[Any], places: Any) -> Any:
 
 
 def uses(point: Point) -> list[Failure]:
-    """Where the function is used twice before either use is differentiated, no gradient of one use may come from the
-    arguments of the other: what is kept outside the residuals is the other's by then. The traced program tells, and
-    where that is in order, the values without jit: what is kept on the host is in no program.
+    """If the function is used twice before either use is differentiated, no gradient of one use may depend on the
+    arguments of the other: what a rule keeps outside the residuals is the other's by then. The traced program shows it;
+    where that is in order, values are compared without jit, since what is kept on the host is in no program.
     """
     way, rule = "two uses", point.by_rule
 
@@ -239,7 +245,7 @@ def uses(point: Point) -> list[Failure]:
         message = "used twice, its gradient depends on the arguments of the other use: keep them in the residuals"
         if mixed := _mixed(program, point.sound, len(jax.tree.leaves(pair[0]))):
             return [Failure(path, ORACLE, way, message) for path in mixed]
-        if isinstance(alone, Exception):  # out of bounds, or in need of jit: not for being used twice
+        if isinstance(alone, Exception):  # it is out of bounds, or needs jit: two uses are not the cause
             return []
     for error in (program, got):
         if isinstance(error, Exception):
@@ -248,9 +254,9 @@ def uses(point: Point) -> list[Failure]:
 
 
 def _mixed(program: Program, sound: Sequence[str], leaves: int) -> list[str]:
-    """Paths of the gradients of either of two uses, one after the other, that depend on the other's `leaves`."""
+    """Paths of the gradients of two uses, one after the other, that depend on the other use's `leaves` leaves."""
     of_first, of_second = program.reached(range(leaves)), program.reached(range(leaves, 2 * leaves))
-    places = {path: i for i, path in enumerate(sorted(sound))}  # as a dict is flattened
+    places = {path: i for i, path in enumerate(sorted(sound))}  # in the order in which a dict is flattened
     return [path for path, i in places.items() if i in of_second or len(sound) + i in of_first]
 
 
@@ -272,7 +278,10 @@ def output(point: Point) -> list[Failure]:
         y = leaves_of(point.compiled(point.values, point.dys[0])[0], "y")
     failures = []
     for path, wanted in point.plain_output.items():
-        leaf = measure(path, np.asarray(y[path]), wanted, 4 * tolerance(y[path].dtype, point.terms))
+        got, allowed = np.asarray(y[path]), 4 * tolerance(y[path].dtype, point.terms)
+        leaf = measure(path, got, wanted, allowed)
+        if not leaf.within:
+            leaf = measure(path, got, wanted, allowed, point.baseline_output_error[path])
         if not leaf.within:
             failures.append(values_failure(leaf, ORACLE, "output", "with its rule, the function's output"))
     return failures

@@ -1,15 +1,18 @@
-"""Reverse mode through the plain program in float64: the oracle that tells every element."""
+"""Reverse mode through the plain program in float64: the oracle that judges every element."""
 
 import numpy as np
 
-from funcnet.check.judge import Leaf, wide
+from funcnet.check.judge import Leaf, as_float64
 from funcnet.check.numerical import Numerical, slope_of
 from funcnet.check.report import Failure, values_failure
 from funcnet.check.subject import Point
 
 
 def autodiff(point: Point, finder: Numerical, judge: bool) -> tuple[list[Leaf], dict[str, str], list[Failure]]:
-    """Every leaf measured for its worst cotangent; where it is to `judge`, a verdict each, and the failures."""
+    """Every leaf, measured for its worst cotangent; a verdict on each; and the failures.
+
+    If autodiff is to `judge`, errors at kinks, and where autodiff itself gives nothing finite, are excused.
+    """
     leaves, verdicts, failures = [], {}, []
     for path in point.sound:
         leaf = _worst(point, path)
@@ -28,7 +31,7 @@ def autodiff(point: Point, finder: Numerical, judge: bool) -> tuple[list[Leaf], 
 
 
 def _worst(point: Point, path: str, skip: np.ndarray | None = None) -> Leaf:
-    """The leaf for the dy for which it is worst, which the point takes down."""
+    """The leaf, measured for the dy with the worst error; the point records which dy that is."""
     pairs = zip(point.rule, point.references, strict=True)
     leaves = [point.measured(path, got[path], wanted[path], skip=skip) for got, wanted in pairs]
     point.shown[path] = int(np.argmax([leaf.relative / leaf.allowed for leaf in leaves]))
@@ -36,11 +39,11 @@ def _worst(point: Point, path: str, skip: np.ndarray | None = None) -> Leaf:
 
 
 def _excused(point: Point, finder: Numerical, path: str, leaf: Leaf) -> tuple[Leaf, str]:
-    """What is left of an error where elements at kinks, and those that autodiff leaves undefined, are set aside."""
+    """What is left of an error once elements at kinks, and elements that autodiff cannot judge, are set aside."""
     apart, undefined = np.zeros(leaf.shape, bool), np.zeros(leaf.shape, bool)
     for got, wanted in zip(point.rule, point.references, strict=True):
         with np.errstate(all="ignore"):
-            apart |= ~(np.abs(wide(got[path]) - wanted[path]) <= leaf.allowed * (leaf.scale or 1.0))
+            apart |= ~(np.abs(as_float64(got[path]) - wanted[path]) <= leaf.allowed * (leaf.scale or 1.0))
         undefined |= ~np.isfinite(wanted[path])
     kinked = finder.kinks(path, apart & ~undefined) if (apart & ~undefined).any() else np.zeros(leaf.shape, bool)
     if undefined.any():
@@ -64,12 +67,12 @@ def _excused(point: Point, finder: Numerical, path: str, leaf: Leaf) -> tuple[Le
 
 
 def _mended(point: Point, finder: Numerical, path: str, apart: np.ndarray) -> bool:
-    """Whether the numerical slope sides with the rule in the elements where it and autodiff are apart.
+    """Whether the numerical slope agrees with the rule in the elements where rule and autodiff differ.
 
     Autodiff of the plain program is itself wrong where its parts have kinks that cancel, as in max(x, 0) +
-    log1p(exp(-|x|)) at 0, or where it goes through bits.
+    log1p(exp(-|x|)) at 0, or where it computes with the bits of numbers.
     """
-    wanted = wide(point.reference({k: np.asarray(v) for k, v in finder.dy.items()})[path])
+    wanted = as_float64(point.reference({k: np.asarray(v) for k, v in finder.dy.items()})[path])
     for _ in range(point.directions):
         direction = np.where(apart, finder.direction(path), 0)
         if not finder.backs(path, direction, slope_of(wanted, direction)):

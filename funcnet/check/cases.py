@@ -12,11 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers as _init
 
-from funcnet.blocks import mlp, residual_block, separable_conv, transformer_block
-from funcnet.bridge import from_function
 from funcnet.check.checker import ORACLES, check_layer
 from funcnet.check.report import Report
-from funcnet.combine import branch, parallel, repeat, serial, skip
+from funcnet.combinators.freeze import freeze
+from funcnet.combinators.mixed import mixed
+from funcnet.combinators.named import named
+from funcnet.combinators.parallel import branch, parallel
+from funcnet.combinators.recurrent import bidirectional, stacked
+from funcnet.combinators.remat import remat
+from funcnet.combinators.repeat import repeat
+from funcnet.combinators.reversible import reversible
+from funcnet.combinators.serial import serial
+from funcnet.combinators.sides import select
+from funcnet.combinators.skip import skip
+from funcnet.combinators.spectral_norm import spectral_norm
+from funcnet.combinators.tied import tied
+from funcnet.combinators.weight_norm import weight_norm
+from funcnet.compositions import mlp, residual_block, separable_conv, transformer_block
+from funcnet.gradients.factor import Use
+from funcnet.interop.jax import from_function
 from funcnet.layer import Layer, elementwise, no_params, stateless
 from funcnet.layers.activation import (
     celu,
@@ -41,6 +55,7 @@ from funcnet.layers.activation import (
 )
 from funcnet.layers.attention import attention
 from funcnet.layers.batch_norm import batch_norm
+from funcnet.layers.bilinear import bilinear
 from funcnet.layers.conv import conv, depthwise_conv
 from funcnet.layers.conv_transpose import conv_transpose
 from funcnet.layers.dense import dense
@@ -64,11 +79,6 @@ from funcnet.losses.linear import linear_cross_entropy
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.similarity import contrastive, cosine
-from funcnet.reparametrize import spectral_norm, weight_norm
-from funcnet.reversible import reversible
-from funcnet.sequences import bidirectional, stacked
-from funcnet.tie import tied
-from funcnet.transform import freeze, mixed, named, remat
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 WIDE = DTYPES[:2]  # of layers that refuse half precision
@@ -123,6 +133,65 @@ def _softmax() -> Layer:
     return stateless("softmax", no_params, fwd, bwd)
 
 
+def _any_use() -> Layer:
+    """y = (x @ kernel) * table[ids], its factors nothing but the two uses."""
+
+    def init(key, x):
+        return {"kernel": jnp.ones((x["x"].shape[-1], 3), x["x"].dtype), "table": jnp.ones((4, 3), x["x"].dtype)}
+
+    def of_kernel(kernel, given):
+        return (given["x"] @ kernel) * given["rows"][:, None]
+
+    def of_table(table, given):
+        return given["z"] * table[given["ids"]][:, None]
+
+    def fwd(params, given):
+        return of_kernel(params["kernel"], {"x": given["x"], "rows": params["table"][given["ids"]]}), given
+
+    def bwd(params, given, dy, contract):
+        kernel, rows = params["kernel"], params["table"][given["ids"]]
+        uses = {
+            "kernel": Use(of_kernel, {"x": given["x"], "rows": rows}, dy),
+            "table": Use(of_table, {"z": given["x"] @ kernel, "ids": given["ids"]}, dy),
+        }
+        dparams = {name: contract(use, params[name]) for name, use in uses.items()}
+        return dparams, {"x": (dy * rows[:, None]) @ kernel.T, "ids": None}
+
+    return stateless("any_use", init, fwd, bwd)
+
+
+def _spread(positions: int) -> Layer:
+    """x [B, D] at every one of T positions, [B, T, D]."""
+
+    def fwd(params, x):
+        return jnp.repeat(x[:, None], positions, axis=1), jnp.zeros((0,), x.dtype)
+
+    return stateless("spread", no_params, fwd, lambda params, residuals, dy, contract: ({}, jnp.sum(dy, axis=1)))
+
+
+def _centred(share: Sequence[float]) -> Layer:
+    """x [B, T, F] less the mean over positions, but for a share s of it, over s; examples have these shares in turn."""
+
+    def centred(x):
+        s = jnp.asarray(share, x.dtype)[jnp.arange(x.shape[0], dtype=jnp.int32) % len(share), None, None]
+        return (x - (1 - s) * jnp.mean(x, axis=1, keepdims=True)) / s
+
+    def fwd(params, x):
+        return centred(x), jnp.zeros((0,), x.dtype)
+
+    return stateless("centred", no_params, fwd, lambda params, residuals, dy, contract: ({}, centred(dy)))
+
+
+# Shares of the positions in a kernel's gradient that all but cancel, in some examples: no Gram matrix tells the rest.
+_CANCELLING = serial(_spread(3), dense(6, use_bias=False), _centred([1e-7, 1.0, 1e-7, 0.5]))
+_TWICE = branch(a=dense(6, use_bias=False), b=dense(6, use_bias=False))
+_CANCELLING_TWICE = tied(
+    serial(_spread(2), uses=_TWICE, add=add(), centred=_centred([1e-7, 1.0, 1e-7, 0.5])),
+    {"uses/b/kernel": "uses/a/kernel"},
+)
+
+_USED = {"x": "f32[5,3,2]", "ids": "i32[5]<4"}
+
 _SEQUENCES = {"x": "f32[3,4,2]", "lengths": "i32[3]<5"}
 
 _ATTENDED = {"x": "f32[2,4,5]", "mask": "bool[2,4,5]", "bias": "f32[2,4,4,5]", "lengths": "i32[2]<6"}
@@ -142,6 +211,11 @@ def _masked(target: str) -> dict[str, str]:
 
 
 _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
+
+_ATTENDING = skip(attention(2))
+_LENGTHS = {"x": "f32[2,3,4]", "lengths": "i32[2]<4"}
+_BEGUN = {"x": "f32[2,3,4]", "state": ("f32[2,2]", "f32[2,2]")}
+_BIASED = {"x": "f32[2,3,4]", "bias": "f32[2,3,3]"}
 
 _TRANSPOSED = {"head/kernel": "embedding/embedding.T"}
 _LANGUAGE = serial(embedding(7, 5), layer_norm(), head=dense(7))
@@ -198,7 +272,7 @@ CASES: tuple[Case, ...] = (
     Case("rms_norm/large eps", rms_norm(eps=0.3), "f32[4,5]"),
     Case("rms_norm/large rows", rms_norm(), "f32[4,5]>-3e20<3e20", _LARGE),
     Case("batch_norm", batch_norm(), "f32[6,3]"),
-    Case("batch_norm/rank 4", batch_norm(0.7, eps=0.3), "f32[3,2,3,2]"),
+    Case("batch_norm/rank 4", batch_norm(momentum=0.7, eps=0.3), "f32[3,2,3,2]"),
     Case("batch_norm/no bias", batch_norm(use_bias=False), "f32[5,1,4]"),
     Case("batch_norm/no parameters", batch_norm(use_scale=False, use_bias=False), "f32[4,3,1]"),
     Case("batch_norm/one value a feature", batch_norm(eps=0.3), "f32[1,3]"),
@@ -221,18 +295,20 @@ CASES: tuple[Case, ...] = (
     Case("l2_normalize/large rows", l2_normalize(), "f32[4,5]>-3e20<3e20", _LARGE),
     Case("conv", conv(4, 3), "f32[2,5,4,3]"),
     Case("conv/strides", conv(4, 3, 2, "VALID"), "f32[2,6,8,3]"),
-    Case("conv/dilation, pads", conv(2, (2, 3), (2, 1), ((0, 3), (4, 1)), (3, 2)), "f32[2,7,5,3]"),
+    Case("conv/dilation, pads", conv(2, (2, 3), (2, 1), ((0, 3), (4, 1)), dilation=(3, 2)), "f32[2,7,5,3]"),
     Case("conv/groups", conv(6, 3, 2, groups=2), "f32[2,5,4,4]"),
     Case("conv/depthwise", conv(3, 3, (1, 2), dilation=(2, 1), groups=3), "f32[2,5,6,3]"),
     Case("conv/one axis, one entry", conv(2, 1, 2), "f32[2,5,3]"),
     Case("conv/three axes, no bias", conv(2, 2, use_bias=False), "f32[1,3,2,3,2]"),
-    Case("conv/kernel larger than the input", conv(5, (3, 2), 1, ((2, 0), (1, 3)), (1, 2)), "f32[1,2,2,4]"),
+    Case("conv/kernel larger than the input", conv(5, (3, 2), 1, ((2, 0), (1, 3)), dilation=(1, 2)), "f32[1,2,2,4]"),
     Case("conv/one axis, kernel larger than the input", conv(8, 3), "f32[1,2,9]"),
     Case("conv/groups of three", conv(4, 3, groups=2), "f32[2,5,6]"),
     Case("conv/depthwise, rows left over", conv(2, (3, 2), groups=2), "f32[2,9,3,2]"),
     Case("conv_transpose", conv_transpose(4, 3, 2), "f32[2,3,2,3]"),
     Case("conv_transpose/valid", conv_transpose(2, (2, 3), (3, 1), "VALID"), "f32[2,2,3,3]"),
-    Case("conv_transpose/dilation, pads", conv_transpose(2, 3, (1, 2), ((2, 5), (1, 3)), (2, 1)), "f32[2,3,2,2]"),
+    Case(
+        "conv_transpose/dilation, pads", conv_transpose(2, 3, (1, 2), ((2, 5), (1, 3)), dilation=(2, 1)), "f32[2,3,2,2]"
+    ),
     Case("conv_transpose/one axis, one entry", conv_transpose(2, 1, 2), "f32[2,3,3]"),
     Case("conv_transpose/three axes, no bias", conv_transpose(2, 2, use_bias=False), "f32[1,2,3,1,2]"),
     Case("depthwise_conv", depthwise_conv(3, multiplier=2), "f32[2,4,3,3]"),
@@ -287,8 +363,16 @@ CASES: tuple[Case, ...] = (
     Case("attention/causal, tiles", attention(2, causal=True, block=2), "f32[2,5,4]"),
     Case("attention/window, tiles", attention(2, window=2, block=2), "f32[2,7,4]"),
     Case("attention/causal window", attention(1, causal=True, window=3, use_bias=False), "f32[1,6,3]"),
-    Case("attention/shared keys, rotary", attention(4, 2, 2, rotary=True, rotary_base=9.0, features=3), "f32[2,3,5]"),
-    Case("attention/cross, masks, tiles", attention(4, 2, 3, block=3), _ATTENDED | {"context": "f32[2,5,2]"}),
+    Case(
+        "attention/shared keys, rotary",
+        attention(4, kv_heads=2, head_dim=2, rotary=True, rotary_base=9.0, features=3),
+        "f32[2,3,5]",
+    ),
+    Case(
+        "attention/cross, masks, tiles",
+        attention(4, kv_heads=2, head_dim=3, block=3),
+        _ATTENDED | {"context": "f32[2,5,2]"},
+    ),
     Case("attention/a mask for each head", attention(2), {"x": "f32[2,3,4]", "mask": "bool[2,2,3,3]"}),
     Case("attention/a bias for all heads", attention(2, block=2), {"x": "f32[2,3,4]", "bias": "f32[2,3,3]"}),
     Case("attention/one key, tiles of queries", attention(2, block=2), {"x": "f32[2,5,4]", "context": "f32[2,1,3]"}),
@@ -311,12 +395,12 @@ CASES: tuple[Case, ...] = (
     Case("attention/dropped weights, tiles", attention(2, causal=True, rate=0.4, block=3), "f32[2,5,4]"),
     Case("mlp", mlp(6, 3), "f32[4,5]"),
     Case("mlp/gated, dropped", mlp(3, 4, gated=True, rate=0.3, use_bias=False), "f32[2,3,5]"),
-    Case("mlp/activation", mlp(2, 1, tanh()), "f32[5]"),
+    Case("mlp/activation", mlp(2, 1, activation=tanh()), "f32[5]"),
     Case("transformer_block", transformer_block(4, 2, causal=True), "f32[2,3,4]"),
     Case(
         "transformer_block/options",
         transformer_block(
-            4, 2, 3, kv_heads=1, rotary=True, window=2, norm=rms_norm, gated=True, rate=0.2, attention_rate=0.3
+            4, 2, hidden=3, kv_heads=1, rotary=True, window=2, norm=rms_norm, gated=True, rate=0.2, attention_rate=0.3
         ),
         "f32[2,3,4]",
     ),
@@ -382,29 +466,41 @@ CASES: tuple[Case, ...] = (
     Case("elementwise/saves the input", elementwise("square", jnp.square, lambda x: 2 * x), "f32[4,5]"),
     Case("elementwise/saves the output", elementwise("exp", jnp.exp, lambda y: y, "output"), "f32[4,5]"),
     Case("stateless", _softmax(), "f32[4,5]"),
+    Case("stateless/any use of a parameter", _any_use(), _USED),
+    Case("stateless/any use, normalised", weight_norm(_any_use(), names=("kernel", "table")), _USED),
     Case("cross_entropy", cross_entropy(), ("f32[6,5]", "i32[6]<5")),
     Case("cross_entropy/one example", cross_entropy(), ("f32[5]", "i32[]<5")),
     Case("cross_entropy/one class", cross_entropy(), ("f32[3,1]", "i32[3]<1")),
     Case("cross_entropy/positions", cross_entropy(), ("f32[2,3,1,2,5]", "i32[2,3,1,2]<5")),
-    Case("cross_entropy/smoothing", cross_entropy(0.1), ("f32[6,5]", "u8[6]<5")),
+    Case("cross_entropy/smoothing", cross_entropy(label_smoothing=0.1), ("f32[6,5]", "u8[6]<5")),
     Case("cross_entropy/ignored", cross_entropy(ignore_index=2), ("f32[6,5]", "i32[6]<5")),
-    Case("cross_entropy/smoothing, ignored", cross_entropy(0.2, ignore_index=-1), ("f32[6,5]", "i8[6]>-1<5")),
+    Case(
+        "cross_entropy/smoothing, ignored",
+        cross_entropy(label_smoothing=0.2, ignore_index=-1),
+        ("f32[6,5]", "i8[6]>-1<5"),
+    ),
     Case("cross_entropy/soft labels", cross_entropy(), ("f32[6,5]", "f32[6,5]>0<1")),
-    Case("cross_entropy/class weights", cross_entropy(0.1, 2, class_weights=_WEIGHTS), ("f32[6,5]", "i32[6]<5")),
+    Case(
+        "cross_entropy/class weights",
+        cross_entropy(label_smoothing=0.1, ignore_index=2, class_weights=_WEIGHTS),
+        ("f32[6,5]", "i32[6]<5"),
+    ),
     Case("cross_entropy/weighted soft labels", cross_entropy(class_weights=_WEIGHTS), ("f32[6,5]", "f32[6,5]>0<1")),
     Case("cross_entropy/unsigned labels", cross_entropy(ignore_index=2**32 - 1), ("f32[6,5]", "u32[6]<5")),
-    Case("cross_entropy/smoothed soft labels", cross_entropy(0.1), ("f32[2,3,5]", "f32[2,3,5]>0<1")),
+    Case("cross_entropy/smoothed soft labels", cross_entropy(label_smoothing=0.1), ("f32[2,3,5]", "f32[2,3,5]>0<1")),
     Case("binary_cross_entropy", binary_cross_entropy(), ("f32[6,5]", "f32[6,5]>0<1")),
     Case("binary_cross_entropy/integers", binary_cross_entropy(), ("f32[6,1]", "i32[6,1]<2")),
     Case("binary_cross_entropy/booleans", binary_cross_entropy(), ("f32[6]", "bool[6]")),
     Case("binary_cross_entropy/rank 5", binary_cross_entropy(), ("f32[3,1,2,1,5]", "f32[3,1,2,1,5]>0<1")),
-    Case("binary_cross_entropy/weight", binary_cross_entropy(2.5), ("f32[6,5]", "f32[6,5]>0<1")),
+    Case("binary_cross_entropy/weight", binary_cross_entropy(pos_weight=2.5), ("f32[6,5]", "f32[6,5]>0<1")),
     Case(
         "binary_cross_entropy/weights, mask",
-        binary_cross_entropy(np.array([0.0, 0.3, 4.0])),
+        binary_cross_entropy(pos_weight=np.array([0.0, 0.3, 4.0])),
         ("f32[4,2,3]", _masked("f32[4,2,3]>0<1")),
     ),
-    Case("binary_cross_entropy/integers, mask", binary_cross_entropy(3), ("f32[6,1]", _masked("i32[6,1]<2"))),
+    Case(
+        "binary_cross_entropy/integers, mask", binary_cross_entropy(pos_weight=3), ("f32[6,1]", _masked("i32[6,1]<2"))
+    ),
     Case("mse", mse(), ("f32[6,5]", "f32[6,5]")),
     Case("mse/rank 1", mse(), ("f32[1]", "f32[1]")),
     Case("mse/rank 5", mse(), ("f32[3,1,2,1,5]", "f32[3,1,2,1,5]")),
@@ -438,7 +534,7 @@ CASES: tuple[Case, ...] = (
     Case("triplet/rank 1, margin", triplet(4.0), ("f32[3]", ("f32[3]", "f32[3]"))),
     Case("triplet/rank 3", triplet(0.2), ("f32[2,3,4]", ("f32[2,3,4]", "f32[2,3,4]"))),
     Case("ctc", ctc(), ("f32[3,6,4]", _aligned("i32[3,2]>1<4", "i32[3]<3", "i32[3]>3<7"))),
-    Case("ctc/blank", ctc(3), ("f32[2,4,4]", _aligned("u8[2,2]<3", "i8[2]<3", "i32[2]>3<5"))),
+    Case("ctc/blank", ctc(blank=3), ("f32[2,4,4]", _aligned("u8[2,2]<3", "i8[2]<3", "i32[2]>3<5"))),
     Case("ctc/repeats", ctc(), ("f32[2,5,2]", _aligned("i32[2,3]>1<2", "i32[2]>1<4", "i32[2]>5<6"))),
     Case("ctc/no labels", ctc(), ("f32[2,3,2]", _aligned("i32[2,1]>1<2", "i32[2]<1", "i32[2]<4"))),
     Case(
@@ -451,19 +547,29 @@ CASES: tuple[Case, ...] = (
     Case("linear_cross_entropy/unsigned", linear_cross_entropy(7, ignore_index=2**32 - 1), ("f32[4,5]", "u32[4]<7")),
     Case(
         "linear_cross_entropy/class weights",
-        linear_cross_entropy(5, 0.1, ignore_index=2, z_loss=0.02, class_weights=_WEIGHTS, chunk=12),
+        linear_cross_entropy(5, label_smoothing=0.1, ignore_index=2, z_loss=0.02, class_weights=_WEIGHTS, chunk=12),
         ("f32[6,3]", "i32[6]<5"),
     ),
     Case("linear_cross_entropy/one position", linear_cross_entropy(5, chunk=2), ("f32[3]", "i32[]<5")),
     Case("linear_cross_entropy/one class", linear_cross_entropy(1, z_loss=0.1), ("f32[3,2]", "u8[3]<1")),
     Case(
         "linear_cross_entropy/smoothing, ignored, z-loss, no bias",
-        linear_cross_entropy(6, 0.1, ignore_index=2, z_loss=0.02, use_bias=False, chunk=12),
+        linear_cross_entropy(6, label_smoothing=0.1, ignore_index=2, z_loss=0.02, use_bias=False, chunk=12),
         ("f32[5,3]", "i8[5]<6"),
     ),
     Case("serial", serial(dense(3), tanh(), dense(2)), "f32[4,5]"),
     Case("serial/one layer, named", serial(last=dense(3)), "f32[4,5]"),
     Case("serial/nested, random", serial(serial(dense(3), dropout(0.3)), flatten(), rms_norm()), "f32[4,2,5]"),
+    Case("serial/lengths for some", serial(dense(4), repeat(_ATTENDING, 2), select()), _LENGTHS),
+    Case("repeat/a bias for all", repeat(_ATTENDING, 2), _BIASED),
+    Case("serial/a bias for one branch", serial(branch(_ATTENDING, dense(4)), add()), _BIASED),
+    Case("skip/shortcut with a bias", skip(attention(2), dense(4)), _BIASED),
+    Case("serial/an initial state", serial(dense(4), lstm(2), dense(3)), _BEGUN),
+    Case("bidirectional/layers in a row, lengths", bidirectional(gru(2), serial(gru(2), dense(2))), _SEQUENCES),
+    Case("stacked/layers in a row", stacked(serial(gru(2), dense(3)), gru(2)), "f32[3,4,2]"),
+    Case("stacked/layers in a row, lengths", stacked(serial(gru(2), dense(3)), gru(2)), _SEQUENCES),
+    Case("select", select(), {"x": "f32[2,3]", "lengths": "i32[2]<4", "other": "f32[2]"}),
+    Case("serial/positions that cancel", _CANCELLING, "f32[4,5]", ("float64",)),
     Case("parallel", parallel(dense(3), serial(dense(2), softsign())), ("f32[4,5]", "f32[4,3]")),
     Case("parallel/integers beside floats", parallel(tanh(), flatten()), ("f32[4,5]", "i32[4,2,3]<7")),
     Case("skip", skip(_BLOCK), "f32[4,5]"),
@@ -512,6 +618,11 @@ CASES: tuple[Case, ...] = (
         serial(branch(embedding(5, 3), embedding(5, 3), embedding(5, 3)), add()),
         "i32[4,2]<5",
     ),
+    Case("bilinear", bilinear(3), ("f32[4,5]", "f32[4,2]")),
+    Case("bilinear/rank 1, no bias", bilinear(2, use_bias=False), ("f32[3]", "f32[5]")),
+    Case("bilinear/rank 4", bilinear(4), ("f32[2,3,2,3]", "f32[2,3,2,5]")),
+    Case("bilinear/one feature of one and one", bilinear(1), ("f32[1,1]", "f32[1,1]")),
+    Case("serial/a branch and bilinear", serial(branch(dense(3), dense(4)), bilinear(2)), "f32[4,5]"),
     Case("concat", concat(), ("f32[4,3,5]", "f32[4,3,1]", "f32[4,3,2]")),
     Case("concat/one array", concat(), ("f32[3,4]",)),
     Case("concat/an axis from the front", concat(1), ("f32[2,1,3]", "f32[2,4,3]")),
@@ -547,6 +658,7 @@ CASES: tuple[Case, ...] = (
         "tied/lookups", tied(branch(a=embedding(5, 3), b=embedding(5, 3)), {"b/embedding": "a/embedding"}), "i32[4,3]<5"
     ),
     Case("tied/repeats", tied(serial(*[repeat(dense(3), 2)] * 2), {"repeat_1/kernel": "repeat/kernel"}), "f32[4,3]"),
+    Case("tied/positions that cancel", _CANCELLING_TWICE, "f32[4,9]", ("float64",)),
     Case("tied/convolutions", tied(serial(conv(2, 3), conv(2, 3)), {"conv_1/kernel": "conv/kernel"}), "f32[2,4,3,2]"),
     Case("from_function", from_function(_affine, _affine_init), "f32[4,5]"),
     Case("from_function/no params, integers", from_function(_chosen), {"x": "f32[4,5]", "ids": "i32[4]<5"}),

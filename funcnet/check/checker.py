@@ -1,4 +1,4 @@
-"""`check_layer` and `check_vjp`: a rule at a random point, before every oracle."""
+"""`check_layer` and `check_vjp`: a rule at a random point, judged by every oracle."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcnet._internal.expect import InputError, count, floating_dtype
 from funcnet.check import algebra, laws
 from funcnet.check.autodiff import autodiff
-from funcnet.check.diagnosis.case import Context
 from funcnet.check.diagnosis.diagnose import diagnose
+from funcnet.check.diagnosis.wrong_leaf import Context
 from funcnet.check.function import function
-from funcnet.check.judge import Leaf, blank, leaves_of, wide
+from funcnet.check.judge import Leaf, as_float64, blank, leaves_of
 from funcnet.check.layer import layer_at
 from funcnet.check.numerical import Numerical, numerical
 from funcnet.check.report import Report
 from funcnet.check.shrink import as_code, smallest
 from funcnet.check.spec import settled, specs
 from funcnet.check.subject import Point, Subject
-from funcnet.expect import InputError, count, floating_dtype
 from funcnet.layer import Layer, a_layer
 
 Tree = Any
@@ -41,12 +41,12 @@ def check_layer(
 ) -> Report:
     """Is `layer.bwd` the VJP of `layer.fwd`, and is the layer true to its laws?
 
-    The oracles, each by itself:
+    The oracles, each of which judges by itself:
 
     autodiff    reverse mode through the output of `fwd`, without custom rules, in float64, element by element
-    numerical   extrapolated differences in float64 along random directions, with kinks told apart
-    algebra     adjoint to forward mode, linear in dy, alike eagerly and under jit, vmap and scan, repeatable, two uses
-                apart; structure, shape, dtype, weak type and sharding of every gradient
+    numerical   extrapolated finite differences in float64 along random directions, with kinks told apart
+    algebra     adjoint to forward mode, linear in dy, the same eagerly and under jit, vmap and scan, repeatable, two
+                uses independent; structure, shape, dtype, weak type and sharding of every gradient
     residuals   law 6: arrays only, dependent on the input, untouched by bwd; their bytes are noted
     laws        laws 2 and 3, and that the contractions agree with each other
 
@@ -54,10 +54,11 @@ def check_layer(
         layer: any `Layer`; a loss is a layer over (prediction, target).
         x: its input: arrays, `jax.ShapeDtypeStruct`s or texts such as "f32[8,16]" and "i32[8]<10" to be drawn
             (`funcnet.check.spec`), or a pytree of them.
-        params, state: given as x is; by default from `init`, the parameters for x in float32, where the layer takes it,
-            and then cast and moved at random, so that no zero bias or unit scale hides a mistake.
+        params, state: given as x is; by default from `init`. Default parameters are made for x in float32, where the
+            layer takes it, then cast and moved at random, so that no zero bias or unit scale hides a mistake.
         dtype: floating arrays are cast to it; float64 runs in JAX's 64-bit mode. Half precision is judged against
-            float64, and by what autodiff reaches in that dtype. Give "float32" for a layer that takes nothing else.
+            float64, and by the accuracy that autodiff reaches in that dtype. Give "float32" for a layer that takes
+            nothing else.
         oracles: which of the five to ask.
         seed: of everything that is drawn: sizes, input, parameters, cotangents, and the key given to `fwd`.
         directions: how many random directions to try in each leaf.
@@ -98,15 +99,15 @@ def check_vjp(
 ) -> Report:
     """Is the VJP that JAX gives for f, custom rules inside it included, the derivative of f?
 
-    The oracles are those of `check_layer`, less the last two. What autodiff is asked about is `reference`, or f with
-    every `jax.custom_vjp` and `jax.custom_jvp` in it replaced by the function that carries it, under jit, scan, cond,
-    remat and each other; which ones were is noted.
+    The oracles are those of `check_layer`, less the last two. Autodiff differentiates `reference`, or else f with every
+    `jax.custom_vjp` and `jax.custom_jvp` in it replaced by the function that carries it, inside jit, scan, cond, remat
+    and each other; the notes say which rules were replaced.
 
     Args:
-        f: any JAX function of pytrees. What it computes in a callback (`jax.pure_callback`, `io_callback`) is called
-            with its own dtypes, as often as an oracle likes, and judged numerically; JAX has no derivative of it.
+        f: any JAX function of pytrees. A callback in it (`jax.pure_callback`, `io_callback`) is called with its own
+            dtypes, as often as an oracle needs, and judged numerically, since JAX has no derivative of it.
         *args: its arguments: arrays, `jax.ShapeDtypeStruct`s or texts such as "f32[8,16]" to be drawn, or pytrees of
-            them. Numbers are to be arrays.
+            them. Numbers have to be given as arrays.
         reference: another function with the same values, differentiable by JAX: for a rule that cannot be looked into,
             such as that of a Pallas kernel.
         oracles, seed, directions, shrink: as for `check_layer`.
@@ -150,7 +151,7 @@ def checked(
     directions: int,
     shrink: bool,
 ) -> Report:
-    """The report on what `build` makes of a tree of specs and arrays; a failure is shrunk and given its `line`."""
+    """The report on what `build` makes of a tree of specs and arrays; a failure is shrunk and shows its `line`."""
     directions = count(directions, "directions")
     with jax.debug_key_reuse(False):  # every oracle runs the rule with the same key, on purpose
         report = replace(examine(build(tree), oracles, seed, directions), title=title)
@@ -208,10 +209,10 @@ def examine(subject: Subject, oracles: Sequence[str], seed: int, directions: int
 
 
 def _explained(point: Point, leaves: list[Leaf], unsteady: set[str]) -> list[Leaf]:
-    """The wrong leaves with their diagnoses, but for those that differ from call to call."""
-    arrays = {path: wide(leaf) for path, leaf in point.values.items()}
+    """The leaves, the wrong ones with their diagnoses, except those whose gradients differ from call to call."""
+    arrays = {path: as_float64(leaf) for path, leaf in point.values.items()}
     with point.subject.mode():
-        y = leaves_of(point.subject.plain(*point.args(point.values), wide=False), "y")
+        y = leaves_of(point.subject.plain(*point.args(point.values), double=False), "y")
     arrays |= {path: np.asarray(y[path]) for path in point.outputs}
     explained = []
     for leaf in leaves:

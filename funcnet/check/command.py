@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
+from funcnet._internal.expect import InputError
 from funcnet.check import table
 from funcnet.check.cases import CASES, DTYPES
 from funcnet.check.checker import ORACLES, check_layer, check_vjp
 from funcnet.check.named import again, arguments, function_or_layer, named, nearest
 from funcnet.check.report import Report
-from funcnet.expect import InputError
 from funcnet.layer import Layer
 from funcnet.train.plots import pyplot
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     options = _parser().parse_args(argv)
     try:
-        with redirect_stdout(sys.stderr):  # what a module of the user's prints is no part of the answer
+        with redirect_stdout(sys.stderr):  # what a user's module prints is not part of the answer
             ok, answer = _check(options)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, SystemExit) as error:
         if options.traceback:
             raise
-        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "JAX" not in note)  # less its own
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "JAX" not in note)  # not JAX's
         remedy = "\n  remedy    add --traceback to see where"
         print(f"{type(error).__name__}: {error}{notes}{remedy}", file=sys.stderr)
         return 2
@@ -196,7 +196,7 @@ def _function(f: Any, args: tuple, options: argparse.Namespace) -> Report:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """What every check takes. Arrays of the user's own are not shrunk: no command line could say how."""
+    """The options of every check. Arrays of the user's own are not shrunk, as no command line could express that."""
     shrink = not options.no_shrink and not options.args
     return {"seed": options.seed, "directions": options.directions, "shrink": shrink}
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from funcnet.check.diagnosis.case import Context
+from funcnet._internal.expect import floating_dtype, is_floating
 from funcnet.check.diagnosis.diagnose import diagnose
+from funcnet.check.diagnosis.wrong_leaf import Context
 from funcnet.check.judge import Leaf, blank, leaves_of, measure, mismatch, tolerance
 from funcnet.check.report import Failure, Report, values_failure
-from funcnet.expect import floating_dtype, is_floating
-from funcnet.pytorch.tensors import as_array
+from funcnet.interop.torch.tensors import as_array
 
 Tree = Any
 
@@ -22,11 +22,11 @@ def compare_grads(got: Tree, wanted: Tree, *, name: str = "", dtype: Any = None)
     of the leaf's dtype (`funcnet.check.judge`), relative to the leaf's largest magnitude in the reference.
 
     Args:
-        got, wanted: pytrees of one structure, of arrays, PyTorch's tensors and numbers (float64 then, as in NumPy). An
-            integer leaf's gradient may be None or float0.
+        got, wanted: pytrees of one structure, of arrays, PyTorch tensors and numbers (float64, as in NumPy). An integer
+            leaf's gradient may be None or float0.
         name: put in front of every path.
         dtype: the dtype whose rounding is allowed, whatever floating dtypes the two have; by default that of each leaf,
-            and two dtypes of one leaf are a failure.
+            where two different dtypes of a leaf are a failure.
     """
     dtype = dtype and floating_dtype(dtype)
     ours, theirs = ({k: as_array(v) for k, v in leaves_of(tree, name).items()} for tree in (got, wanted))

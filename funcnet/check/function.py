@@ -1,4 +1,4 @@
-"""A JAX function as a subject of the checker, refused in words where it cannot be one."""
+"""A JAX function as a subject of the checker, refused with an explanation where it cannot be one."""
 
 import inspect
 import re
@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.check.judge import wide
+from funcnet._internal.expect import InputError, describe
+from funcnet.check.judge import as_float64
 from funcnet.check.plain import Plain, is_inexact, trace
 from funcnet.check.report import said
 from funcnet.check.spec import drawn
 from funcnet.check.subject import Subject
-from funcnet.expect import InputError, describe
 from funcnet.layer import Layer
 
 Tree = Any
@@ -22,7 +22,7 @@ CALLBACKS = {"Debug", "IO"}  # effects of callbacks that JAX may call in any ord
 
 
 def function(f: Callable, args: tuple, reference: Callable | None, x64: bool, seed: int) -> Subject:
-    """f at the arguments `args`, those that are specs drawn.
+    """f at the arguments `args`, in which specs are replaced by arrays that are drawn.
 
     Raises:
         InputError: if f cannot be checked there.
@@ -49,7 +49,7 @@ def function(f: Callable, args: tuple, reference: Callable | None, x64: bool, se
 def _placed(leaf: Any, x64: bool, mode: bool) -> Any:
     """A leaf as f is given it, in JAX's 64-bit `mode` or not; cast to 64 bits for the option x64."""
     if x64 and is_inexact(leaf):
-        return wide(leaf)
+        return as_float64(leaf)
     if not mode and is_inexact(leaf) and jnp.finfo(leaf.dtype).bits == 64:
         remedy = "pass x64=True, or cast them to float32: JAX would do so silently"
         raise InputError("arguments of at most 32 bits outside JAX's 64-bit mode", describe(leaf), remedy)
@@ -153,7 +153,7 @@ def _raw(f: Any) -> Callable | None:
 
 
 def _zeros(arg: Tree) -> Tree:
-    """What None stands for."""
+    """The cotangents that None stands for."""
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if is_inexact(leaf) else None, arg)
 
 

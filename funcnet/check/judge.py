@@ -1,23 +1,28 @@
 """How far a gradient may be from its reference: the one place that says so.
 
-A leaf g is held to its reference r, in float64, element by element and by the leaf's own scale, max |r| (1 where r is
-zero everywhere):
+A leaf g is compared with its reference r, in float64, element by element and relative to the leaf's own scale, max |r|
+(1 where r is zero everywhere):
 
-    |g_i - r_i|  <=  (A eps + B eps_acc sqrt(n)) max |r|  +  C honest
+    |g_i - r_i|  <=  (A eps + B eps_acc sqrt(n)) max |r|  +  C baseline_error
 
 - eps is the unit of rounding of the leaf's dtype and A = 4 in half precision, 64 in float32, 1024 in float64, where no
-  real mistake is as small.
+  real mistake is that small.
 - n is the length of the longest sum in the program, eps_acc the unit of rounding of the dtype that sums run in (float32
   for half precision), B = 16: rounding errors of a sum grow like the square root of its length.
-- honest is the error of the plain program itself: of its automatic derivative in the program's own dtypes, at several
-  points that are a unit of rounding apart, and what the reference moves between them; the largest in the leaf. C = 4.
-  dy is taken there times a number between 1/2 and 1, and the error divided by it: a gradient is linear in dy, but its
-  rounding errors are not, and at one dy all of them may happen to be small.
+- baseline_error is the error of the plain program itself: of its automatic derivative in the program's own dtypes, at
+  several points that are a unit of rounding apart, and the change of the reference between them; the largest in the
+  leaf. C = 4.
+  There dy is multiplied by a number between 1/2 and 1, and the error divided by it: a gradient is linear in dy, but its
+  rounding errors are not, and for one dy all of them may happen to be small.
   So a rule need not be better than autodiff in its dtype, and where a gradient is a small difference of large terms no
-  rule can be. An element that such a step takes over a kink, and moves by far more than the others, counts for itself
-  alone. All of it takes many runs of the program, and is asked for only where an error is not within the rest already.
+  rule can be. An element that such a step takes across a kink, and changes by far more than the others, counts for
+  itself alone. All of this takes many runs of the program, and is computed only where an error exceeds the other terms.
 
-Never is there one number for a whole tree, and no tolerance grows with the size of an array.
+Outputs, which a rule and `apply` give again, are compared in the same way with 4 times the first two terms and, where
+that is not enough, the error of the plain program's own outputs.
+
+There is never one tolerance for a whole tree, and no tolerance grows with an array's size but by the sums that its
+entries are made of.
 """
 
 from collections.abc import Mapping
@@ -28,15 +33,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.expect import describe, is_array
+from funcnet._internal.expect import describe, is_array
 
 Tree = Any
 ROUNDING = {16: 4, 32: 64, 64: 1024}  # A, by the bits of the dtype
-SUMS, HONEST = 16, 4  # B, C
+SUMS, BASELINE = 16, 4  # B, C
 
 
 def tolerance(dtype: Any, terms: int = 1) -> float:
-    """(A eps + B eps_acc sqrt(n)), what a leaf of this dtype may be off relative to its scale; n is `terms`."""
+    """A eps + B eps_acc sqrt(n), the error allowed to a leaf of this dtype relative to its scale; n is `terms`."""
     info = jnp.finfo(dtype)
     half = info.bits < 32
     sums = float(jnp.finfo(jnp.float32 if half else dtype).eps) * SUMS * terms**0.5
@@ -52,8 +57,8 @@ class Leaf:
         shape, dtype: of the gradient under test.
         scale: the largest magnitude in the reference.
         error: the largest absolute error.
-        relative: that, over the scale (over 1 where the scale is 0).
-        allowed: what `relative` may be; without `honest`, where it is within that already.
+        relative: that, divided by the scale (by 1 where the scale is 0).
+        allowed: what `relative` may be; without `baseline_error` where the error is within the rest already.
         ulps: the error in units in the last place of the reference value there, in the gradient's dtype.
         index: where that is; `got` and `wanted` are the two values there.
         verdicts: what each oracle said of the leaf: "ok", "WRONG", "kink", or "-" where it could not tell.
@@ -89,7 +94,7 @@ class Leaf:
         return self.ok, -self.relative / (self.allowed or 1.0), self.leaf
 
 
-def measure(path: str, got: Any, wanted: Any, allowed: float, honest: Any = 0.0, skip: Any = None) -> Leaf:
+def measure(path: str, got: Any, wanted: Any, allowed: float, baseline_error: Any = 0.0, skip: Any = None) -> Leaf:
     """`got` against `wanted`, arrays of one shape; elements in the mask `skip` are left out.
 
     Args:
@@ -97,21 +102,21 @@ def measure(path: str, got: Any, wanted: Any, allowed: float, honest: Any = 0.0,
         got, wanted: the gradient, and its reference in float64 or the like.
         skip: a mask of elements that are left out.
         allowed: relative to the leaf's scale.
-        honest: absolute, one number or one an element, added to that.
+        baseline_error: absolute, one number or one per element, added to that.
     """
-    a, b = wide(got), wide(wanted)
+    a, b = as_float64(got), as_float64(wanted)
     shape, dtype = tuple(np.shape(got)), str(got.dtype)
     if a.size == 0:
         return Leaf(path, shape, dtype, allowed=allowed)
     with np.errstate(all="ignore"):
-        rounded = wide(b.astype(got.dtype))  # the reference itself may be beyond the dtype
+        rounded = as_float64(b.astype(got.dtype))  # the reference itself may be beyond the dtype's range
         same = (a == b) | (a == rounded) | (np.isnan(a) & np.isnan(b))
         error = np.where(same, 0.0, np.abs(a - b))
     error = np.where(np.isnan(error), np.inf, error)
     finite = np.abs(b[np.isfinite(b)])
     scale = float(finite.max()) if finite.size else 0.0
     unit = scale or 1.0
-    room = np.broadcast_to(allowed + np.asarray(honest) / unit, error.shape)
+    room = np.broadcast_to(allowed + np.asarray(baseline_error) / unit, error.shape)
     counted = error / room if skip is None else np.where(skip, -1.0, error / room)
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(counted), error.shape))
     ulp = spacing(abs(b[worst]), got.dtype)
@@ -131,8 +136,8 @@ def measure(path: str, got: Any, wanted: Any, allowed: float, honest: Any = 0.0,
     )
 
 
-def wide(array: Any) -> np.ndarray:
-    """In float64 or complex128, as NumPy."""
+def as_float64(array: Any) -> np.ndarray:
+    """The array in float64 or complex128, as a NumPy array."""
     array = np.asarray(array)
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
@@ -156,7 +161,7 @@ def leaves_of(tree: Tree, name: str = "") -> dict[str, Any]:
 
 
 def mismatch(got: Any, wanted: Any) -> str:
-    """What is wrong with the kind, shape or dtype of a gradient, each None where there is none; empty if nothing is."""
+    """What is wrong with a gradient's kind, shape or dtype, "" if nothing; got or wanted is None if there is none."""
     if got is None:
         return f"no gradient for {describe(wanted)}"
     if wanted is None:

@@ -1,4 +1,4 @@
-"""What makes a layer one, beside the truth of its `bwd`: its residuals, its `apply`, its state, its contractions."""
+"""What a layer has to keep besides a correct `bwd`: the laws of its residuals, `apply`, state and contractions."""
 
 from functools import partial
 from typing import Any
@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.check.judge import leaves_of, measure, tolerance, wide
+from funcnet._internal.expect import InputError, describe
+from funcnet.check.judge import as_float64, leaves_of, measure, tolerance
 from funcnet.check.plain import jaxpr_of
-from funcnet.check.report import Failure, values_failure
-from funcnet.check.subject import Point, Values, host, laid, quickly
-from funcnet.expect import InputError, describe
-from funcnet.factors import Contraction, Rows, is_factor, keep, per_example, rows, squared_norm, total
+from funcnet.check.report import Failure, said, values_failure
+from funcnet.check.subject import Point, Values, host, quickly, sharded_like
+from funcnet.gradients.contraction import (
+    Rows,
+    contraction,
+    keep,
+    per_example,
+    rows,
+    squared_norm,
+    total,
+)
+from funcnet.gradients.factor import is_factor
 
 Tree = Any
 
@@ -108,7 +117,7 @@ def _state(point: Point) -> list[Failure]:
 
 
 def _apply(point: Point) -> list[Failure]:
-    """apply equals fwd's output where there is no state and nothing is drawn; else it is like it."""
+    """apply equals fwd's output where there is no state and nothing is drawn; else it has its shapes and dtypes."""
     subject = point.subject
     (params, x), state, layer = subject.args, subject.state, subject.layer
     shapes = jax.eval_shape(layer.apply, params, state, x)
@@ -120,7 +129,10 @@ def _apply(point: Point) -> list[Failure]:
     applied, run = (host(leaves_of(y, "y")) for y in both(params, state, x))
     failures = []
     for path in point.outputs:
-        leaf = measure(path, applied[path], run[path], 4 * tolerance(run[path].dtype, point.terms))
+        got, wanted, allowed = applied[path], run[path], 4 * tolerance(run[path].dtype, point.terms)
+        leaf = measure(path, got, wanted, allowed)
+        if not leaf.within:
+            leaf = measure(path, got, wanted, allowed, point.baseline_output_error[path])
         if not leaf.within:
             failures.append(values_failure(leaf, "laws", "apply", "by apply, the output"))
     return failures
@@ -148,30 +160,32 @@ def _contractions(point: Point) -> list[Failure]:
 
     def all_of_them(params, x):
         residuals = layer.fwd(params, point.subject.state, x, point.subject.key)[2]
-        by = lambda contract: layer.bwd(params, residuals, point.cotangent(dy), contract)[0]
+        given = jax.tree.map(jnp.asarray, point.cotangent(dy))  # NumPy would promote bfloat16
+        by = lambda contract: layer.bwd(params, residuals, given, contract)[0]
         answers = {"total": by(total)}
-        for contract in (keep, per_example, squared_norm, rows):
+        for contract in (keep, per_example, squared_norm, rows, fisher_diagonal):
             try:
                 answers[contract.name] = by(contract)
             except InputError as error:
                 refused[contract.name] = error
+        if per_example.name in refused:
+            refused.pop(fisher_diagonal.name, None)
         if "rows" in answers:
             answers["rows"] = jax.tree.map(_table, answers["rows"], params, is_leaf=lambda leaf: isinstance(leaf, Rows))
         if "keep" in answers:
-            kept = lambda how: jax.tree.map(partial(_contracted, how), answers["keep"], params, is_leaf=is_factor)
-            if "per_example" in answers:
-                answers["keep, per_example"] = kept(per_example)
-            answers["keep"] = kept(total)
+            kept = lambda name: jax.tree.map(partial(_own_answer, name), answers["keep"], params, is_leaf=is_factor)
+            later = {f"keep, {name}": kept(name) for name in ("per_example", "squared_norm") if name in answers}
+            answers |= later | {"keep": kept("total")}
         return answers
 
     try:
         trees = quickly(all_of_them)(params, x)
         answers = {name: host(leaves_of(tree, "params")) for name, tree in trees.items()}
     except Exception as error:
-        message = f"bwd raises {type(error).__name__} for other contractions than total: {error}"
+        message = f"bwd raises for other contractions than total: {said(error)}"
         return [Failure("", "laws", "contractions", message)]
     last = {k: np.concatenate([np.zeros_like(v[:-1]), v[-1:]]) if v.ndim else v for k, v in dy.items()}
-    of_last = point.gradients({k: laid(v, point.outputs[k]) for k, v in last.items()})
+    of_last = point.gradients({k: sharded_like(v, point.outputs[k]) for k, v in last.items()})
     failures = _refusals(point, refused, of_last, count)
     for path, wanted in {k: v for k, v in point.rule[0].items() if k.startswith("params")}.items():
         of = {name: tree[path] for name, tree in answers.items()}
@@ -185,35 +199,53 @@ def _contractions(point: Point) -> list[Failure]:
 def _by_example(
     point: Point, path: str, of: dict[str, np.ndarray], wanted: np.ndarray, last: np.ndarray, count: int
 ) -> list[Failure]:
-    """The answers for each example of a leaf whose gradient is `wanted`, that of the `last` example's dy alone too."""
+    """Check the per-example answers of a leaf with the gradient `wanted`, which is `last` for the last example's dy."""
     each = of["per_example"]
+    if each.shape == wanted.shape != (count, *wanted.shape):
+        message = "per_example gives the gradient itself: let bwd return contract(factor, param)"
+        return [Failure(path, "laws", "contractions", message)]
     if each.shape != (count, *wanted.shape) or each.dtype != wanted.dtype:
         message = f"per_example gives {describe(each)} for a leaf {describe(wanted)} and {count} examples"
         return [Failure(path, "laws", "contractions", message)]
-    failures = _contraction(point, path, "the sum of per_example", wide(each).sum(0).astype(wanted.dtype), wanted)
+    failures = _contraction(point, path, "the sum of per_example", as_float64(each).sum(0).astype(wanted.dtype), wanted)
     failures += _contraction(point, path, "the last of per_example", each[-1], last)
     if "keep" in of and of["keep, per_example"].shape == each.shape:  # it was a factor
         failures += _contraction(point, path, "keep, then per_example", of["keep, per_example"], each)
+        if "keep, squared_norm" in of:
+            kept = of["keep, squared_norm"]
+            failures += _squares(point, path, "keep, then squared_norm", kept, each, tuple(range(1, each.ndim)))
     if "squared_norm" in of:
-        failures += _squares(point, path, of["squared_norm"], each)
+        failures += _squares(point, path, "squared_norm", of["squared_norm"], each, axes=tuple(range(1, each.ndim)))
+    if "fisher_diagonal" in of:
+        failures += _squares(point, path, "a contraction of one's own", of["fisher_diagonal"], each, axes=(0,))
     return failures
 
 
-def _squares(point: Point, path: str, norms: np.ndarray, each: np.ndarray) -> list[Failure]:
-    """The squared norms of the examples' gradients [B, *param]."""
-    squares = np.sum(np.abs(wide(each)) ** 2, axis=tuple(range(1, each.ndim)))
-    if norms.shape != squares.shape or norms.dtype not in (np.float32, np.float64):
-        message = f"squared_norm gives {describe(norms)} for {len(each)} examples, not a float32 or float64 for each"
+@contraction
+def fisher_diagonal(gradients: Any, param: Any) -> Any:
+    """The diagonal of the empirical Fisher matrix: a contraction as users write them, which knows no combinator."""
+    return jnp.sum(jnp.square(gradients), axis=0)
+
+
+def _squares(
+    point: Point, path: str, what: str, got: np.ndarray, each: np.ndarray, axes: tuple[int, ...]
+) -> list[Failure]:
+    """Check what should be the squares of the examples' gradients [B, *param], summed over these axes."""
+    squares = np.sum(np.abs(as_float64(each)) ** 2, axis=axes)
+    if got.shape != squares.shape or got.dtype not in (np.float32, np.float64):
+        wanted = f"float32 or float64 {list(squares.shape)}"
+        message = f"{what} gives {describe(got)} for {len(each)} examples of {describe(each[0])}, not {wanted}"
         return [Failure(path, "laws", "contractions", message)]
-    allowed, size = 8 * tolerance(each.dtype, point.terms), (squares.max(initial=0.0) * each[0].size) ** 0.5
-    leaf = measure(path, norms, squares, allowed)
+    terms = each.size // max(squares.size, 1)
+    allowed, size = 8 * tolerance(each.dtype, point.terms), (squares.max(initial=0.0) * terms) ** 0.5
+    leaf = measure(path, got, squares, allowed)
     if not leaf.within:
-        leaf = measure(path, norms, squares, allowed, 4 * point.honest[path].max() * size)
-    return [] if leaf.within else [values_failure(leaf, "laws", "contractions", "squared_norm")]
+        leaf = measure(path, got, squares, allowed, 4 * point.baseline_error[path].max() * size)
+    return [] if leaf.within else [values_failure(leaf, "laws", "contractions", what)]
 
 
 def _refusals(point: Point, refused: dict[str, InputError], of_last: Values, count: int) -> list[Failure]:
-    """What is said of refused contractions: only layers that mix examples, or have no axis of them, may refuse any."""
+    """Note and judge refused contractions: only layers that mix examples, or have no batch axis, may refuse any."""
     for name, error in refused.items():
         point.notes.append(f"{name} is refused: {error.expected}")
         if error.expected.startswith("an example axis") or _mixes(of_last, count):
@@ -223,9 +255,12 @@ def _refusals(point: Point, refused: dict[str, InputError], of_last: Values, cou
     return []
 
 
-def _contracted(contract: Contraction, kept: Any, param: Any) -> Any:
-    """What `keep` gave, contracted: a factor, or an array from a bwd that does not heed `contract`."""
-    return contract(kept, param) if is_factor(kept) else kept
+def _own_answer(method: str, kept: Any, param: Any) -> Any:
+    """What the factor from `keep` answers to `method`; an array, from a bwd that ignores `contract`, stays as it is."""
+    if not is_factor(kept):
+        return kept
+    answer = getattr(kept, method)(param)
+    return answer if method == "squared_norm" else answer.astype(param.dtype)
 
 
 def _table(answer: Any, param: Any) -> Any:
@@ -237,10 +272,10 @@ def _table(answer: Any, param: Any) -> Any:
 
 
 def _mixes(of_last: Values, count: int) -> bool:
-    """Whether the last example's cotangent has a gradient in another example, as far as can be seen: not with one."""
+    """Whether the last example's cotangent gives another example a gradient; True where that cannot be seen."""
     if count < 2:
         return True
-    seen = [wide(g) for path, g in of_last.items() if path.startswith("x") and g.ndim > 1 and len(g) == count]
+    seen = [as_float64(g) for path, g in of_last.items() if path.startswith("x") and g.ndim > 1 and len(g) == count]
     return not seen or any(np.any(g[:-1] != 0) for g in seen)
 
 

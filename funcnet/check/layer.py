@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcnet._internal.casting import cast
+from funcnet._internal.expect import describe, is_floating
 from funcnet.check.plain import trace
 from funcnet.check.spec import drawn
 from funcnet.check.subject import Subject, quickly
-from funcnet.expect import describe, is_floating
 from funcnet.layer import Layer, unrounded
-from funcnet.transform import cast
 
 Tree = Any
 
@@ -36,8 +36,8 @@ def layer_at(layer: Layer, x: Tree, params: Tree, state: Tree, dtype: Any, seed:
 
 
 def _initial(layer: Layer, key: Any, x: Tree) -> tuple[Tree, Tree]:
-    """What `init` gives for x. The parameters, which are moved at random anyway, are those for x in float32, where the
-    layer takes that and they fit: one program serves every dtype.
+    """What `init` gives for x. The parameters, which are moved at random anyway, are made for x in float32, where the
+    layer takes that and they fit: so one compiled program serves every dtype.
     """
     params, state = jax.eval_shape(layer.init, key, x)
     if jax.tree.leaves(state):
@@ -49,7 +49,7 @@ def _initial(layer: Layer, key: Any, x: Tree) -> tuple[Tree, Tree]:
             warnings.simplefilter("error")
             found = quickly(layer.init)(key, cast(x, "float32"))[0]
             return jax.tree.map(_like, found, params), state
-    except Exception:  # whatever hinders it in float32: x itself is asked then
+    except Exception:  # whatever prevents it in float32: then x itself is used
         return quickly(layer.init)(key, x)[0], state
 
 

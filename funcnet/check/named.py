@@ -10,13 +10,13 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import Any
 
+from funcnet._internal.expect import InputError, describe
 from funcnet.check.report import said
-from funcnet.expect import InputError, describe
 from funcnet.layer import Layer
 
 
 def named(text: str) -> Any:
-    """The object that "package.module:name" names; the current directory counts as one to import from.
+    """The object that "package.module:name" names; modules are imported from the current directory too.
 
     Raises:
         InputError: if there is none.
@@ -66,7 +66,7 @@ def _made(make: Callable) -> Layer | None:
 
 
 def arguments(texts: Sequence[str], maker: str | None) -> tuple:
-    """The arguments to check at: one spec a text, or what the callable named `maker` returns."""
+    """The arguments to check at: one spec per text, or what the callable named `maker` returns."""
     if maker is None:
         return tuple(texts)
     if texts:

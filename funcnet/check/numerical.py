@@ -9,8 +9,8 @@ from its neighbours is taken, and that difference is its error (Ridders 1982, Ad
 entry of v is a normal number times the entry of x, or times the leaf's root mean square where x is smaller than a
 thousandth of that, so a step is small beside every value.
 
-Where the slopes from the left and from the right stay apart while h shrinks there is a kink. Its elements are looked
-for by halving the leaf; they are reported, and only what lies outside the one-sided slopes there is wrong. Where the
+Where the slopes from the left and from the right stay apart while h shrinks there is a kink. Its elements are searched
+for by bisecting the leaf; they are reported, and only a slope outside the one-sided ones is wrong there. Where the
 slopes grow like 1/h there is a jump, and no verdict.
 """
 
@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.check.judge import wide
+from funcnet.check.judge import as_float64
 from funcnet.check.report import Failure
 from funcnet.check.subject import Point, Values, quickly
 
 STEPS = 2.0 ** -np.arange(4, 28, 2)
-ENOUGH = 1e-3  # an estimate that is less sure than this says nothing
-BESIDE = 64  # points close by at which a slope at a kink is looked for
+ENOUGH = 1e-3  # an estimate with a larger relative error says nothing
+BESIDE = 64  # nearby points at which slopes are taken for an element at a kink
 KINKS = 64  # elements with a kink to be found before the whole leaf counts as one
 
 
@@ -37,7 +37,7 @@ class Slope:
     """The derivative along a direction.
 
     Attributes:
-        value, error: the best extrapolation, and how sure it is.
+        value, error: the best extrapolation, and an estimate of its error.
         left, right: the one-sided slopes at a small step.
         kind: "smooth", "kink", or "jump".
     """
@@ -61,18 +61,20 @@ class Numerical:
     def center(self) -> Values:
         """The point in float64."""
         with jax.enable_x64(True):
-            return self.point.wide(self.point.values)
+            return self.point.in_float64(self.point.values)
 
     @cached_property
     def dy(self) -> Values:
         """The first cotangent in float64, 0 for outputs that are not finite."""
         given = self.point.dys[0]
         with jax.enable_x64(True):
-            return self.point.wide({path: np.where(finite, given[path], 0) for path, finite in self._finite.items()})
+            return self.point.in_float64(
+                {path: np.where(finite, given[path], 0) for path, finite in self._finite.items()}
+            )
 
     @cached_property
     def _finite(self) -> dict[str, np.ndarray]:
-        return {path: np.isfinite(wide(y)) for path, y in self.point.plain_output.items()}
+        return {path: np.isfinite(as_float64(y)) for path, y in self.point.plain_output.items()}
 
     @cached_property
     def whole(self) -> bool:
@@ -95,7 +97,7 @@ class Numerical:
 
     def backs(self, path: str, direction: np.ndarray, other: float) -> bool:
         """Whether the function is smooth along a direction, and has the rule's slope there, not the `other`."""
-        slope, ours = self.slope(path, direction), slope_of(wide(self.gradients[path]), direction)
+        slope, ours = self.slope(path, direction), slope_of(as_float64(self.gradients[path]), direction)
         apart = abs(ours - other)
         sure = slope.kind == "smooth" and np.isfinite(slope.value) and 8 * slope.error < apart
         off = abs(ours - slope.value)
@@ -104,7 +106,7 @@ class Numerical:
 
     @cached_property
     def _along(self) -> Any:
-        """(values, tangents, dy) -> <dy, F(x + hv) - F(x)> and <dy, F(x) - F(x - hv)> for every h, and their size."""
+        """(values, tangents, dy) -> <dy, F(x + hv) - F(x)>, <dy, F(x) - F(x - hv)>, size of terms, for every h."""
         point = self.point
 
         def along(values, tangents, dy):
@@ -127,7 +129,7 @@ class Numerical:
         """The derivative of <dy, F> along `direction` in one leaf."""
         tangents = {k: direction if k == path else np.zeros(v.shape, v.dtype) for k, v in self.center.items()}
         with jax.enable_x64(True):
-            tangents = self.point.wide(tangents)
+            tangents = self.point.in_float64(tangents)
             right, left, size = (np.asarray(a) for a in self._along(self.center, tangents, self.dy))
         rounding = self.unit * size / self.steps
         quotients = (right + left) / (2 * self.steps)
@@ -139,23 +141,36 @@ class Numerical:
         return Slope(value, error, *_sides(left / self.steps, right / self.steps, rounding))
 
     def scale(self, path: str) -> np.ndarray:
-        """How far a value may be moved: its own size, or the leaf's where it is next to nothing; infinity stays."""
+        """How far a value may be moved: by its own size, or the leaf's where it is next to nothing; infinity stays."""
         size = np.abs(self.center[path])
         finite = np.isfinite(size)
-        typical = float(np.sqrt(np.mean(size[finite] ** 2))) if finite.any() else 0.0
         size = np.where(finite, size, 0.0)
+        top = np.max(size, initial=0.0) or 1.0  # whose square may overflow
+        typical = float(top * np.sqrt(np.mean((size[finite] / top) ** 2))) if finite.any() else 0.0
         return np.where(size > 1e-3 * typical, size, typical or 1.0) * finite
 
     def direction(self, path: str) -> np.ndarray:
-        """A random direction in a leaf."""
-        like = {path: self.center[path]}
-        return self.point.draw(like, {path: self.scale(path)})[path]
+        """A random direction v in a leaf, of so few digits that x + h v and x - h v are exact for small h.
+
+        Were they rounded, the slope would have a relative error of 2^-53 / h: negligible for a function that varies on
+        the scale of x, too much for one that varies on a smaller scale, such as a norm of values far from zero.
+        """
+        x = self.center[path]
+        v = self.point.draw({path: x}, {path: self.scale(path)})[path]
+        if np.iscomplexobj(x):
+            return self._exact(np.real(v), np.real(x)) + 1j * self._exact(np.imag(v), np.imag(x))
+        return self._exact(v, x)
+
+    def _exact(self, v: np.ndarray, x: np.ndarray) -> np.ndarray:
+        size = np.maximum(np.where(np.isfinite(x), np.abs(x), 0.0), 2.0**-30 * np.abs(v))
+        unit = np.spacing(size) * 2 / self.steps[-1]
+        return np.rint(v / unit) * unit
 
     def kinks(self, path: str, candidates: np.ndarray) -> np.ndarray:
         """Which of the `candidates`, a mask over a leaf, have a kink or a jump.
 
-        They are found by halving. Where there are too many to find one by one, a sample decides: if each of it has a
-        kink they all count as kinks, else only those that were found.
+        They are found by bisection. Where there are too many to find one by one, a sample decides: if every element of
+        it has a kink, all candidates count as kinks, else only those that were found.
         """
         found = np.zeros(candidates.shape, bool)
         flat, direction = np.flatnonzero(candidates), self.direction(path).ravel()
@@ -227,7 +242,7 @@ def numerical(point: Point, finder: Numerical) -> tuple[dict[str, str], list[Fai
 
 
 def _leaf(point: Point, finder: Numerical, path: str) -> tuple[str, Failure | None]:
-    gradient = wide(finder.gradients[path])
+    gradient = as_float64(finder.gradients[path])
     lost = ~np.isfinite(gradient)
     if gradient.size == 0:
         return "ok", None
@@ -264,7 +279,7 @@ def _leaf(point: Point, finder: Numerical, path: str) -> tuple[str, Failure | No
 
 def _word(point: Point, path: str, gradient: np.ndarray, direction: np.ndarray, slope: Slope) -> str:
     """The rule's slope along a direction against the numerical one: "ok", "WRONG", or "unsure"."""
-    if slope.kind != "smooth" or not np.isfinite(slope.value):
+    if slope.kind != "smooth" or not np.isfinite([slope.value, slope.error]).all():
         return "unsure"
     off, sure = abs(slope_of(gradient, direction) - slope.value), False
     reach = max(_norm(gradient * direction), abs(slope.value))
@@ -279,19 +294,19 @@ def _word(point: Point, path: str, gradient: np.ndarray, direction: np.ndarray, 
 def _beyond_the_sides(
     point: Point, finder: Numerical, path: str, gradient: np.ndarray, kinked: np.ndarray
 ) -> Failure | None:
-    """At a kink any slope between the one-sided ones will do; one that is not is wrong."""
+    """At a kink any slope between the one-sided ones is accepted; any other is wrong."""
     places = np.flatnonzero(kinked)
-    for place in places[:: -(-len(places) // KINKS)]:  # of very many, a part
+    for place in places[:: -(-len(places) // KINKS)]:  # a sample, where there are very many
         mask = _only(kinked.shape, place)
         direction = np.where(mask, finder.scale(path), 0)
         slope, ours = finder.slope(path, direction), slope_of(gradient, direction)
         low, high = sorted((slope.left, slope.right))
         more = 1e-5 * (high - low) + 8 * min(slope.error, ENOUGH * abs(ours))
-        most = (high - low) / 2  # what the program itself is off by here is the jump between the sides, mostly
+        most = (high - low) / 2  # the program's own error here is mostly the jump between the sides
 
         def within(low, high, ours=ours, direction=direction, more=more, most=most):
-            flat, honest = (2 * _norm(room * direction) for room in point.rooms(path))
-            room = more + min(honest, flat + most)
+            flat, baseline_error = (2 * _norm(room * direction) for room in point.rooms(path))
+            room = more + min(baseline_error, flat + most)
             return low - room <= ours <= high + room
 
         if slope.kind == "kink" and not within(low, high) and not within(*_beside(point, finder, path, direction)):
@@ -305,8 +320,8 @@ def _beyond_the_sides(
 
 
 def _beside(point: Point, finder: Numerical, path: str, direction: np.ndarray) -> tuple[float, float]:
-    """The least and the greatest slope at points close by, by autodiff: where several elements have a kink together, as
-    where more than two values of a sort are equal, the two sides along one of them are not all there is."""
+    """The least and the greatest slope at nearby points, by autodiff: where several elements have a kink together, as
+    where more than two values to be sorted are equal, the one-sided slopes along one of them are not all slopes."""
     if not point.reverses:
         return float("inf"), -float("inf")
     slopes = []
@@ -314,14 +329,14 @@ def _beside(point: Point, finder: Numerical, path: str, direction: np.ndarray) -
         some = {k: point.rng.random(np.shape(v)) < point.rng.random() for k, v in point.values.items()}
         some[path] |= direction != 0
         noise = point.draw(finder.center, {k: 2.0**-16 * finder.scale(k) * some[k] for k in some})
-        values = {k: wide(v) + noise[k] for k, v in finder.center.items()}
+        values = {k: as_float64(v) + noise[k] for k, v in finder.center.items()}
         slopes.append(slope_of(point.reference(finder.dy, values)[path], direction))
     finite = [slope for slope in slopes if np.isfinite(slope)] or [float("nan")]
     return min(finite), max(finite)
 
 
 def _not_finite(finder: Numerical, path: str, gradient: np.ndarray) -> Failure | None:
-    """A gradient with an inf or NaN is wrong wherever the function has a slope, or two."""
+    """A gradient with an inf or NaN is wrong wherever the function has a slope, or two one-sided ones."""
     lost = np.flatnonzero(~np.isfinite(gradient) & (finder.scale(path) != 0)) if finder.whole else []
     for place in lost[:KINKS]:
         if failure := _not_finite_at(finder, path, gradient, tuple(map(int, np.unravel_index(place, gradient.shape)))):
@@ -356,7 +371,8 @@ def slope_of(gradient: np.ndarray, direction: np.ndarray) -> float:
 
 
 def _norm(v: np.ndarray) -> float:
-    return float(np.sqrt(np.sum(np.abs(v) ** 2)))
+    top = np.max(np.abs(v), initial=0.0) or 1.0  # whose square may overflow
+    return float(top * np.sqrt(np.sum(np.abs(v / top) ** 2)))
 
 
 def _listed(mask: np.ndarray) -> str:

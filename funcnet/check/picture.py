@@ -1,13 +1,13 @@
-"""The picture of one leaf: where it is wrong, and how its values lie beside the reference."""
+"""The picture of one leaf: where it is wrong, and how its values compare with the reference."""
 
 from pathlib import Path
 
 import numpy as np
 
-from funcnet.check.judge import Leaf, wide
+from funcnet.check.judge import Leaf, as_float64
 from funcnet.train.plots import pyplot
 
-MOST = 16  # powers of ten above what is allowed, where the colours end
+MOST = 16  # powers of ten, above or below what is allowed, at which the colours end
 
 
 def draw(leaf: Leaf, got: np.ndarray, wanted: np.ndarray, path: str | Path) -> None:
@@ -16,7 +16,7 @@ def draw(leaf: Leaf, got: np.ndarray, wanted: np.ndarray, path: str | Path) -> N
     Red is beyond what is allowed, blue within; the worst element has a ring in both.
     """
     plt = pyplot()
-    got, wanted = (np.real(wide(v)) for v in (got, wanted))
+    got, wanted = (np.real(as_float64(v)) for v in (got, wanted))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     figure.suptitle(f"{leaf.leaf}  {leaf.dtype}[{','.join(map(str, leaf.shape))}]  {leaf.diagnosis}", fontsize=10)
     left.set(xlabel="last axis", ylabel="other axes, flattened" if got.ndim > 2 else "first axis")
@@ -40,7 +40,7 @@ def draw(leaf: Leaf, got: np.ndarray, wanted: np.ndarray, path: str | Path) -> N
 
 
 def _beyond(leaf: Leaf, got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """log10 of the errors over what is allowed, as a matrix; what is not finite has the end of the colours."""
+    """log10 of the errors over what is allowed, as a matrix; what is not finite is at the end of the colours."""
     with np.errstate(all="ignore"):
         share = np.abs(_matrix(got) - _matrix(wanted)) / (leaf.allowed * (leaf.scale or 1.0))
         logs = np.log10(np.where(np.isnan(share), np.inf, share))

@@ -5,9 +5,9 @@ by their primal, at any depth: under jit, scan, while, cond, remat and each othe
 array in float64, whatever the program casts to in between, so that the derivative of a bfloat16 function can be taken
 numerically.
 
-What a program takes from bits (`bitcast_convert_type`, in random numbers) is evaluated as written and widened then, and
-so are primitives with programs of their own that are not known here, such as a Pallas kernel, and what Python computes
-in a callback: it is called with the dtypes that it is written for. Prints and callbacks for debugging are left out.
+What a program computes from bits (`bitcast_convert_type`, in random numbers) is evaluated as written and then widened.
+So are primitives with programs of their own that are not known here, such as a Pallas kernel, and callbacks into
+Python, which are called with the dtypes that they are written for. Prints and callbacks for debugging are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from funcnet.expect import is_array
+from funcnet._internal.expect import is_array
 
 INLINE = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "eval_jaxpr"}
 RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "call_hi_primitive"}
@@ -59,10 +59,10 @@ class Plain:
         """Whether it computes in less than float64 anywhere."""
         return _coarse(self.jaxpr)
 
-    def __call__(self, *leaves: Any, wide: bool) -> Any:
-        """The output for the flattened arguments; in float64 if `wide`, else in the dtypes of the program."""
-        given = [_widened(leaf) for leaf in leaves] if wide else leaves
-        return jax.tree.unflatten(jax.tree.structure(self.shape), _evaluate(self.jaxpr, given, wide))
+    def __call__(self, *leaves: Any, double: bool) -> Any:
+        """The output for the flattened arguments; in float64 if `double`, else in the dtypes of the program."""
+        given = [_widened(leaf) for leaf in leaves] if double else leaves
+        return jax.tree.unflatten(jax.tree.structure(self.shape), _evaluate(self.jaxpr, given, double))
 
 
 def trace(f: Callable, *args: Any) -> Plain:
@@ -71,7 +71,7 @@ def trace(f: Callable, *args: Any) -> Plain:
 
 
 def reduction_length(jaxpr: Any) -> int:
-    """The largest number of terms that one sum in the program adds up; the length of a loop multiplies."""
+    """The largest number of terms that one sum in the program adds up; the length of a `scan` multiplies its body's."""
     longest = 1
     for eqn in _open(jaxpr)[0].eqns:
         terms = max((reduction_length(sub) for sub in _programs(eqn)), default=1)
@@ -156,35 +156,35 @@ def _name(eqn: Any) -> str:
     return getattr(info, "func_name", "") or ""
 
 
-def _evaluate(jaxpr: Any, args: Sequence[Any], wide: bool) -> list[Any]:
+def _evaluate(jaxpr: Any, args: Sequence[Any], double: bool) -> list[Any]:
     program, consts = _open(jaxpr)
     values: dict[Any, Any] = {}
 
     def read(atom):
-        return (_widened(atom.val) if wide else atom.val) if isinstance(atom, jex.Literal) else values[atom]
+        return (_widened(atom.val) if double else atom.val) if isinstance(atom, jex.Literal) else values[atom]
 
-    values.update(zip(program.constvars, map(_widened, consts) if wide else consts, strict=True))
+    values.update(zip(program.constvars, map(_widened, consts) if double else consts, strict=True))
     values.update(zip(program.invars, args, strict=True))
     for eqn in program.eqns:
-        out = _equation(eqn, [read(atom) for atom in eqn.invars], wide)
+        out = _equation(eqn, [read(atom) for atom in eqn.invars], double)
         values.update(zip(eqn.outvars, out, strict=True))
     return [read(atom) for atom in program.outvars]
 
 
-def _equation(eqn: Any, args: list[Any], wide: bool) -> Sequence[Any]:
+def _equation(eqn: Any, args: list[Any], double: bool) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
     if name in MUTE:
         return []
     if name in INLINE | RULES:
         (inner,) = _programs(eqn)
-        return _evaluate(inner, args, wide)
+        return _evaluate(inner, args, double)
     if name in LOOPS:
-        params = {key: _replaced(value, wide) for key, value in params.items()}
-    elif wide and name == "reduce_precision":
+        params = {key: _replaced(value, double) for key, value in params.items()}
+    elif double and name == "reduce_precision":
         return args
-    elif wide and (name in AS_WRITTEN or _programs(eqn)):
+    elif double and (name in AS_WRITTEN or _programs(eqn)):
         return [_widened(value) for value in _bind(eqn, params, map(_narrowed, args, eqn.invars))]
-    if wide:
+    if double:
         params = {key: None if key == "precision" else _wide_dtype(value) for key, value in params.items()}
         if eqn.outvars and not any(is_inexact(v) for v in args) and name not in ("iota", "convert_element_type"):
             return [_widened(value) for value in _bind(eqn, eqn.params, args)]
@@ -196,21 +196,21 @@ def _bind(eqn: Any, params: dict, args: Any) -> Sequence[Any]:
     return out if eqn.primitive.multiple_results else [out]
 
 
-def _replaced(value: Any, wide: bool) -> Any:
+def _replaced(value: Any, double: bool) -> Any:
     """A program among the parameters of a loop, without its rules."""
     if isinstance(value, tuple) and any(hasattr(v, "eqns") for v in value):
-        inside = [_replaced(v, wide) for v in value]
+        inside = [_replaced(v, double) for v in value]
         return type(value)(*inside) if hasattr(value, "_fields") else tuple(inside)
     if not hasattr(value, "eqns"):
         return value
-    shapes = [_shape(var.aval, wide) for var in _open(value)[0].invars]
-    closed = jax.make_jaxpr(lambda *args: _evaluate(value, args, wide))(*shapes)
+    shapes = [_shape(var.aval, double) for var in _open(value)[0].invars]
+    closed = jax.make_jaxpr(lambda *args: _evaluate(value, args, double))(*shapes)
     return closed if isinstance(value, jex.ClosedJaxpr) else closed.jaxpr
 
 
-def _shape(aval: Any, wide: bool) -> jax.ShapeDtypeStruct:
-    dtype = _wide_dtype(aval.dtype) if wide else aval.dtype
-    return jax.ShapeDtypeStruct(aval.shape, dtype, weak_type=aval.weak_type and not wide)
+def _shape(aval: Any, double: bool) -> jax.ShapeDtypeStruct:
+    dtype = _wide_dtype(aval.dtype) if double else aval.dtype
+    return jax.ShapeDtypeStruct(aval.shape, dtype, weak_type=aval.weak_type and not double)
 
 
 def is_inexact(value: Any) -> bool:
@@ -238,12 +238,12 @@ def _narrowed(value: Any, var: Any) -> Any:
 
 @dataclass(frozen=True)
 class Program:
-    """A jaxpr, for the question which outputs an input reaches."""
+    """A jaxpr that can be asked which outputs depend on an input."""
 
     jaxpr: Any
 
     def reached(self, inputs: Any) -> set[int]:
-        """The places of the outputs that depend on these inputs, by their places."""
+        """The positions of the outputs that depend on the inputs at these positions."""
         return _reached(self.jaxpr, set(inputs))
 
 

@@ -1,16 +1,18 @@
 """What a check found: every leaf with a verdict by each oracle, what is wrong, and how to see it again."""
 
 import json
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from funcnet._internal.expect import InputError
+from funcnet._internal.tables import tabulated
 from funcnet.check.judge import Leaf
-from funcnet.expect import InputError
-from funcnet.text import tabulated
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Report:
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def to_json(self) -> str:
-        """The report as JSON; numbers that JSON has not (inf, nan) and complex ones are texts."""
+        """The report as JSON; complex numbers, and those that JSON does not have (inf, nan), are strings."""
         leaves = [{**_plain(leaf), "ok": leaf.ok} for leaf in self.leaves]
         whole = {
             "title": self.title,
@@ -135,7 +137,7 @@ class Report:
             return "nothing was compared: " + ("no oracle could tell" if self.leaves else "there is no gradient")
         count = f"all {len(self.leaves)} leaves hold" if len(self.leaves) > 1 else "the one leaf holds"
         return (count if self.leaves else "there is no gradient; the rest holds") + (
-            f" before {', '.join(told)}" if told else ""
+            f", judged by {', '.join(told)}" if told else ""
         )
 
     def _rows(self) -> list[list[str]]:
@@ -178,8 +180,16 @@ def _number(value: Any) -> Any:
 
 
 def said(error: BaseException, most: int = 300) -> str:
-    """The first paragraph of an error on one line, its kind in front."""
-    return f"{type(error).__name__}: " + " ".join(str(error).split("\n\n")[0].split())[:most]
+    """The first paragraph of an error on one line, between the error's type and the place that raised it."""
+    words = " ".join(str(error).split("\n\n")[0].split())[:most]
+    return f"{type(error).__name__}: {words}{_where(error)}"
+
+
+def _where(error: BaseException) -> str:
+    """The last line of a traceback that is neither JAX's nor the checker's: of the rule, or of what it called."""
+    skipped = tuple(str(Path(file).parent) for file in (jax.__file__, np.__file__, __file__))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*skipped, "<"))]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
 
 
 def values_failure(leaf: Leaf, oracle: str, kind: str = "value", what: str = "the gradient") -> Failure:

@@ -1,4 +1,4 @@
-"""A failure made small: the same failure on smaller arrays, and the code that says which."""
+"""A failure made small: the same failure on smaller arrays, and the Python code for those arrays."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -13,8 +13,8 @@ TRIES = 16
 def smallest(tree: Tree, fails: Callable[[Tree], bool]) -> Tree:
     """A tree of smaller specs and arrays on which the check still fails.
 
-    Axes of one size shrink together, the largest first, each to the smallest of 1, 2, 3 and its half that fails. A size
-    that the function does not take is passed over.
+    Axes of one size shrink together, the largest first, each to the smallest of 1, 2, 3 and its half at which the check
+    fails. A size that the function does not take is passed over.
     """
     left = TRIES
     for size in sizes_of(tree):
@@ -34,7 +34,7 @@ def smallest(tree: Tree, fails: Callable[[Tree], bool]) -> Tree:
 
 
 def as_code(tree: Tree, name: str) -> str:
-    """A tree of specs and arrays as Python: texts, and slices of what the caller has by `name`."""
+    """A tree of specs and arrays as Python code: specs as texts, arrays as slices of what the caller calls `name`."""
     if isinstance(tree, Spec):
         return f'"{tree}"'
     if isinstance(tree, Mapping):

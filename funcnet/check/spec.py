@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.expect import InputError, describe, is_array, is_floating
+from funcnet._internal.expect import InputError, describe, is_array, is_floating
 
 Tree = Any
 DTYPES = {
@@ -50,7 +50,7 @@ class Spec:
         return text + low + ("" if self.high is None else f"<{self.high:g}")
 
     def draw(self, rng: np.random.Generator) -> Any:
-        """Values for it."""
+        """Values that fit the spec."""
         shape = tuple(int(size) for size in self.sizes)
         if self.dtype == "key":
             return jax.random.key(int(rng.integers(2**31)))
@@ -96,7 +96,7 @@ def parse(text: str) -> Spec:
 
 
 def _bounded(spec: Spec, text: str) -> None:
-    """Refuse bounds that are not those of values of the spec's dtype."""
+    """Refuse bounds that values of the spec's dtype cannot have."""
     bounds = [bound for bound in (spec.low, spec.high) if bound is not None]
     if jnp.issubdtype(spec.dtype, jnp.floating):
         most = float(jnp.finfo(spec.dtype).max)
@@ -145,7 +145,7 @@ def settled(tree: Tree, seed: int) -> Tree:
     """The tree with a size for every letter, drawn from the seed.
 
     Raises:
-        InputError: if the seed is no whole number from 0.
+        InputError: if the seed is not a whole number, 0 or larger.
     """
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0:
         raise InputError("a seed, a whole number from 0", repr(seed), "leave it out for 0")

@@ -17,19 +17,19 @@ from typing import Any
 
 import jax
 
+from funcnet._internal.expect import InputError
+from funcnet._internal.tables import aligned
 from funcnet.check.cases import CASES, Case
 from funcnet.check.judge import Leaf
 from funcnet.check.named import again, nearest
 from funcnet.check.report import Failure, Report
 from funcnet.check.subject import fast
-from funcnet.expect import InputError
-from funcnet.progress import progress
-from funcnet.text import aligned
+from funcnet.train.progress import progress
 
-MOST_JOBS = 8  # by default: each has JAX of its own in memory
+MOST_JOBS = 8  # by default, since each process has its own JAX in memory
 WORST = 5  # leaves listed
 CLEARED = 60  # checks after which JAX's caches are cleared
-RARELY = 100_000, 50, 1000  # when Python is to look for garbage
+RARELY = 100_000, 50, 1000  # thresholds of Python's garbage collector
 _DONE = count(1)  # checks of this process
 
 
@@ -132,7 +132,7 @@ def run(cases: Sequence[int], dtype: str, jobs: int | None, options: Mapping[str
     Args:
         cases: their places in the table.
         dtype: the one to check them in, or "" for each that a case has.
-        jobs: how many processes; by default as many as there are cores, and one where JAX has an accelerator.
+        jobs: how many processes; by default as many as cores, at most 8, and one where JAX has an accelerator.
         options: for `check_layer`.
     """
     tasks = {i: asked for i in cases if (asked := [each for each in CASES[i].dtypes if dtype in ("", each)])}
@@ -157,7 +157,7 @@ def _cores() -> int:
 
 @contextmanager
 def _started(tasks: Mapping[int, Sequence[str]], jobs: int, options: Mapping[str, Any]) -> Iterator[Iterator[Check]]:
-    """The checks as they are done: here for one job, else in processes, which end with the context whatever happens.
+    """The checks as they finish: in this process for one job, else in others, which end with the context in any case.
 
     A case is checked in all of its dtypes by one process: they share the program of its `init`.
     """
@@ -179,9 +179,9 @@ def _started(tasks: Mapping[int, Sequence[str]], jobs: int, options: Mapping[str
 
 
 def _hurry(options: Mapping[str, Any]) -> None:
-    """Have everything in this process compiled so, the rules and what runs eagerly too; XLA has not started yet.
+    """Compile everything in this process with these options, also what runs eagerly; XLA has not started yet.
 
-    Programs are large and seldom garbage: looking for it as often as Python does takes a tenth of the time.
+    Programs are large and seldom garbage: collecting it as often as Python does by default takes a tenth of the time.
     """
     gc.set_threshold(*RARELY)
     flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
@@ -190,7 +190,7 @@ def _hurry(options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes started inside do not hear Ctrl-C: their parent ends them, and they have nothing to say about it."""
+    """Processes started inside ignore Ctrl-C: their parent ends them, and they print nothing about it."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -212,7 +212,7 @@ def _checks(i: int, dtypes: Sequence[str], options: Mapping[str, Any]) -> list[C
 
 
 def _check(i: int, dtype: str, options: Mapping[str, Any]) -> Check:
-    """One check; an error of the layer or the checker is a failure like another."""
+    """One check; an error that the layer or the checker raises counts as a failure."""
     case, start = CASES[i], time.perf_counter()
     try:
         report = case.check(dtype, **options)
@@ -220,7 +220,7 @@ def _check(i: int, dtype: str, options: Mapping[str, Any]) -> Check:
         failure = Failure("", "checker", "error", f"the check itself raises {type(error).__name__}: {error}")
         report = Report("", failures=(failure,))
     if next(_DONE) % CLEARED == 0:
-        jax.clear_caches()  # hardly a program is used again, and hundreds of them take gigabytes
+        jax.clear_caches()  # programs are hardly ever used again, and hundreds of them take gigabytes
     title = f"{case.name}, {dtype}, seed {options.get('seed', 0)}"
     repeat = "" if report.ok else _again(case, dtype, report, options)
     return Check(i, dtype, replace(report, title=title, repeat=repeat, arrays={}), time.perf_counter() - start)

@@ -2,16 +2,16 @@
 
     y = f(x)        dx = dy * f'(x)
 
-Each rule keeps one array, the cheaper of x and y. Where f' can be written in terms of y it is y: the next layer mostly
-saves y as its own input, so that the two share their memory. Otherwise it is x, and in half precision also where f' is
-a difference, as 1 - y^2 is, of which a rounded y leaves nothing. Each docstring states f', what is saved, and the value
-of f' at a kink, where f has no derivative; the plain forward has the same value there.
+Each rule saves one array, the cheaper of x and y. Where f' can be written in terms of y, that is y: the next layer
+usually saves y as its own input, so that the two share their memory. Otherwise it is x; in half precision it is x also
+where f' is a difference, such as 1 - y^2, in which a rounded y leaves no correct digit. Each docstring states f', what
+is saved, and the value of f' at a kink, where f has no derivative; JAX's derivative of the forward has the same value.
 
-Numerics: half precision is computed in float32 and rounded once: for every one of its numbers y is within 1 unit in the
-last place of the exact value, and f' within 2. Infinite inputs have the limits, and y of NaN is NaN. One exception: on
-CPUs XLA takes subnormal numbers for 0, so in float32 and bfloat16 a result below 1e-35, and any of a subnormal x, may
-be what it is of 0. The derivatives of gelu and silu are written to share no expensive subexpression with f: the
-compiler would keep that for the backward pass, beside x.
+Numerics: half precision is computed in float32 and rounded once: for every half-precision x, y is within 1 unit in the
+last place of the exact value, and f' within 2. At infinite inputs y and f' are the limits, and y of NaN is NaN. One
+exception: on CPUs XLA takes subnormal numbers for 0, so in float32 and bfloat16 a result below 1e-35 may be 0, and the
+result of a subnormal x that of x = 0. The derivatives of gelu and silu are written to share no expensive subexpression
+with f: the compiler would keep a shared one for the backward pass, in addition to x.
 """
 
 import math
@@ -20,10 +20,11 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jax import Array, lax, nn
 
-from funcnet import expect
-from funcnet.arithmetic import wide
-from funcnet.factors import total
+from funcnet._internal import expect
+from funcnet._internal.numerics import sum_dtype
+from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, elementwise
+from funcnet.structure import constructor
 
 Activation = Layer[dict, tuple[()], Array]
 
@@ -31,29 +32,34 @@ _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
+@constructor
 def identity() -> Activation:
     """y = x; y' = 1. Saves y."""
     return elementwise("identity", lambda x: x, jnp.ones_like, "output")
 
 
+@constructor
 def relu() -> Activation:
     """y = max(x, 0); y' = [y > 0], so 0 at the kink x = 0. Saves y."""
-    # Written as a choice: from a maximum, XLA derives the mask from x and keeps that as well.
+    # Written with `where`: with a maximum, XLA derives the mask from x, and keeps x as well.
     return elementwise("relu", lambda x: jnp.where(x <= 0, 0.0, x), lambda y: _one_where(y > 0, y), "output")
 
 
+@constructor
 def relu6() -> Activation:
     """y = min(max(x, 0), 6); y' = [0 < y < 6], so 0 at the kinks 0 and 6. Saves y."""
     return elementwise("relu6", lambda x: _clip(x, 0.0, 6.0), lambda y: _one_where((y > 0) & (y < 6), y), "output")
 
 
+@constructor
 def leaky_relu(slope: float = 0.01) -> Activation:
     """y = x for x > 0, else slope * x; y' = 1 for y > 0, else slope, at the kink x = 0 too. Saves y. slope >= 0."""
     slope = expect.not_negative(slope, "slope", "use the default, 0.01")
-    f = lambda x: jnp.where(x <= 0, slope * x if slope else 0.0, x)  # 0 times an infinity is no number
+    f = lambda x: jnp.where(x <= 0, slope * x if slope else 0.0, x)  # 0 times an infinity is NaN
     return elementwise("leaky_relu", f, lambda y: jnp.where(y > 0, jnp.ones_like(y), slope), "output")
 
 
+@constructor
 def elu(alpha: float = 1.0) -> Activation:
     """y = x for x > 0, else alpha * (e^x - 1); y' = 1 for y > 0, else y + alpha (alpha at x = 0). alpha > 0.
 
@@ -68,6 +74,7 @@ def elu(alpha: float = 1.0) -> Activation:
     )
 
 
+@constructor
 def celu(alpha: float = 1.0) -> Activation:
     """y = x for x > 0, else alpha * (e^(x / alpha) - 1); y' = 1 for y > 0, else 1 + y / alpha. alpha > 0.
 
@@ -82,6 +89,7 @@ def celu(alpha: float = 1.0) -> Activation:
     )
 
 
+@constructor
 def selu() -> Activation:
     """y = s * elu(x; a), a = 1.6733, s = 1.0507; y' = s for y > 0, else y + s * a, at the kink x = 0 too.
 
@@ -96,17 +104,19 @@ def selu() -> Activation:
     )
 
 
-def gelu(approximate: bool = False) -> Activation:
+@constructor
+def gelu(*, approximate: bool = False) -> Activation:
     """y = x Phi(x), Phi the standard normal distribution function and phi its density; y' = Phi(x) + x phi(x). Saves x.
 
     With approximate=True, y = x s(x) with s = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), which is the tanh form
     x (1 + t) / 2, t = tanh u; y' = (1 + t) / 2 + x (1 - t^2) u' / 2.
 
-    Numerics: in float32 Phi is (1 + erf(x / sqrt 2)) / 2, or (1 + t) / 2, the fastest: y is off by at most 8e-7, which
-    from x = -3 on is more than the last digits of y, and all of them at -6. In half precision it is
-    erfc(-x / sqrt 2) / 2, or s, which keep them.
+    Numerics: in float32 Phi is computed as (1 + erf(x / sqrt 2)) / 2, or (1 + t) / 2, which is fastest: y is off by at
+    most 8e-7, which from x = -3 down is more than the last digits of y, and at -6 all of them. In half precision it is
+    computed as erfc(-x / sqrt 2) / 2, or s, which keep those digits.
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
+    expect.flags(approximate=approximate)
     if approximate:
         return _by_precision(elementwise("gelu", _gelu_tanh, _gelu_tanh_slope), GELU_TANH_IN_HALF)
     root, density = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
@@ -115,13 +125,14 @@ def gelu(approximate: bool = False) -> Activation:
         return jnp.maximum(x, -40.0) * (0.5 + 0.5 * lax.erf(x * root))
 
     def df(x: Array) -> Array:
-        x = jnp.clip(x, -40.0, 40.0)  # beyond, the slope is 0 or 1, and x phi(x) no number at an infinity
-        # erf is odd; with the sign turned it is not the erf of f, so that the compiler does not keep that one.
+        x = jnp.clip(x, -40.0, 40.0)  # beyond, the slope is 0 or 1, and at an infinity x phi(x) is NaN
+        # erf is odd: with its argument negated it is not the erf in f, which the compiler would otherwise keep.
         return 0.5 - 0.5 * lax.erf(x * -root) + x * (density * jnp.exp(-0.5 * x * x))
 
     return _by_precision(elementwise("gelu", f, df), GELU_IN_HALF)
 
 
+@constructor
 def silu() -> Activation:
     """y = x s(x), s the sigmoid; y' = s (1 + x (1 - s)). Saves x. Also called swish."""
 
@@ -133,6 +144,7 @@ def silu() -> Activation:
     return elementwise("silu", lambda x: jnp.maximum(x, -1e3) * nn.sigmoid(x), df)
 
 
+@constructor
 def mish() -> Activation:
     """y = x t, t = tanh(log(1 + e^x)); y' = t + x (1 - t^2) sigmoid(x). Saves x.
 
@@ -141,7 +153,7 @@ def mish() -> Activation:
 
     def df(x: Array) -> Array:
         x = jnp.clip(x, -1e3, 1e3)
-        u = jnp.exp(jnp.minimum(x, -x))  # e^-|x|, of which all of this is a rational function
+        u = jnp.exp(jnp.minimum(x, -x))  # e^-|x|: t and t' are rational functions of it
         above, below = 1 + 2 * u + 2 * u * u, 2 + 2 * u + u * u
         t = jnp.where(x >= 0, (1 + 2 * u) / above, (2 * u + u * u) / below)
         return t + x * (4 * (1 + u) * jnp.where(x >= 0, jnp.square(u / above), u / jnp.square(below)))
@@ -149,21 +161,25 @@ def mish() -> Activation:
     return elementwise("mish", lambda x: jnp.maximum(x, -1e3) * jnp.tanh(nn.softplus(x)), df)
 
 
+@constructor
 def softplus() -> Activation:
     """y = log(1 + e^x); y' = sigmoid(x) = 1 - e^-y. Saves y."""
     return elementwise("softplus", nn.softplus, lambda y: -jnp.expm1(-y), "output")
 
 
+@constructor
 def sigmoid() -> Activation:
     """y = 1 / (1 + e^-x); y' = y (1 - y). Saves y; in half precision x."""
     return _by_precision(elementwise("sigmoid", nn.sigmoid, lambda y: y * (1 - y), "output"), SIGMOID_IN_HALF)
 
 
+@constructor
 def log_sigmoid() -> Activation:
     """y = -log(1 + e^-x); y' = sigmoid(-x) = 1 - e^y. Saves y."""
     return elementwise("log_sigmoid", lambda x: -nn.softplus(-x), lambda y: -jnp.expm1(y), "output")
 
 
+@constructor
 def tanh() -> Activation:
     """y = tanh(x); y' = 1 - y^2 = (1 - y)(1 + y). Saves y; in half precision x, with y' = 4 s (1 - s), s = s(2 x)."""
     return _by_precision(
@@ -172,21 +188,24 @@ def tanh() -> Activation:
     )
 
 
+@constructor
 def hard_tanh() -> Activation:
     """y = min(max(x, -1), 1); y' = [-1 < y < 1], so 0 at the kinks. Saves y."""
     return elementwise("hard_tanh", lambda x: _clip(x, -1.0, 1.0), lambda y: _one_where(jnp.abs(y) < 1, y), "output")
 
 
+@constructor
 def hard_sigmoid() -> Activation:
     """y = min(max(x + 3, 0), 6) / 6; y' = [0 < y < 1] / 6, so 0 at the kinks -3 and 3. Saves y.
 
-    Numerics: where y rounds to 1, at the last numbers of float32 below 3, y' is 0 already.
+    Numerics: where y rounds to 1, at the largest float32 numbers below 3, y' is already 0.
     """
     f = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, 1.0, (x + 3) / 6))
     df = lambda y: _one_where((y > 0) & (y < 1), y) / 6
     return elementwise("hard_sigmoid", f, df, "output")
 
 
+@constructor
 def hard_silu() -> Activation:
     """y = x hard_sigmoid(x); y' = 0 for x <= -3, 1 for x >= 3, else (2 x + 3) / 6. Saves x."""
     f = lambda x: jnp.where(x <= -3, 0.0, jnp.where(x >= 3, x, x * ((x + 3) / 6)))
@@ -194,10 +213,11 @@ def hard_silu() -> Activation:
     return elementwise("hard_silu", f, df)
 
 
+@constructor
 def squareplus(b: float = 4.0) -> Activation:
     """y = (x + sqrt(x^2 + b)) / 2; y' = 1 / (1 + b / (2 y)^2). Saves y. b > 0.
 
-    Numerics: for x < 0 as (b / 2) / (sqrt(x^2 + b) - x), which does not cancel. In half precision y' is within 2.5
+    Numerics: for x < 0, y = (b / 2) / (sqrt(x^2 + b) - x), which does not cancel. In half precision y' is within 2.5
     units in the last place: it doubles the relative error of a rounded y.
     Source: Barron 2021, arXiv:2112.11687.
     """
@@ -212,12 +232,13 @@ def squareplus(b: float = 4.0) -> Activation:
     return elementwise("squareplus", f, lambda y: 1 / (1 + jnp.square(math.sqrt(b) / 2 / y)), "output")
 
 
+@constructor
 def softsign() -> Activation:
     """y = x / (1 + |x|); y' = (1 - |y|)^2. Saves y; in half precision x, with y' = 1 / (1 + |x|)^2."""
 
     def f(x: Array) -> Array:
         largest = float(jnp.finfo(x.dtype).max)
-        x = jnp.clip(x, -largest, largest)  # an infinity by another is no number
+        x = jnp.clip(x, -largest, largest)  # inf / inf is NaN
         return x / (1 + jnp.abs(x))
 
     return _by_precision(
@@ -227,10 +248,10 @@ def softsign() -> Activation:
 
 
 def _by_precision(single: Activation, half: Activation) -> Activation:
-    """`single`, in half precision `half`: slower, or with more memory, and right to the last digit of what is small."""
+    """`single`, but in half precision `half`: slower or with more memory, and small values keep all digits."""
 
     def of(x: Array) -> Activation:
-        return half if expect.is_floating(x) and x.dtype != wide(x.dtype) else single
+        return half if expect.is_floating(x) and x.dtype != sum_dtype(x.dtype) else single
 
     return replace(
         single,
@@ -245,7 +266,7 @@ def _one_where(condition: Array, like: Array) -> Array:
 
 
 def _clip(x: Array, low: float, high: float) -> Array:
-    """x between low and high with derivative 0 at both; `jnp.clip` has 1/2 or 1 there, by version."""
+    """x clipped to [low, high], with derivative 0 at both ends; that of `jnp.clip` is 1/2 or 1 there, by version."""
     return jnp.where(x <= low, low, jnp.where(x >= high, high, x))
 
 
@@ -260,7 +281,7 @@ def _exp_below_zero(x: Array) -> Array:
 
 
 def _sigmoids(x: Array) -> tuple[Array, Array]:
-    """sigmoid(x) and sigmoid(-x), which is 1 - sigmoid(x), neither of them a difference."""
+    """sigmoid(x) and sigmoid(-x), which is 1 - sigmoid(x), neither computed as a difference."""
     e = jnp.exp(-jnp.abs(x))
     large = 1 / (1 + e)
     return jnp.where(x >= 0, large, e * large), jnp.where(x >= 0, e * large, large)
@@ -277,7 +298,7 @@ def _gelu_tanh(x: Array) -> Array:
 
 def _gelu_tanh_slope(x: Array) -> Array:
     x = jnp.clip(x, -10.0, 10.0)  # beyond, the slope is 0 or 1, and x^3 may overflow
-    t = jnp.tanh(-_TANH_SCALE * (x + _TANH_CUBE * x * x * x))  # negative, as erf in the exact form
+    t = jnp.tanh(-_TANH_SCALE * (x + _TANH_CUBE * x * x * x))  # negated, as erf is in the exact form
     return 0.5 - 0.5 * t + x * ((0.5 - 0.5 * t * t) * (_TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)))
 
 
@@ -287,7 +308,7 @@ def _erfc_gelu(x: Array) -> Array:
 
 def _erfc_gelu_slope(x: Array) -> Array:
     x = jnp.clip(x, -40.0, 40.0)
-    tail = 0.5 * lax.erfc(jnp.abs(x) * math.sqrt(0.5))  # of |x|, which is not the erfc of the function either
+    tail = 0.5 * lax.erfc(jnp.abs(x) * math.sqrt(0.5))  # of |x|, so that it is not the erfc of the forward either
     return jnp.where(x < 0, tail, 1 - tail) + x * (jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))
 
 

@@ -13,26 +13,26 @@ Numerics: gradients are summed in float32 for half-precision inputs, then rounde
 Source: Rumelhart, Hinton and Williams 1986, "Learning representations by back-propagating errors".
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jax import Array
-from jax.nn import initializers
 
-from funcnet import expect
-from funcnet.arithmetic import contract_last, flat
-from funcnet.factors import Outer, Shift
+from funcnet._internal import expect
+from funcnet._internal.defaults import LECUN_NORMAL, ZEROS, Initializer
+from funcnet._internal.numerics import contract_last, flat
+from funcnet.gradients.common_factors import Outer, Shift
 from funcnet.layer import Layer, child, stateless
+from funcnet.structure import constructor
 
-Initializer = Callable[..., Array]
 
-
+@constructor
 def dense(
     features: int,
-    use_bias: bool = True,
     *,
-    kernel_init: Initializer = initializers.lecun_normal(),
-    bias_init: Initializer = initializers.zeros,
+    use_bias: bool = True,
+    kernel_init: Initializer = LECUN_NORMAL,
+    bias_init: Initializer = ZEROS,
 ) -> Layer[dict[str, Array], tuple[()], Array]:
     """y = x @ kernel + bias on the last axis of x [.., D], any rank; params kernel [D, F] and bias [F].
 
@@ -46,6 +46,7 @@ def dense(
         expect.InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
     """
     features = expect.count(features, "features")
+    expect.flags(use_bias=use_bias)
 
     def shapes(inputs: int) -> dict[str, tuple[int, ...]]:
         return {"kernel": (inputs, features), "bias": (features,)} if use_bias else {"kernel": (inputs, features)}
@@ -77,6 +78,6 @@ def dense(
 def drawn(
     key: Array, inits: Mapping[str, Initializer], shapes: Mapping[str, tuple[int, ...]], dtype: Any
 ) -> dict[str, Array]:
-    """Parameters of these shapes, each with a key of its own, so that no draw is another's."""
+    """Parameters of these shapes, each drawn with a key of its own, so that no two draws are the same."""
     expect.key(key)
     return {name: inits[name](child(key, i), shape, dtype) for i, (name, shape) in enumerate(shapes.items())}

@@ -8,8 +8,8 @@
 
 `apply` is the identity, which is the expectation of y.
 
-Residuals: the key.  The mask is drawn again from it in `bwd`, so nothing of x's size is kept, nor its shape: it is
-dy's, which is not checked.
+Residuals: the key.  The mask is drawn again from it in `bwd`, so nothing of x's size is kept. Nor is x's shape: it is
+taken from dy, whose shape is not checked.
 Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting"; Tompson et al.
 2015, arXiv:1411.4280 (channels); Huang et al. 2016, arXiv:1603.09382 (stochastic depth).
 """
@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from funcnet import expect
-from funcnet.arithmetic import placed
-from funcnet.factors import total
+from funcnet._internal import expect
+from funcnet._internal.sharding import placed
+from funcnet.gradients.contraction import total
 from funcnet.layer import Layer
+from funcnet.structure import constructor
 
 
+@constructor
 def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
     """Drop a share `rate` of the units of x in training, and scale the rest by 1 / (1 - rate).
 
@@ -38,10 +40,11 @@ def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
     return _dropping("dropout", rate, lambda shape: shape)
 
 
+@constructor
 def spatial_dropout(rate: float) -> Layer[dict, tuple[()], Array]:
     """Drop a share `rate` of the channels of each example of x [B, .., C], whole, and scale the rest by 1 / (1 - rate).
 
-    For maps whose neighbouring positions say nearly the same, so that dropping single ones would drop nothing.
+    For feature maps whose neighbouring positions are so alike that dropping single entries would remove no information.
 
     Args:
         rate: the share that is dropped, 0 <= rate < 1.
@@ -52,10 +55,11 @@ def spatial_dropout(rate: float) -> Layer[dict, tuple[()], Array]:
     return _dropping("spatial_dropout", rate, lambda shape: (shape[0], *(1,) * (len(shape) - 2), shape[-1]), rank=2)
 
 
+@constructor
 def drop_path(rate: float) -> Layer[dict, tuple[()], Array]:
     """Drop a share `rate` of the examples of x [B, ..], whole, and scale the rest by 1 / (1 - rate).
 
-    Last in a `skip` it is stochastic depth: the examples dropped go around that block.
+    As the last layer in a `skip` it is stochastic depth: the dropped examples bypass that block.
 
     Args:
         rate: the share that is dropped, 0 <= rate < 1.
@@ -69,7 +73,7 @@ def drop_path(rate: float) -> Layer[dict, tuple[()], Array]:
 def _dropping(
     name: str, rate: float, units: Callable[[tuple[int, ...]], tuple[int, ...]], rank: int = 1
 ) -> Layer[dict, tuple[()], Array]:
-    """Dropout of what `units` makes of x's shape: of size one along an axis that is dropped as a whole."""
+    """Dropout with a mask of shape `units(x.shape)`, which has size one along an axis that is dropped as a whole."""
     rate = expect.fraction(rate, "rate", "rate is the share dropped")
 
     def drop(key: Array, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Embeddings: rows of a table looked up by ids, and what tells positions apart.
+"""Embeddings: rows of a table looked up by ids, and encodings of positions.
 
     embedding              y[b, t] = table[ids[b, t]]
     position_embedding     y[b, t] = x[b, t] + table[t]
@@ -7,7 +7,7 @@
 
 Backward:
 
-    embedding              dtable[v] = sum_bt [ids[b, t] = v] dy[b, t]         the factor Gather(ids, dy); ids have none
+    embedding              dtable[v] = sum_bt [ids[b, t] = v] dy[b, t]         the factor Gather(ids, dy); dids is None
                            0 for a padding row, which is looked up as a constant
     position_embedding     dtable[t] = sum_b dy[b, t]                          the factor Shift(dy);       dx = dy
     sinusoidal_positions                                                                                   dx = dy
@@ -27,19 +27,27 @@ import numpy as np
 from jax import Array, lax
 from jax.nn import initializers
 
-from funcnet import expect
-from funcnet.arithmetic import cut_as, in_front, whole, wide
-from funcnet.expect import InputError, describe
-from funcnet.factors import Gather, Shift
+from funcnet._internal import expect
+from funcnet._internal.defaults import Default, Initializer
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import in_front, sum_dtype, whole
+from funcnet._internal.sharding import sharded_as
+from funcnet.gradients.common_factors import Gather, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.dense import Initializer
+from funcnet.structure import constructor
+
+_UNIT_ROWS = Default(
+    initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
+    'variance_scaling(1.0, "fan_in", "normal", out_axis=0)',
+)
 
 
+@constructor
 def embedding(
     vocab: int,
     features: int,
     *,
-    embedding_init: Initializer = initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
+    embedding_init: Initializer = _UNIT_ROWS,
     dtype: Any = jnp.float32,
     padding_id: int | None = None,
 ) -> Layer[dict[str, Array], tuple[()], Array]:
@@ -51,13 +59,13 @@ def embedding(
         vocab: V, the number of rows.
         features: D, the size of a row.
         embedding_init: as in `jax.nn.initializers`. The default draws rows of length 1 or so: std = sqrt(1 / D).
-        dtype: of the table, since the ids cannot tell.
-        padding_id: an id whose row is zeros at first and, being a constant here, has no gradient, as PyTorch's
+        dtype: of the table; it cannot be read from the ids.
+        padding_id: an id whose row starts as zeros and, being a constant here, has no gradient, as PyTorch's
             `padding_idx`. Where the table is a head's kernel too (`fn.tied`), its row has the head's gradient.
 
     Raises:
-        expect.InputError: if x is not of integers, or one of them is not in [0, V). Under `jit`, where they cannot be
-            read, the row of an id out of range is NaN, and its cotangent is dropped. If padding_id is no id.
+        expect.InputError: if padding_id is no id, x is not of integers, or one of them is not in [0, V). Under `jit`,
+            where they cannot be read, the row of an id out of range is NaN, and its cotangent is dropped.
     """
     shape = expect.count(vocab, "vocab"), expect.count(features, "features")
     pads = _padding(padding_id, shape[0])
@@ -83,8 +91,9 @@ def embedding(
     return stateless("embedding", init, fwd, bwd)
 
 
+@constructor
 def position_embedding(
-    length: int, *, embedding_init: Initializer = initializers.normal(0.02)
+    length: int, *, embedding_init: Initializer = Default(initializers.normal(0.02), "normal(0.02)")
 ) -> Layer[dict[str, Array], tuple[()], tuple[()]]:
     """x [.., T, D] plus a learned row for each position, T <= length; params embedding [length, D].
 
@@ -123,13 +132,14 @@ def position_embedding(
     return stateless("position_embedding", init, fwd, bwd)
 
 
+@constructor
 def sinusoidal_positions(base: float = 1e4) -> Layer[dict, tuple[()], tuple[()]]:
     """x [.., T, D] plus the fixed waves of each position: D / 2 sines, then the D / 2 cosines of the same angles.
 
-    Sines and cosines lie in halves as in `rotary`, not in turns as in the paper: the same features in another order.
+    Sines and cosines fill one half each, as in `rotary`; in the paper they alternate, the same features reordered.
 
     Args:
-        base: the longest wave has 2 pi times nearly as many positions.
+        base: the longest wave spans 2 pi * base^((D - 2) / D) positions.
 
     Raises:
         expect.InputError: if x is not floating, or D is odd.
@@ -152,16 +162,16 @@ def sinusoidal_positions(base: float = 1e4) -> Layer[dict, tuple[()], tuple[()]]
 def rotary(x: Array, positions: Array, base: float = 1e4) -> Array:
     """Turn the pairs (x[.., i], x[.., i + D/2]) of x [.., D] by the angles position / base^(2 i / D).
 
-    The inner product of two rows so turned depends on the difference of their positions alone. Its VJP in x is its own
-    inverse, `rotary(dy, -positions, base)`.
+    The inner product of two rows turned like this depends only on the difference of their positions. The VJP in x is
+    the inverse rotation, `rotary(dy, -positions, base)`.
 
     Args:
         x: floating, D even.
-        positions: numbers with a sign, with the axes of x but the last, of x's sizes or 1: [1, T, 1] for [B, T, H, D].
-        base: the slowest pair turns by nearly 1 / base a position.
+        positions: of a signed dtype, with the axes of x but the last, of x's sizes or 1: [1, T, 1] for [B, T, H, D].
+        base: the slowest pair turns by an angle of base^((2 - D) / D) per position.
 
     Raises:
-        expect.InputError: if x or positions are not so.
+        expect.InputError: if x or positions are not as described.
     """
     expect.float_array(x)
     base = a_base(base)
@@ -178,7 +188,7 @@ def rotary(x: Array, positions: Array, base: float = 1e4) -> Array:
 
 def _angles(positions: Array, x: Array, base: float) -> Array:
     """position / base^(2 i / D) for the D / 2 pairs of x's features: positions [..] to [.., D / 2]."""
-    features, dtype = x.shape[-1], wide(x.dtype)
+    features, dtype = x.shape[-1], sum_dtype(x.dtype)
     if features % 2:
         raise InputError("an even number of features on the last axis", describe(x), "they are taken in pairs")
     speed = jnp.asarray(base ** -(np.arange(0, features, 2) / features), dtype)
@@ -186,11 +196,11 @@ def _angles(positions: Array, x: Array, base: float) -> Array:
 
 
 def _rows(table: Array, ids: Array) -> Array:
-    """table[ids], NaN for an id out of range; a lookup by sharded ids must say how its result lies: like them."""
+    """table[ids], NaN for an id out of range; a lookup by sharded ids must name the result's sharding: that of ids."""
     return (
         jnp.asarray(table)
         .at[ids]
-        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=cut_as(ids, ids.ndim))
+        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharded_as(ids, ids.ndim))
     )
 
 
@@ -202,9 +212,8 @@ def _ids(x: Any, vocab: int) -> None:
         return
     ids = np.asarray(x)
     if (bad := (ids < 0) | (ids >= vocab)).any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        received = f"id {ids[where]} at index {where}, and {int(bad.sum()) - 1} more"
-        raise InputError(f"ids from 0 to {vocab - 1}", received, "correct the ids, or ask for a larger vocab")
+        remedy = "correct the ids, or ask for a larger vocab"
+        raise InputError(f"ids from 0 to {vocab - 1}", expect.first_of("id", bad, ids), remedy)
 
 
 def _padding(padding_id: Any, vocab: int) -> int | None:

@@ -1,9 +1,9 @@
-"""Several arrays made one: what stands after `branch` or `parallel`.
+"""Several arrays joined into one, as after `branch` or `parallel`.
 
-    concat     y = [x_1, .., x_n] along an axis        dx_i = the part of dy that x_i gave
+    concat     y = [x_1, .., x_n] along an axis        dx_i = the part of dy where x_i lies
     add        y = x_1 + .. + x_n                      dx_i = dy
 
-Residuals: the shapes of the x_i, carried as zero-size arrays [*x_i.shape, 0]: static under `jit`, and no bytes.
+Residuals: the shapes of the x_i, carried as zero-size arrays [*x_i.shape, 0], static under `jit` and without bytes.
 Numerics: sums in float32 for half precision.
 """
 
@@ -13,12 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from funcnet import expect
-from funcnet.arithmetic import added
-from funcnet.expect import InputError, describe
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import added
 from funcnet.layer import Layer, no_params, stateless
+from funcnet.structure import constructor
 
 
+@constructor
 def concat(axis: int = -1) -> Layer[dict, tuple[()], tuple[Array, ...]]:
     """(x_1, .., x_n) -> one array, along an axis other than the batch axis; the other sizes and the dtype are equal.
 
@@ -60,6 +62,7 @@ def concat(axis: int = -1) -> Layer[dict, tuple[()], tuple[Array, ...]]:
     return stateless("concat", no_params, fwd, bwd)
 
 
+@constructor
 def add() -> Layer[dict, tuple[()], tuple[Array, ...]]:
     """(x_1, .., x_n) -> their sum; all of one shape and dtype.
 
@@ -84,7 +87,7 @@ def _empty(xs: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _arrays(xs: Any) -> Any:
-    """The first of them; refuse what is no tuple of floating arrays of one rank and dtype."""
+    """The first of the arrays; refuses what is no tuple of floating arrays of one rank and dtype."""
     if not isinstance(xs, tuple) or not xs:
         raise InputError("a tuple of arrays", describe(xs), "put it after branch(..) or parallel(..), or write (a, b)")
     for x in xs:

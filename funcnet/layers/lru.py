@@ -1,13 +1,14 @@
-"""A diagonal linear recurrence: complex states that turn and decay, each by itself, driven by the input.
+"""A diagonal linear recurrence: complex states, driven by the input, that rotate and decay independently.
 
 With states n, decay a_n = -e^(nu_n) < 0 and angle b_n = e^(theta_n):
 
     lambda = e^(a + i b)        gamma = sqrt(1 - e^(2a))        u_t = gamma (x_t @ (K + i L))
     h_t = lambda h_{t-1} + u_t,  h_0 = 0                        y_t = Re(h_t @ (P + i Q)) = Re(h_t) @ P - Im(h_t) @ Q
 
-gamma keeps the size of h whatever the decay. Being linear, all h_t come from one associative scan, log T steps deep.
+gamma keeps the size of h whatever the decay. As the recurrence is linear, one associative scan, log T steps deep, gives
+all h_t.
 
-Backward, with cotangents of complex numbers as dL/dRe + i dL/dIm, and * for the conjugate:
+Backward, with cotangents of complex numbers written as dL/dRe + i dL/dIm, and * for the conjugate:
 
     p_t = dy_t @ P^T - i dy_t @ Q^T         g_t = p_t + lambda* g_{t+1}     the same scan, from the end
     dv_t = gamma g_t                        dx_t = Re(dv_t) @ K^T + Im(dv_t) @ L^T
@@ -17,15 +18,15 @@ and with w_t = lambda h_{t-1}, so that u_t = h_t - w_t, for each position
 
     da_t = Re(w_t* g_t) - Re(u_t* g_t) / (e^(-2a) - 1)         db_t = Im(w_t* g_t)
 
-of which nu and theta have the factors Shift(a da) and Shift(b db). As a goes to 0, a / (e^(-2a) - 1) goes to -1/2.
+from which nu and theta have the factors Shift(a da) and Shift(b db). As a goes to 0, a / (e^(-2a) - 1) goes to -1/2.
 
-Residuals: x [B, T, D] and h [B, T, N].  Why these: autodiff would keep the tree of the scan, log T arrays like h; w and
-u follow from h.
-Numerics: states and sums in float32 (complex64) for half precision. nu and theta are float32 or wider whatever x is,
-and `mixed` leaves them so: rounded to bfloat16 these logarithms are off by up to 1/64, and by as much of itself the
-angle of every step.
-Initial values: |lambda|^2 uniform between r_min^2 and r_max^2, the angle uniform up to max_phase; kernels normal, with
-the variance of their inputs shared between real and imaginary part.
+Residuals: x [B, T, D] and h [B, T, N].  Why these: autodiff would keep the tree of the scan, some more arrays like h; w
+and u follow from h.
+Numerics: states and sums are in float32 (complex64) for half precision. nu and theta are float32 or wider whatever x's
+dtype is, and `mixed` leaves them so: rounded to bfloat16 these logarithms are off by up to 1/64 where they are below 8,
+which is then the relative error of the angle of every step.
+Initial values: |lambda|^2 is uniform between r_min^2 and r_max^2, the angle uniform up to max_phase; the kernels are
+normal and keep the variance of their inputs, of which the real and the imaginary part have half each.
 Source: Orvieto et al. 2023, arXiv:2303.06349, section 3 (the linear recurrent unit); Blelloch 1990, "Prefix sums and
 their applications" (the scan); Martin and Cundy 2018, arXiv:1709.04057 (its backward pass).
 """
@@ -38,11 +39,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from funcnet import expect
-from funcnet.arithmetic import contract_last, in_front, wide
-from funcnet.expect import InputError
-from funcnet.factors import Outer, Shift
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError
+from funcnet._internal.numerics import contract_last, in_front, sum_dtype
+from funcnet.gradients.common_factors import Outer, Shift
 from funcnet.layer import Layer, stateless
+from funcnet.structure import constructor
 
 LOGARITHMS = ("nu", "theta")
 KERNELS = ("kernel_real", "kernel_imag", "out_real", "out_imag")
@@ -56,7 +58,7 @@ class Driven(NamedTuple):
 
 
 class Turning(NamedTuple):
-    """What the states do at each step, all [N]: a, b, gamma, and lambda."""
+    """The constants of the recurrence, all [N]: a, b, gamma, and lambda."""
 
     decay: Array
     angle: Array
@@ -64,6 +66,7 @@ class Turning(NamedTuple):
     factor: Array
 
 
+@constructor
 def lru(
     features: int, states: int, *, r_min: float = 0.0, r_max: float = 1.0, max_phase: float = 6.28
 ) -> Layer[dict[str, Array], tuple[()], Driven]:
@@ -71,13 +74,13 @@ def lru(
 
     Params nu and theta [N], kernel_real and kernel_imag [D, N], out_real and out_imag [N, F]: a, b, K, L, P, Q above;
     nu and theta in float32 for half precision.
-    It has no nonlinearity: put one behind it, such as `fn.skip(fn.serial(fn.layer_norm(), fn.lru(64, 64), fn.gelu()))`.
+    It has no nonlinearity: put one after it, such as `fn.skip(fn.serial(fn.layer_norm(), fn.lru(64, 64), fn.gelu()))`.
 
     Args:
         features: F.
         states: N.
-        r_min, r_max: between which |lambda| lies at first, 0 <= r_min < r_max <= 1.
-        max_phase: the greatest angle a step at first, in radians.
+        r_min, r_max: between which |lambda| is initialised, 0 <= r_min < r_max <= 1.
+        max_phase: the greatest initial angle per step, in radians.
 
     Raises:
         expect.InputError: for options out of range, and for x that is not [B, T, D] or has not the parameters' D.
@@ -99,25 +102,25 @@ def lru(
     def init(key: Array, x: Any) -> dict[str, Array]:
         expect.sequences(x)
         keys, dtype = jax.random.split(expect.key(key), 6), expect.dtype(x)
-        square, phase = (jax.random.uniform(k, (states,), wide(dtype), 1e-6) for k in keys[:2])
-        within = (1 - square) * (1 - (r_min / r_max) ** 2)  # of |lambda|^2 = r_max^2 (1 - within), which may round to 1
+        square, phase = (jax.random.uniform(k, (states,), sum_dtype(dtype), 1e-6) for k in keys[:2])
+        within = (1 - square) * (1 - (r_min / r_max) ** 2)  # |lambda|^2 is r_max^2 (1 - within), which may round to 1
         nu = jnp.log(-log(r_max) - 0.5 * jnp.log1p(-within))
         drawn = {"nu": nu, "theta": jnp.log(max_phase * phase)}
         for name, k in zip(KERNELS, keys[2:], strict=True):
             shape = shapes(x.shape[-1])[name]
             variance = (2 if name.startswith("kernel") else 1) * shape[0]
-            drawn[name] = jax.random.normal(k, shape, wide(dtype)) / variance**0.5
+            drawn[name] = jax.random.normal(k, shape, sum_dtype(dtype)) / variance**0.5
         return {name: value if name in LOGARITHMS else value.astype(dtype) for name, value in drawn.items()}
 
     def turning(params: dict[str, Array], x: Array) -> Turning:
-        high = wide(max((params[name].dtype for name in LOGARITHMS), key=lambda dtype: jnp.finfo(dtype).bits))
-        nu = jnp.minimum(params["nu"].astype(high), 80.0)  # of which nothing is left after one step: e^nu stays finite
+        high = sum_dtype(max((params[name].dtype for name in LOGARITHMS), key=lambda dtype: jnp.finfo(dtype).bits))
+        nu = jnp.minimum(params["nu"].astype(high), 80.0)  # beyond, h decays to 0 in one step; e^nu stays finite
         a, b = -jnp.exp(nu), jnp.exp(params["theta"].astype(high))
         factor = jnp.exp(lax.complex(a, b))
-        # JAX differentiates expm1 to expm1 + 1, which loses what is left of e^(2a) where that is small.
+        # JAX's derivative of expm1 is expm1 + 1, which loses the digits of e^(2a) where that is small.
         square = jnp.where(2 * a < -1, 1 - jnp.exp(2 * a), -jnp.expm1(2 * a))
-        real, imag = (part.astype(wide(x.dtype)) for part in (jnp.real(factor), jnp.imag(factor)))
-        a, b, gain = (each.astype(wide(x.dtype)) for each in (a, b, jnp.sqrt(square)))
+        real, imag = (part.astype(sum_dtype(x.dtype)) for part in (jnp.real(factor), jnp.imag(factor)))
+        a, b, gain = (each.astype(sum_dtype(x.dtype)) for each in (a, b, jnp.sqrt(square)))
         return Turning(a, b, gain, lax.complex(real, imag))
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Driven]:

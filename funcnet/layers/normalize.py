@@ -8,17 +8,17 @@ Backward, with g = scale * dy and the same means, as in layer norm:
 
     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
 
-dscale is the factor Scale(x_hat, dy), dbias the factor Shift(dy). Instance norm is group norm with a channel a group.
-To unit length, over the last axis:
+dscale is the factor Scale(x_hat, dy), dbias the factor Shift(dy). Instance norm is group norm with a channel per group.
+Normalisation to unit length, over the last axis:
 
     y = x / |x|        dx = (dy - y <y, dy>) / |x|        both 0 at x = 0, where there is no direction
 
-Residuals: x [B, .., C], and [B, 1, G, 1] in the dtype of the statistics the power of two that x is multiplied by, the
-means, the mean square and rstd; y and |x| [.., 1].
+Residuals: for group norm x [B, .., C] and, each [B, 1, G, 1] in the dtype of the statistics, the power of two that x is
+multiplied by, the means, the mean square and rstd; for unit length y and |x| [.., 1].
 Numerics: in float32 for half precision. Group norm centres twice, as layer norm does (`norm`), so that values far from
-zero lose nothing, and as there groups up to the largest finite number are right, whose squares overflow. |x| is taken
-of x / max |x|, so that no square overflows or vanishes, and y is right for every finite x but subnormal ones, which
-CPUs take for 0; dx is 0 where 1 / |x| is below the normal numbers.
+zero lose no digits, and as there, groups whose squares overflow are right up to the largest finite number. |x| is
+computed from x / max |x|, so that no square overflows or underflows, and y is right for every finite x but subnormal
+ones, which CPUs take for 0; dx is 0 where 1 / |x| is subnormal.
 Source: Wu and He 2018, arXiv:1803.08494; Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
 """
 
@@ -27,12 +27,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from funcnet import expect
-from funcnet.arithmetic import in_front, placed, regrouped, wide
-from funcnet.expect import InputError, describe
-from funcnet.factors import Scale, Shift
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import in_front, sum_dtype
+from funcnet._internal.sharding import placed, regrouped
+from funcnet.gradients.common_factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
 from funcnet.layers.norm import Statistics, centre, pulled, statistics, unshared
+from funcnet.structure import constructor
 
 
 class Direction(NamedTuple):
@@ -42,7 +44,8 @@ class Direction(NamedTuple):
     length: Array
 
 
-def group_norm(groups: int, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
+@constructor
+def group_norm(groups: int, *, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
     """Normalise groups of adjacent channels over all positions of an example: x [B, .., C] with params scale, bias [C].
 
     Args:
@@ -56,7 +59,8 @@ def group_norm(groups: int, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[
     return _group_norm("group_norm", expect.count(groups, "groups"), eps)
 
 
-def instance_norm(eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
+@constructor
+def instance_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
     """Normalise each channel of an example over its positions: x [B, .., C] with params scale, bias [C].
 
     Without positions, or with one, every value is its own mean: y = bias, and dx = 0.
@@ -116,6 +120,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
     return stateless(name, init, fwd, bwd)
 
 
+@constructor
 def l2_normalize() -> Layer[dict, tuple[()], Direction]:
     """y = x / |x| over the last axis of x [.., D], |x| the Euclidean length; 0 with gradient 0 where x is 0.
 
@@ -139,10 +144,10 @@ def l2_normalize() -> Layer[dict, tuple[()], Direction]:
 
 def unit(x: Array) -> tuple[Array, Array]:
     """x / |x| [.., D] and |x| [.., 1] over the last axis, in float32 or wider; 0 and 0 where x is 0."""
-    x = x.astype(wide(x.dtype))
+    x = x.astype(sum_dtype(x.dtype))
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     zero = largest == 0
-    quarter = jnp.where(largest > 1, 0.25, 1.0).astype(x.dtype)  # 1 / max |x| is no normal number near the largest
+    quarter = jnp.where(largest > 1, 0.25, 1.0).astype(x.dtype)  # 1 / max |x| is subnormal near the largest number
     divisor = jnp.where(zero, 1.0, largest * quarter)
     x = x * quarter / divisor
     length = jnp.sqrt(jnp.where(zero, 1.0, jnp.sum(jnp.square(x), axis=-1, keepdims=True)))
@@ -150,7 +155,7 @@ def unit(x: Array) -> tuple[Array, Array]:
 
 
 def unit_pullback(y: Array, length: Array, dy: Array) -> Array:
-    """The cotangent of x in y = x / |x|: what of dy is at right angles to y, divided by |x|; 0 where x is 0."""
+    """The cotangent of x in y = x / |x|: the part of dy orthogonal to y, divided by |x|; 0 where x is 0."""
     zero = length == 0
     across = dy - y * jnp.sum(y * dy, axis=-1, keepdims=True)
     return jnp.where(zero, 0.0, across / jnp.where(zero, 1.0, length))

@@ -1,12 +1,12 @@
-"""Piecewise linear activations that learn: by a slope of their own, or by the layer in front.
+"""Piecewise linear activations that are learned: by a slope of their own, or by the layer before.
 
     prelu     y = x where x > 0, else slope * x        dx = dy where x > 0, else slope * dy
                                                        dslope: the factor Scale(min(x, 0), dy)
-    maxout    y = max_k x_k, x = [x_1, .., x_K]        dx_k = dy where k is the first that is the largest, else 0
+    maxout    y = max_k x_k, x = [x_1, .., x_K]        dx_k = dy where x_k is the first of the largest, else 0
 
 At the kink x = 0 prelu has the derivative slope; where pieces of maxout are equal the first takes all of dy.
 
-Residuals: x for prelu; for maxout the number of the largest piece, in 8 bits up to 128 pieces.
+Residuals: x for prelu; for maxout the index of the largest piece, in 8 bits up to 128 pieces.
 Numerics: computed in x's dtype; dslope summed in float32 for half precision. NaN stays NaN.
 Source: He et al. 2015, arXiv:1502.01852; Goodfellow et al. 2013, arXiv:1302.4389.
 """
@@ -16,13 +16,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from funcnet import expect
-from funcnet.arithmetic import in_front
-from funcnet.expect import InputError, describe
-from funcnet.factors import Scale
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import in_front
+from funcnet.gradients.common_factors import Scale
 from funcnet.layer import Layer, no_params, stateless
+from funcnet.structure import constructor
 
 
+@constructor
 def prelu(slope: float = 0.25) -> Layer[dict[str, Array], tuple[()], Array]:
     """y = x for x > 0, else slope * x, with a learned slope for each channel of x [.., C]; params slope [C].
 
@@ -55,6 +57,7 @@ def prelu(slope: float = 0.25) -> Layer[dict[str, Array], tuple[()], Array]:
     return stateless("prelu", init, fwd, bwd)
 
 
+@constructor
 def maxout(pieces: int) -> Layer[dict, tuple[()], Array]:
     """The largest of K pieces of the last axis, entry by entry: x = [x_1, .., x_K] [.., K F] to [.., F].
 
@@ -76,7 +79,7 @@ def maxout(pieces: int) -> Layer[dict, tuple[()], Array]:
             raise InputError(wanted, describe(x), "make the layer in front a multiple of pieces wide")
         x = x.reshape(*x.shape[:-1], pieces, -1)
         largest = lax.argmax(x, x.ndim - 2, index)
-        # The entry itself, not a maximum: of a tie autodiff would then give each its share.
+        # The entry itself, not a maximum, of which autodiff would divide the cotangent among equal entries.
         return jnp.take_along_axis(x, largest[..., None, :].astype(jnp.int32), axis=-2)[..., 0, :], largest
 
     def bwd(params, largest, dy, contract):

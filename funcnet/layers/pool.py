@@ -1,4 +1,4 @@
-"""Pools: the maximum or the mean of each window, or of the whole, channel by channel, in any number of spatial axes.
+"""Pools: the maximum or the mean of each window, or of all of x, channel by channel, in any number of spatial axes.
 
 With o over the offsets in a window and s the stride, on one axis:
 
@@ -11,15 +11,16 @@ o = p + s m, for m < ceil(window / s). So dx, seen as [blocks, s], is a sum over
 
     dx[q, p] = sum_m dy[q - m] * (winner[q - m] == p + s m)
 
-one comparison where windows do not overlap, and all of it fuses into one pass.
+which is one comparison where windows do not overlap, and fuses into one pass.
 
-Residuals: of max_pool the winner's offset [B, *outputs, C], one byte each for windows of up to 255 entries, of
-global_max_pool its position [B, C] in four; and x's shape, carried as a zero-size array [*x.shape, 0]. Neither x nor y.
+Residuals: for max_pool the winner's offset [B, *outputs, C], one byte each for windows of up to 255 entries; for
+global_max_pool its position [B, C], four bytes each; and x's shape, carried as a zero-size array [*x.shape, 0]. Neither
+x nor y is kept.
 Numerics: the first of equal maxima wins, row by row. A NaN wins over all else: y is NaN, and dy goes to the window's
 first NaN. Padding never wins, not even over -inf, where JAX's own rule may lose dy. Means, and the sums of
 overlapping cotangents, are in float32 for half precision.
 Source: LeCun et al. 1998, "Gradient-based learning applied to document recognition"; Lin, Chen and Yan 2014,
-arXiv:1312.4400, section 3.2 (global); ties as XLA's SelectAndScatter.
+arXiv:1312.4400, section 3.2 (global); ties as in XLA's SelectAndScatter.
 """
 
 from collections.abc import Iterator
@@ -31,35 +32,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from funcnet import expect
-from funcnet.arithmetic import regrouped, wide
-from funcnet.expect import InputError
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError
+from funcnet._internal.numerics import sum_dtype
+from funcnet._internal.sharding import regrouped
+from funcnet._internal.windows import Padding, Sizes, Windows, entries, sliding
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.window import Padding, Sizes, Windows, entries, sliding
+from funcnet.structure import constructor
 
 
 class Winners(NamedTuple):
-    """Residuals of max_pool: offset [B, *outputs, C] in each window, row by row, and like [*x.shape, 0].
+    """Residuals of max_pool: offset [B, *outputs, C], counted in each window row by row, and like [*x.shape, 0].
 
-    Of global_max_pool: offset [B, C].
+    For global_max_pool offset is [B, C].
     """
 
     offset: Array
     like: Array
 
 
+@constructor
 def max_pool(
     window: Sizes, strides: Sizes | None = None, padding: Padding = "VALID"
 ) -> Layer[dict[str, Array], tuple[()], Winners]:
     """The maximum of each window of x [B, *spatial, C], for 1, 2, 3 or more spatial axes.
 
-    Its offsets are unrolled: for a window of hundreds of entries take `global_max_pool`, if it covers the input.
+    The loop over a window's entries is unrolled: for hundreds of them take `global_max_pool`, if it covers the input.
 
     Args:
         window: entries of a window, for all spatial axes or one for each.
         strides: from one window to the next; by default the window, so that windows tile (Flax's default is 1).
         padding: "VALID", "SAME", a number for both ends of every axis or a pair (low, high) for each, less than the
-            window; padding never is the maximum.
+            window; padding is never the maximum.
 
     Raises:
         expect.InputError: if x is not floating, has another number of axes, or no window fits in.
@@ -83,8 +87,9 @@ def max_pool(
     return stateless("max_pool", no_params, fwd, bwd)
 
 
+@constructor
 def avg_pool(
-    window: Sizes, strides: Sizes | None = None, padding: Padding = "VALID", count_include_pad: bool = True
+    window: Sizes, strides: Sizes | None = None, padding: Padding = "VALID", *, count_include_pad: bool = True
 ) -> Layer[dict[str, Array], tuple[()], Array]:
     """The mean of each window of x [B, *spatial, C], for 1, 2, 3 or more spatial axes.
 
@@ -93,12 +98,13 @@ def avg_pool(
         strides: from one window to the next; by default the window, so that windows tile (Flax's default is 1).
         padding: "VALID", "SAME", a number for both ends of every axis or a pair (low, high) for each, less than the
             window.
-        count_include_pad: whether padding counts as zeros, the default as in Flax and PyTorch; else a mean is of the
-            entries inside the input.
+        count_include_pad: whether padding counts as zeros, the default as in Flax and PyTorch; else a mean is over the
+            entries inside the input alone.
 
     Raises:
         expect.InputError: if x is not floating, has another number of axes, or no window fits in.
     """
+    expect.flags(count_include_pad=count_include_pad)
     over = _windows(window, strides, padding)
 
     def count(windows: Windows, dtype: Any) -> Array:
@@ -108,18 +114,19 @@ def avg_pool(
         return sum(entries(windows, ones), jnp.zeros((), dtype))
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
-        windows, high = over(x), x.astype(wide(x.dtype))
+        windows, high = over(x), x.astype(sum_dtype(x.dtype))
         y = sum(entries(windows, high), jnp.zeros((), high.dtype)) / count(windows, high.dtype)
         return y.astype(x.dtype), _like(x)
 
     def bwd(params, like, dy, contract):
-        windows, high = over(_template(like)), wide(like.dtype)
+        windows, high = over(_template(like)), sum_dtype(like.dtype)
         dy = _cotangent(dy, windows, like).astype(high)
         return {}, _pull(windows, dy / count(windows, high), like)
 
     return stateless("avg_pool", no_params, fwd, bwd)
 
 
+@constructor
 def global_max_pool() -> Layer[dict[str, Array], tuple[()], Winners]:
     """[B, *spatial, C] -> [B, C]: the maximum over all spatial axes.
 
@@ -144,6 +151,7 @@ def global_max_pool() -> Layer[dict[str, Array], tuple[()], Winners]:
     return stateless("global_max_pool", no_params, fwd, bwd)
 
 
+@constructor
 def global_avg_pool() -> Layer[dict[str, Array], tuple[()], Array]:
     """[B, *spatial, C] -> [B, C]: the mean over all spatial axes.
 
@@ -153,13 +161,13 @@ def global_avg_pool() -> Layer[dict[str, Array], tuple[()], Array]:
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:
         expect.float_array(x, rank=3)
-        y = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=wide(x.dtype))
+        y = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=sum_dtype(x.dtype))
         return y.astype(x.dtype), _like(x)
 
     def bwd(params, like, dy, contract):
         shape = like.shape[:-1]
         dy = expect.cotangent(dy, (shape[0], shape[-1]), like.dtype)
-        mean = (dy.astype(wide(dy.dtype)) / prod(shape[1:-1])).astype(dy.dtype)
+        mean = (dy.astype(sum_dtype(dy.dtype)) / prod(shape[1:-1])).astype(dy.dtype)
         spread = mean.reshape(shape[0], *(1,) * (len(shape) - 2), shape[-1])
         return {}, jnp.broadcast_to(spread, shape)
 
@@ -167,7 +175,7 @@ def global_avg_pool() -> Layer[dict[str, Array], tuple[()], Array]:
 
 
 def _windows(window: Sizes, strides: Sizes | None, padding: Padding):
-    """`sliding`, and no window that sees padding alone."""
+    """`sliding`, which refuses padding that could fill a whole window."""
     lay = sliding(window, window if strides is None else strides, padding)
 
     def over(x: Any) -> Windows:
@@ -188,11 +196,11 @@ def _first_inside(windows: Windows) -> np.ndarray:
 
 
 def _pull(windows: Windows, dy: Array, like: Array, winner: Array | None = None) -> Array:
-    """dx of windows that passed dy on to their winners, or to all their entries."""
+    """dx, where each window passes its dy to its winner, or without `winner` to all its entries."""
     padded = [low + i + high for i, (low, high) in zip(windows.inputs, windows.padding, strict=True)]
     blocks = [-(-p // s) for p, s in zip(padded, windows.strides, strict=True)]
     phase_axes = tuple(range(2, 2 * len(blocks) + 2, 2))
-    dy = dy.astype(wide(dy.dtype))
+    dy = dy.astype(sum_dtype(dy.dtype))
     dx = jnp.zeros((), dy.dtype)
 
     def shifted(a: Array, shift: tuple[int, ...]) -> Array:
@@ -213,7 +221,7 @@ def _pull(windows: Windows, dy: Array, like: Array, winner: Array | None = None)
 
 
 def _shifts(windows: Windows) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Each shift m, and the offsets p + s m of all phases p [1, 1, s, 1, s, .., 1]; beyond the window, its size."""
+    """Each shift m and the offsets p + s m of all phases p, [1, 1, s, 1, s, .., 1]; beyond the window, its size."""
     reach = [-(-k // s) for k, s in zip(windows.window, windows.strides, strict=True)]
     offsets = np.full([m * s for m, s in zip(reach, windows.strides, strict=True)], prod(windows.window))
     offsets[tuple(map(slice, windows.window))] = np.arange(prod(windows.window)).reshape(windows.window)

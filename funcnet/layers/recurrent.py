@@ -17,21 +17,21 @@ Backward through time, with dh the cotangent of h_t from the output and from the
 
     dh_{t-1} = du @ recurrent_kernel^T    (gru: + dh z)        du = da, but for the gru's du_n = dq
 
-The reverse scan emits da and du alone. Everything else is one contraction over all steps after it:
+The reverse scan emits da and du alone. All else is contracted over all steps at once, after the scan:
 
     dx = da @ kernel^T    dkernel: Outer(x, da)    drecurrent_kernel: Outer(h_prev, du)
     dbias: Shift(da)      drecurrent_bias: Shift(dq)
 
 Where autodiff adds up the [H, 4H] gradient of the recurrent kernel step by step, this is a single large product.
 
-Lengths: positions t >= length give y = 0 and leave the state alone, so the final state is that after the last valid
-step, and `reverse` begins with the last valid position. x there has no influence and the cotangent 0.
-Residuals: the input as given, y [B, T, H], and of each step, time first: lstm the gates i, f, g, o [T, B, 4H] and
-c_prev [T, B, H]; gru r, z, n, q [T, B, 4H]; rnn nothing.  Why these: h_prev is y moved by one step, and c and tanh(c)
-cost next to nothing to form again. In half precision it is what enters the gates in their place, and an rnn's a + u:
-near 1 a rounded gate has lost the 1 - g^2 or i (1 - i) of its derivative.
-Numerics: in half precision the products with x and h, gates, state and sums are computed in float32; what is kept, and
-da, are rounded.
+Lengths: positions t >= length give y = 0 and leave the state unchanged, so the final state is that after the last valid
+step, and `reverse` begins with the last valid position. x at those positions has no influence, and its cotangent is 0.
+Residuals: the input as given, y [B, T, H], and for each step, time first: lstm the gates i, f, g, o [T, B, 4H] and
+c_prev [T, B, H]; gru r, z, n, q [T, B, 4H]; rnn nothing.  Why these: h_prev is y shifted by one step, and c and tanh(c)
+cost next to nothing to form again. In half precision the inputs of the gates are kept in place of the gates, and for an
+rnn a + u: near 1 a rounded gate has lost the digits of the 1 - g^2 or i (1 - i) in its derivative.
+Numerics: in half precision the products with x and h, gates, state and sums are computed in float32; residuals and da
+are rounded.
 Initial values: kernel LeCun's normal. Each block of the recurrent kernel is orthogonal by itself, so that each keeps
 the length of h; an orthogonal [H, 4H] as a whole would halve it. Biases 0, but 1 for the lstm's forget gate (Keras's
 choice, not PyTorch's uniform): with 0 the cell and its gradient are halved every step, since f = s(0) = 1/2.
@@ -40,20 +40,21 @@ Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000 (forget gate); Jozefowicz, 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.nn import initializers, sigmoid
+from jax.nn import sigmoid
 
-from funcnet import expect
-from funcnet.arithmetic import contract_last, cut_as, product, scan, wide
-from funcnet.expect import InputError, describe
-from funcnet.factors import Outer, Shift
-from funcnet.layer import Layer, Made, stateless
-from funcnet.layers.dense import Initializer
+from funcnet._internal import expect
+from funcnet._internal.defaults import LECUN_NORMAL, ORTHOGONAL, Initializer
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import contract_last, product, sum_dtype
+from funcnet._internal.sharding import scan, sharded_as
+from funcnet.gradients.common_factors import Outer, Shift
+from funcnet.layer import Layer, stateless
+from funcnet.structure import constructor
 
 Tree = Any
 Saved = dict[str, Array]
@@ -69,7 +70,7 @@ class Unrolled(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """An input taken apart: x [B, T, D]; valid [B, T], or None without lengths; the initial states, each [B, H]."""
+    """The parts of an input: x [B, T, D]; valid [B, T], or None without lengths; the initial states, each [B, H]."""
 
     x: Array
     valid: Array | None
@@ -82,11 +83,11 @@ class Cell(NamedTuple):
     Attributes:
         blocks: how many blocks of H the kernels have.
         states: how many arrays [B, H] the state has, h the first.
-        enter: (params, a, u) -> what enters the gates.
-        gates: what enters them -> all that `step` needs beside the states: also a gru's q, and an rnn's h itself.
-        step: (gates, states) -> (states, what the step keeps beside the gates).
-        back: (gates, kept, h_prev, dstates) -> (dstates, dz): dh without its part through u; dz is da, and all that
-            `split` needs.
+        enter: (params, a, u) -> the inputs of the gates.
+        gates: their inputs -> all that `step` needs besides the states: the gates, and a gru's q; for an rnn h itself.
+        step: (gates, states) -> (states, what the step keeps besides the gates).
+        back: (gates, kept, h_prev, dstates) -> (dstates, dz): the cotangents of the states before the step, dh without
+            its part through u; and dz, which is da and all else that `split` needs.
         split: dz -> (da, du).
     """
 
@@ -99,13 +100,14 @@ class Cell(NamedTuple):
     split: Callable[[Array], tuple[Array, Array]] = lambda dz: (dz, dz)
 
 
+@constructor
 def rnn(
     features: int,
     *,
     reverse: bool = False,
     return_state: bool = False,
-    kernel_init: Initializer = initializers.lecun_normal(),
-    recurrent_init: Initializer = initializers.orthogonal(),
+    kernel_init: Initializer = LECUN_NORMAL,
+    recurrent_init: Initializer = ORTHOGONAL,
 ) -> Layer[dict[str, Array], tuple[()], Unrolled]:
     """The simple recurrent layer with tanh, [B, T, D] -> [B, T, H]; its state is h [B, H].
 
@@ -124,18 +126,19 @@ def rnn(
     return _recurrent("rnn", features, cell, inits, reverse, return_state)
 
 
+@constructor
 def gru(
     features: int,
     *,
     reverse: bool = False,
     return_state: bool = False,
-    kernel_init: Initializer = initializers.lecun_normal(),
-    recurrent_init: Initializer = initializers.orthogonal(),
+    kernel_init: Initializer = LECUN_NORMAL,
+    recurrent_init: Initializer = ORTHOGONAL,
 ) -> Layer[dict[str, Array], tuple[()], Unrolled]:
     """The gated recurrent unit, reset after the product, [B, T, D] -> [B, T, H]; its state is h [B, H].
 
     Params kernel [D, 3H], recurrent_kernel [H, 3H] and bias [3H] in blocks for r, z, n, and recurrent_bias [H], which
-    is added to n's recurrent part, before the reset. (PyTorch's recurrent biases of r and z are the same as more
+    is added to n's recurrent part, before the reset. (PyTorch's recurrent biases of r and z merely add to
     `bias`.) Input, arguments and errors as for `lstm`.
     """
 
@@ -171,27 +174,28 @@ def gru(
     return _recurrent("gru", features, cell, inits, reverse, return_state)
 
 
+@constructor
 def lstm(
     features: int,
     *,
     reverse: bool = False,
     return_state: bool = False,
     forget_bias: float = 1.0,
-    kernel_init: Initializer = initializers.lecun_normal(),
-    recurrent_init: Initializer = initializers.orthogonal(),
+    kernel_init: Initializer = LECUN_NORMAL,
+    recurrent_init: Initializer = ORTHOGONAL,
 ) -> Layer[dict[str, Array], tuple[()], Unrolled]:
     """Long short-term memory, [B, T, D] -> [B, T, H]; its state is (h, c), each [B, H].
 
     Params kernel [D, 4H], recurrent_kernel [H, 4H], bias [4H], in blocks for the gates i, f, g, o. The input is x
     [B, T, D] alone, or a dict of `x` and, where wanted, `lengths` (integers [B], 0 to T) and the initial `state`
-    (zeros otherwise). What lies beyond a length: the module's docstring.
+    (zeros otherwise). For positions beyond a length see the module's docstring.
 
     Args:
         features: H.
         reverse: run from the last valid position to the first; y stays in the order of x.
         return_state: return (y, final state).
-        forget_bias: what the bias of the forget gate begins with.
-        kernel_init, recurrent_init: as in `jax.nn.initializers`; the latter for a gate's block [H, H].
+        forget_bias: the initial bias of the forget gate.
+        kernel_init, recurrent_init: as in `jax.nn.initializers`; the latter for each gate's block [H, H].
 
     Raises:
         expect.InputError: for an x that is not floating [B, T, D], or for lengths, state or params that do not fit it.
@@ -227,6 +231,7 @@ def _recurrent(
     name: str, features: int, cell: Cell, inits: tuple[Callable, Callable, Callable], reverse: bool, return_state: bool
 ) -> Layer:
     """The layer that runs `cell` over time."""
+    expect.flags(reverse=reverse, return_state=return_state)
     kernel_init, recurrent_init, bias_init = inits
     width = cell.blocks * features
 
@@ -244,7 +249,7 @@ def _recurrent(
         dtype = expect.dtype(x)
         first, *others = jax.random.split(expect.key(key), cell.blocks + 1)
         # Orthogonal matrices come from a QR decomposition, which half precision does not have.
-        blocks = [recurrent_init(k, (features, features), wide(dtype)).astype(dtype) for k in others]
+        blocks = [recurrent_init(k, (features, features), sum_dtype(dtype)).astype(dtype) for k in others]
         kernel = kernel_init(first, (x.shape[-1], width), dtype)
         return {"kernel": kernel, "recurrent_kernel": _join(*blocks), **bias_init(dtype)}
 
@@ -257,7 +262,7 @@ def _recurrent(
     def fwd(params: dict[str, Array], inputs: Tree) -> tuple[Tree, Unrolled]:
         x, valid, states = read(params, inputs)
         kernel, bias = params["kernel"], params["bias"]
-        a = contract_last(_swap(x), kernel, 0) + bias.astype(wide(x.dtype))[None, None]
+        a = contract_last(_swap(x), kernel, 0) + bias.astype(sum_dtype(x.dtype))[None, None]
 
         def body(states, at):
             a, valid = at
@@ -265,9 +270,9 @@ def _recurrent(
             entering = cell.enter(params, a, u)
             gates = cell.gates(entering)
             new, kept = cell.step(gates, states)
-            if x.dtype != wide(x.dtype):
+            if x.dtype != sum_dtype(x.dtype):
                 kept |= {"entering": entering}
-            elif gates is not new[0]:  # an rnn's are h, which is kept as y
+            elif gates is not new[0]:  # the gates of an rnn are h, which is kept as y
                 kept |= {"gates": gates}
             return _where(valid, new, states), (new[0].astype(x.dtype), _cast(kept, x.dtype))
 
@@ -281,7 +286,7 @@ def _recurrent(
         x, valid, states = read(params, inputs)
         dy, dstates = _cotangents(dy, y, cell.states, return_state)
         h_prev = _previous(y, states[0].astype(y.dtype), valid, reverse)
-        high, recurrent_t = wide(x.dtype), _transposed(params["recurrent_kernel"], x.shape[0])
+        high, recurrent_t = sum_dtype(x.dtype), _transposed(params["recurrent_kernel"], x.shape[0])
 
         def body(dstates, at):
             dy, valid, *kept = at
@@ -306,12 +311,11 @@ def _recurrent(
         dx = contract_last(da, params["kernel"], 1, like=x).astype(x.dtype)
         return dparams, _like(inputs, dx, _bare(_cast(dstates, x.dtype)))
 
-    layer = stateless(name, init, fwd, bwd)
-    return replace(layer, made=Made(name, layer.fwd, layer.bwd, options={"reverse": reverse}))
+    return stateless(name, init, fwd, bwd, reads=("lengths", "state"))
 
 
 def _parts(inputs: Tree) -> Mapping[str, Any]:
-    """An input as a dict, x alone or not."""
+    """An input as a dict, also if it is x alone."""
     return inputs if isinstance(inputs, Mapping) else {"x": inputs}
 
 
@@ -339,24 +343,24 @@ def _sequences(inputs: Tree, features: int, states: int) -> Sequences:
     valid = None
     if "lengths" in parts:
         valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < parts["lengths"].astype(jnp.int32)[:, None]
-        x = jnp.where(valid[..., None], x, 0)  # a NaN in the padding would come through products with 0
-    zero = jnp.zeros((x.shape[0], features), x.dtype, out_sharding=cut_as(x, 1))
+        x = jnp.where(valid[..., None], x, 0)  # a NaN in the padding would survive products with 0
+    zero = jnp.zeros((x.shape[0], features), x.dtype, out_sharding=sharded_as(x, 1))
     initial = tuple(jax.tree.leaves(parts.get("state", (zero,) * states)))
-    return Sequences(x, valid, _cast(initial, wide(x.dtype)))
+    return Sequences(x, valid, _cast(initial, sum_dtype(x.dtype)))
 
 
 def _cotangents(dy: Tree, y: Array, states: int, return_state: bool) -> tuple[Array, States]:
     """(dy, the cotangents of the final states), the latter zeros where the state is not returned."""
     shape = (y.shape[0], y.shape[2])
     if not return_state:
-        zero = jnp.zeros(shape, wide(y.dtype), out_sharding=cut_as(y, 1))
+        zero = jnp.zeros(shape, sum_dtype(y.dtype), out_sharding=sharded_as(y, 1))
         return expect.cotangent(dy, y.shape, y.dtype), (zero,) * states
     like = _bare((jax.ShapeDtypeStruct(shape, y.dtype),) * states)
     if not isinstance(dy, tuple) or len(dy) != 2 or jax.tree.structure(dy[1]) != jax.tree.structure(like):
         wanted = f"cotangents like the output, ({describe(y)}, {describe(like)})"
         raise InputError(wanted, describe(dy), "give bwd a dy of the structure that fwd returned")
     dstates = tuple(expect.cotangent(leaf, shape, y.dtype) for leaf in jax.tree.leaves(dy[1]))
-    return expect.cotangent(dy[0], y.shape, y.dtype), _cast(dstates, wide(y.dtype))
+    return expect.cotangent(dy[0], y.shape, y.dtype), _cast(dstates, sum_dtype(y.dtype))
 
 
 def _previous(y: Array, h: Array, valid: Array | None, reverse: bool) -> Array:

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from funcnet import expect
+from funcnet._internal import expect
 from funcnet.layer import Layer, no_params, stateless
+from funcnet.structure import constructor
 
 
+@constructor
 def reshape(*shape: int) -> Layer[dict, tuple[()], Array]:
     """[B, ..] -> [B, *shape]; the batch axis stays. One size may be -1. Integer inputs have the cotangent None.
 
@@ -30,6 +32,7 @@ def reshape(*shape: int) -> Layer[dict, tuple[()], Array]:
     return _rearrange("reshape", shape)
 
 
+@constructor
 def flatten() -> Layer[dict, tuple[()], Array]:
     """[B, ..] -> [B, D], D the number of entries of an example. Integer inputs have the cotangent None."""
     return _rearrange("flatten", (-1,))

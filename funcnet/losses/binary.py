@@ -1,6 +1,7 @@
-"""Losses of a yes or no: binary cross-entropy, and focal loss, which counts less what is right already.
+"""Losses of binary targets: binary cross-entropy, and focal loss, in which predictions already right count less.
 
-With s = sigmoid(z), n the entries of an example, g = dy of that example, w what positives weigh, and P as in `focal`:
+With s = sigmoid(z), n the entries of an example, g = dy of that example, w the weight of positives, and P as in
+`focal`:
 
     binary_cross_entropy   l = mean(w t softplus(-z) + (1 - t) softplus(z))
                            dz = g ((1 - t) s - w t (1 - s)) / n        dt = g (w softplus(-z) - softplus(z)) / n
@@ -8,15 +9,15 @@ With s = sigmoid(z), n the entries of an example, g = dy of that example, w what
                            dz = g (t P'(z) - (1 - t) P'(-z)) / n       dt = g (P(z) - P(-z)) / n
 
 Residuals: z and t.
-Numerics: in float32 for half precision. Neither log s nor 1 - s is formed of s: with one exponential e = e^-|z|,
+Numerics: in float32 for half precision. Neither log s nor 1 - s is computed from s: with one exponential e = e^-|z|,
 
     softplus(z) = log1p(e) + max(z, 0)        s and 1 - s are 1 / (1 + e) and e / (1 + e), or the other way round
     l = mean((1 + (w - 1) t) log1p(e) + (w t if z < 0 else 1 - t) |z|)
     dt = g ((w - 1) log1p(e) + (w if z < 0 else -1) |z|) / n
 
-Infinite logits: value and slopes are what the formulas tend to. Where such a logit is right they are 0; where it is
-wrong, or t is between 0 and 1, the value is infinite and dz what it is for any z far away, such as -g w t / n at
--infinity. dt is infinite, unless what grows has a weight of 0.
+Infinite logits: value and slopes are the limits of the formulas. Where such a logit is right, the value and dz are 0;
+where it is wrong, or t is between 0 and 1, the value is infinite and dz is its constant limit, such as -g w t / n at
+-infinity. dt is infinite, unless the term that grows has a weight of 0.
 Source: Cox 1958, "The regression analysis of binary sequences"; Lin et al. 2017, arXiv:1708.02002.
 """
 
@@ -27,14 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, nn
 
-from funcnet import expect
-from funcnet.arithmetic import in_front
-from funcnet.expect import InputError, describe
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import in_front
 from funcnet.losses.entries import of_entries, share_right, times
 from funcnet.losses.loss import Loss, same_dtype
+from funcnet.structure import constructor
 
 
-def binary_cross_entropy(pos_weight: float | Sequence[float] | np.ndarray | Array | None = None) -> Loss:
+@constructor
+def binary_cross_entropy(*, pos_weight: float | Sequence[float] | np.ndarray | Array | None = None) -> Loss:
     """w t softplus(-z) + (1 - t) softplus(z), the mean over the entries of an example: logits z [B, ..] to [B].
 
     Equal to -w t log s - (1 - t) log(1 - s) with s = sigmoid(z), without forming s: safe for any z, also infinite ones.
@@ -46,7 +49,7 @@ def binary_cross_entropy(pos_weight: float | Sequence[float] | np.ndarray | Arra
 
     Target: like the logits in shape, floats in [0, 1] of their dtype, or integers or booleans 0 and 1. Values out of
     range are refused where they can be read. With a mask for each entry: {"target": t, "mask": m}, m booleans like t;
-    the mean is over the entries where m is True, and what stands in the others, NaN included, has no influence.
+    the mean is over the entries where m is True, and what the others hold, NaN included, has no influence.
     Metric: accuracy, the share of entries with [z > 0] = [t > 1/2]. Residuals: z and t.
     Source: Cox 1958; the weight: torch.nn.BCEWithLogitsLoss.
     """
@@ -76,7 +79,8 @@ def binary_cross_entropy(pos_weight: float | Sequence[float] | np.ndarray | Arra
     return of_entries("binary_cross_entropy", f, df, fits, {"accuracy": share_right(0.5)})
 
 
-def focal(gamma: float = 2.0, alpha: float | None = None) -> Loss:
+@constructor
+def focal(gamma: float = 2.0, *, alpha: float | None = None) -> Loss:
     """Binary cross-entropy in which examples already right count less: the mean over entries, logits z [B, ..] to [B].
 
         l = t w P(z) + (1 - t) w' P(-z)        P(z) = (1 - s)^gamma (-log s),  s = sigmoid(z)
@@ -85,13 +89,13 @@ def focal(gamma: float = 2.0, alpha: float | None = None) -> Loss:
 
         P'(z) = -e^(-gamma softplus(z)) (gamma s softplus(-z) + 1 - s)
 
-    which tend to 0 and 0 for z to infinity, and to infinity and -1 for z to -infinity, whatever gamma.
+    For every gamma, P and P' both tend to 0 as z tends to infinity, and to infinity and -1 as z tends to -infinity.
 
     Args:
-        gamma: how much less, not negative; 0 gives `binary_cross_entropy`.
-        alpha: w = alpha and w' = 1 - alpha weigh ones and zeros; None for w = w' = 1.
+        gamma: how much less they count, not negative; 0 gives `binary_cross_entropy`.
+        alpha: w = alpha and w' = 1 - alpha are the weights of ones and zeros; None for w = w' = 1.
 
-    Target, mask, metric and residuals: as for `binary_cross_entropy`. Linear in a target between 0 and 1.
+    Target, mask, metric and residuals: as for `binary_cross_entropy`. The loss is linear in a target between 0 and 1.
     Source: Lin et al. 2017, arXiv:1708.02002.
     """
     gamma = expect.not_negative(gamma, "gamma", "use the default, 2.0")
@@ -121,7 +125,7 @@ def focal(gamma: float = 2.0, alpha: float | None = None) -> Loss:
 
 
 def _magnitude(z: Array) -> Array:
-    """|z|, with slope 1 at 0: what is even in it and what is odd in it then add up to the right slope there."""
+    """|z|, with slope 1 at 0, where the slopes of the terms of |z| in a formula then add up to the right one."""
     return jnp.where(z < 0, -z, z)
 
 
@@ -133,7 +137,7 @@ def _weight(given: Any) -> np.ndarray:
 
 
 def _binary(z: Any, t: Any, values: Callable[[], np.ndarray]) -> None:
-    """Refuse targets that are not probabilities of the logits' dtype, or numbers 0 and 1."""
+    """Refuse targets that are neither probabilities in the logits' dtype nor integers or booleans 0 and 1."""
     if expect.is_floating(t):
         same_dtype(z, t)
     read = values()

@@ -1,13 +1,12 @@
 """Cross-entropy of logits, with integer or soft labels.
 
-With p = softmax(z), q the label's distribution, times the weights of the classes if they have any, and g = dy of that
-value:
+With p = softmax(z), q the label's distribution, times the class weights if there are any, and g = dy of that value:
 
     l = -sum_v q_v log p_v        dz = g (p sum_v q_v - q)        dq = -g log p
 
-Residuals: z, and its row's maximum and sum of exponentials; softmax is formed again in `bwd`.
-Numerics: in float32 for half precision; the maximum is taken out of every exponential. The logits of an ignored label
-are not looked at, and a value without weight, g = 0, has a gradient of 0 also where it is infinite or NaN.
+Residuals: z, and the maximum and sum of exponentials of each row; softmax is formed again in `bwd`.
+Numerics: in float32 for half precision; the maximum is subtracted in every exponential. The logits of an ignored label
+have no influence, and a value of weight g = 0 has a gradient of 0 even where it is infinite or NaN.
 Source: Bridle 1990, "Probabilistic interpretation of feedforward classification network outputs"; label smoothing:
 Szegedy et al. 2016, arXiv:1512.00567, section 7; class weights: as PyTorch's `CrossEntropyLoss`.
 """
@@ -21,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from funcnet import expect
-from funcnet.arithmetic import cut_as, in_front, whole, wide
-from funcnet.expect import InputError, describe
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import in_front, sum_dtype, whole
+from funcnet._internal.sharding import sharded_as
 from funcnet.losses.loss import Loss, silenced, stateless_loss
+from funcnet.structure import constructor
 
 
 class Softmax(NamedTuple):
@@ -36,10 +37,11 @@ class Softmax(NamedTuple):
     target: Array
 
 
+@constructor
 def cross_entropy(
+    *,
     label_smoothing: float = 0.0,
     ignore_index: int | None = None,
-    *,
     class_weights: Sequence[float] | np.ndarray | Array | None = None,
 ) -> Loss:
     """-sum_v w_v q_v log softmax(logits)_v over the last axis of logits [.., V]: one value for each entry of [..].
@@ -47,17 +49,17 @@ def cross_entropy(
     q is the one-hot vector of an integer label, or the soft label itself, mixed with the uniform distribution:
     q <- (1 - s) q + s / V. With top = max_v z_v and total = sum_v exp(z_v - top), -log softmax_v is
     log(total) - (z_v - top), which does not overflow as long as z_v - top does not; -inf logits are masked classes. A
-    logit of +inf takes all of softmax: the loss tends to 0 for its class and to infinity for others. Several of them
-    share it, though the limit depends on the way; a row of -inf alone has none, and gives NaN.
+    logit of +inf takes all of softmax: the loss tends to 0 for its class and to infinity for others. Several such
+    logits share it, though the limit depends on the path; a row of -inf alone has no limit, and gives NaN.
 
     Residuals: logits, top, total, target.  Why these: softmax is formed again in `bwd` from the logits, so that a
     half-precision model keeps its logits in half precision and loses nothing in softmax - q, which cancels.
 
     Args:
-        label_smoothing: s, 0 <= s < 1. A positive one asks for a share of every class, so a masked class (a logit of
-            -inf) makes the loss infinite, unless its weight is 0.
+        label_smoothing: s, 0 <= s < 1. A positive s gives every class a probability in the target, so a masked class
+            (a logit of -inf) makes the loss infinite, unless its weight is 0.
         ignore_index: integer labels of this value have loss 0 and do not count in a mean. A value that the labels'
-            dtype does not hold, such as -1 of unsigned ones, is no label's.
+            dtype cannot represent, such as -1 for unsigned integers, matches no label.
         class_weights: w [V], finite and not negative; None for ones. As in PyTorch's `CrossEntropyLoss(weight=w)`, the
             mean over integer labels y is divided by the sum of their w_y, the mean over soft labels by their number.
             Metrics are not weighted.
@@ -79,15 +81,15 @@ def cross_entropy(
         _labels(logits, target, ignore_index)
 
     def scores(logits, target):
-        """The logits, wide; of an ignored label, 0."""
-        z = logits.astype(wide(logits.dtype))
+        """The logits in the accumulation dtype, with 0 in place of those of an ignored label."""
+        z = logits.astype(sum_dtype(logits.dtype))
         if ignore_index is None or expect.is_floating(target):
             return z
         return jnp.where(counts(target, ignore_index)[..., None], z, 0.0)
 
     def distribution(logits, target):
         """w q [.., V], and for each value a factor: 1, 0 where ignored, NaN for a label out of range."""
-        classes, dtype = logits.shape[-1], wide(logits.dtype)
+        classes, dtype = logits.shape[-1], sum_dtype(logits.dtype)
         if expect.is_floating(target):
             q, factor = target.astype(dtype), jnp.ones((*target.shape[:-1], 1), dtype)
         else:
@@ -97,7 +99,7 @@ def cross_entropy(
         return weights(dtype, q.ndim) * ((1 - label_smoothing) * q + label_smoothing / classes), factor
 
     def weights(dtype, rank):
-        """w, for what has the classes on the last of `rank` axes."""
+        """w, to be broadcast against arrays of `rank` axes with the classes on the last."""
         return 1.0 if class_weights is None else in_front(jnp.asarray(class_weights, dtype), rank)
 
     def fwd(params, x):
@@ -120,7 +122,7 @@ def cross_entropy(
         q, factor = distribution(logits, target)
         g = jnp.where(factor == 0, 0.0, dy * silenced(dy, factor))
         mass = jnp.sum(q, axis=-1, keepdims=True) if floating or class_weights is not None else 1.0
-        silent = (g == 0) & ~(jnp.isfinite(top) & jnp.isfinite(mass / total))  # where both are finite, all of it is
+        silent = (g == 0) & ~(jnp.isfinite(top) & jnp.isfinite(mass / total))  # where both are finite, so is dlogits
         dlogits = jnp.where(silent, 0.0, g * (jnp.exp(shifted) / total * mass - q))
         w = weights(top.dtype, logits.ndim)
         dtarget = (1 - label_smoothing) * dy * silenced(dy, w * _finite_where_zero(jnp.log(total) - shifted, q))
@@ -138,13 +140,13 @@ def cross_entropy(
 
 
 def _below(z: Array, top: Array) -> Array:
-    """z - top, 0 for an infinite z at the top."""
+    """z - top, but 0 where z and top are both +inf."""
     at_infinity = jnp.isposinf(z)
     return jnp.where(at_infinity, 0.0, z) - jnp.where(at_infinity, 0.0, top)
 
 
 def _finite_where_zero(minus_log_p: Array, q: Array) -> Array:
-    """-log p, but 0 for a masked class (-inf logits) that q does not ask for: 0 * inf would be NaN."""
+    """-log p, but 0 where it is infinite (a masked class, of logit -inf) and q is 0, since 0 * inf would be NaN."""
     return jnp.where(jnp.isinf(minus_log_p) & (q == 0), 0.0, minus_log_p)
 
 
@@ -166,7 +168,7 @@ def _labels(logits: Any, target: Any, ignore_index: int | None) -> None:
 
 
 def ignored(index: Any) -> int | None:
-    """`index` if it is a label that may be left out of a mean, or None."""
+    """`index` as a label to be left out of a mean, if it is a whole number, or None."""
     if index is None:
         return None
     if not expect.is_whole(index):
@@ -175,7 +177,7 @@ def ignored(index: Any) -> int | None:
 
 
 def counts(label: Any, ignore_index: int | None) -> Array:
-    """Which integer labels count; an `ignore_index` that their dtype does not hold is none of them."""
+    """Which integer labels count; an `ignore_index` that their dtype cannot represent equals none of them."""
     held = jnp.iinfo(label.dtype)
     if ignore_index is None or not held.min <= ignore_index <= held.max:
         return jnp.ones(label.shape, bool)
@@ -183,7 +185,7 @@ def counts(label: Any, ignore_index: int | None) -> Array:
 
 
 def standing(label: Array, classes: int, ignore_index: int | None) -> Array:
-    """For each integer label 1, 0 where it is ignored, NaN where it is out of range: a factor of its value."""
+    """The factor of each integer label's value: 1, or 0 where the label is ignored, or NaN where it is out of range."""
     counted, wrong = counts(label, ignore_index), (whole(label) < 0) | (whole(label) >= classes)
     return jnp.where(counted & wrong, jnp.nan, counted.astype(jnp.float32))
 
@@ -191,13 +193,13 @@ def standing(label: Array, classes: int, ignore_index: int | None) -> Array:
 def label_weights(class_weights: np.ndarray, label: Array, dtype: Any) -> Array:
     """The weight of each label's class; of a label out of range, that of the class nearest to it."""
     table = jnp.asarray(class_weights, dtype).at[whole(label)]
-    return table.get(mode="clip", wrap_negative_indices=False, out_sharding=cut_as(label, label.ndim))
+    return table.get(mode="clip", wrap_negative_indices=False, out_sharding=sharded_as(label, label.ndim))
 
 
 def label_mass(class_weights: np.ndarray | None, ignore_index: int | None) -> Callable[[Any], Array] | None:
-    """`Loss.mass` for weights of classes: that of the label's, 1 for soft labels; None without weights.
+    """`Loss.mass` for class weights: the weight of the label's class, 1 for soft labels; None without weights.
 
-    It is 1 for a label out of range, whose value is NaN: only a weight of 0 is to silence that.
+    It is 1 for a label out of range, whose value is NaN, so that only a weight of 0 in the mean can hide it.
     """
     if class_weights is None:
         return None
@@ -214,7 +216,7 @@ def label_mass(class_weights: np.ndarray | None, ignore_index: int | None) -> Ca
 
 
 def integer_labels(target: Any, shape: tuple[int, ...], classes: int, given: str, ignore_index: int | None) -> None:
-    """Refuse labels that are no integers of this shape or, where they can be read, out of range."""
+    """Refuse labels that are not integers of this shape or, where they can be read, are out of range."""
     if not expect.is_array(target):
         raise InputError("labels as an array", describe(target), "convert them with jnp.asarray")
     if target.shape != shape or not jnp.issubdtype(target.dtype, jnp.integer):
@@ -225,7 +227,6 @@ def integer_labels(target: Any, shape: tuple[int, ...], classes: int, given: str
         with jax.ensure_compile_time_eval():  # labels that a traced function closes over can be read too
             bad = ((labels < 0) | (labels >= classes)) & np.asarray(counts(labels, ignore_index))
         if bad.any():
-            where = tuple(int(i) for i in np.argwhere(bad)[0])
-            received = f"label {labels[where]} at index {where}, and {int(bad.sum()) - 1} more"
             remedy = "correct the labels, widen the last layer, or name the value as ignore_index"
-            raise InputError(f"labels from 0 to {classes - 1}, for {given}", received, remedy)
+            wanted = f"labels from 0 to {classes - 1}, for {given}"
+            raise InputError(wanted, expect.first_of("label", bad, labels), remedy)

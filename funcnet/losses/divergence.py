@@ -5,20 +5,22 @@ With log-probabilities p, probabilities t and g = dy of that row:
     l = sum_v t_v (log t_v - p_v)        dp = -g t        dt = g (log t + 1 - p)
 
 Residuals: p and t.
-Numerics: in float32 for half precision; 0 log 0 is 0. A value without weight, g = 0, has a gradient of 0 also where it
-is infinite or NaN.
+Numerics: in float32 for half precision; 0 log 0 is 0. A value of weight g = 0 has a gradient of 0 even where it is
+infinite or NaN.
 Source: Kullback and Leibler 1951, "On information and sufficiency".
 """
 
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet import expect
-from funcnet.arithmetic import wide
-from funcnet.expect import InputError
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError
+from funcnet._internal.numerics import sum_dtype
 from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, silenced, stateless_loss
+from funcnet.structure import constructor
 
 
+@constructor
 def kl_divergence() -> Loss:
     """sum_v t_v (log t_v - p_v) over the last axis: log-probabilities p and probabilities t, both [.., V], to [..].
 
@@ -36,7 +38,7 @@ def kl_divergence() -> Loss:
             raise InputError("targets that are not negative", f"a least value of {np.min(t)}", "give probabilities")
 
     def widely(x):
-        p, t = (a.astype(wide(a.dtype)) for a in x)
+        p, t = (a.astype(sum_dtype(a.dtype)) for a in x)
         return jnp.where(jnp.isneginf(p) & (t == 0), 0.0, p), t, jnp.log(jnp.where(t == 0, 1.0, t))
 
     def fwd(params, x):

@@ -1,17 +1,18 @@
-"""Losses of one entry at a time: the mean over an example's entries of a function of prediction and target.
+"""Losses that treat each entry alone: the mean, over an example's entries, of a function of prediction and target.
 
 With prediction z and target t [B, ..], m 1 where a mask lets an entry through and 0 elsewhere (1 without a mask), n the
 sum of m over an example and g = dy of that example:
 
     l = sum(m f(z, t)) / n        dz = g m df/dz / n        dt = g m df/dt / n
 
-A mask comes with the target, as {"target": t, "mask": m}, m booleans like t. What it holds back has no influence,
-whatever stands there, NaN included: zeros take its place before f is asked. An example of which nothing is let through
-has value 0 and gradients 0, and does not count in a mean. The target's cotangent is then {"target": dt, "mask": None}.
+A mask comes with the target, as {"target": t, "mask": m}, m booleans like t. Entries where m is False have no
+influence, whatever they hold, NaN included: they are replaced by zeros before f is evaluated. An example whose mask
+lets no entry through has value 0 and gradients 0, and does not count in a mean. With a mask the target's cotangent is
+{"target": dt, "mask": None}.
 
 Residuals: z and the target.
-Numerics: prediction and target are made float32, if they are half precision, before anything is computed of them. A
-cotangent of 0 silences a slope that is not finite; f and df give 0 times infinity as 0 where that is the limit.
+Numerics: half-precision predictions and targets are cast to float32 before anything is computed from them. Where the
+cotangent is 0, a slope that is not finite counts as 0; f and df return 0 for 0 times infinity where that is the limit.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from funcnet import expect
-from funcnet.arithmetic import wide
-from funcnet.expect import InputError, describe
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import sum_dtype
 from funcnet.losses.loss import Loss, one_an_example, same_shape, silenced, stateless_loss
 
 
@@ -41,9 +42,9 @@ def of_entries(
         name: the loss's.
         f: (z, t) -> the loss of each entry, in float32 or wider; finite at z = t = 0.
         df: (z, t) -> its derivatives in z and in t.
-        fits: (z, t, values) raises `InputError` for dtypes and values that do not fit. z and t are of one shape;
-            values() reads those of t that are let through, in float64, or none where they are traced.
-        metrics: of the loss; they are given the target as it came.
+        fits: (z, t, values) raises `InputError` for dtypes and values that do not fit. z and t have the same shape;
+            values() returns the entries of t that the mask lets through, in float64, or none where they are traced.
+        metrics: those of the loss; they receive the target as it was given, with its mask.
     """
 
     def check(z, target):
@@ -94,15 +95,15 @@ def _readable(t: Any, mask: Any) -> np.ndarray:
 
 
 def _entries(z: Array, target: Any) -> tuple[Array, Array, Array | None]:
-    """Prediction and target in float32 or wider, zeros where the mask holds them back, and the mask."""
+    """Prediction and target in float32 or wider, with zeros where the mask is False, and the mask."""
     t, mask = opened(target)
     if mask is not None:
         z, t = (lax.select(mask, a, jnp.zeros_like(a)) for a in (z, t))
-    return z.astype(wide(z.dtype)), t.astype(wide(z.dtype)), mask
+    return z.astype(sum_dtype(z.dtype)), t.astype(sum_dtype(z.dtype)), mask
 
 
 def mean(values: Array, mask: Array | None = None) -> Array:
-    """[B, ..] to [B], over the entries that the mask lets through; 0 where those are none."""
+    """The mean [B] of an example's values [B, ..] over the entries that the mask lets through; 0 if there are none."""
     if mask is None:
         return jnp.mean(values.reshape(values.shape[0], -1), axis=1)
     kept = jnp.where(mask, values, 0.0)
@@ -110,8 +111,8 @@ def mean(values: Array, mask: Array | None = None) -> Array:
 
 
 def spread(dy: Any, like: Array, mask: Array | None = None) -> Array:
-    """The cotangent of `mean`: dy [B] divided by an example's entries, with axes to multiply [B, ..] by."""
-    dy = expect.cotangent(dy, like.shape[:1], wide(like.dtype))
+    """The VJP of `mean`: dy [B] divided by the number of an example's entries, shaped to multiply arrays [B, ..]."""
+    dy = expect.cotangent(dy, like.shape[:1], sum_dtype(like.dtype))
     count = prod(like.shape[1:]) if mask is None else _count(mask, dy.dtype)
     g = (dy / count).reshape((-1,) + (1,) * (like.ndim - 1))
     if mask is not None:
@@ -126,12 +127,12 @@ def _count(mask: Array, dtype: Any) -> Array:
 
 
 def times(factor: Array | float, a: Array) -> Array:
-    """factor * a, where 0 times infinity is 0: the limit for a that grows while the factor is 0, or vanishes faster."""
+    """factor * a with 0 * infinity = 0: the limit as a grows and the factor is 0, or tends to 0 faster than a grows."""
     return factor * jnp.where((factor == 0) & jnp.isinf(a), 0.0, a)
 
 
 def share_right(boundary: float) -> Callable[[Any, Any], Array]:
-    """For each example the share of its entries, of those let through, on the right side: [z > 0] = [t > boundary]."""
+    """A metric: of an example's entries that the mask lets through, the share for which [z > 0] = [t > boundary]."""
 
     def accuracy(z, target):
         t, mask = opened(target)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from funcnet import expect
-from funcnet.expect import InputError, describe
+from funcnet._internal import expect
+from funcnet._internal.defaults import Default
+from funcnet._internal.expect import InputError, describe
 from funcnet.layer import Layer, no_params, stateless
 
 
@@ -21,12 +22,16 @@ def one_an_example(target: Any) -> Array:
     return jnp.ones(jnp.shape(target)[:1], bool)
 
 
+ONE_AN_EXAMPLE = Default(one_an_example, "one_an_example")
+NOTHING = Default(lambda prediction, target: None, "nothing")
+
+
 class Ahead(NamedTuple):
-    """Both passes of a loss in one, for a cotangent that is known before the values are, as the weights of a mean.
+    """Both passes of a loss in one, for a cotangent that is known before the values are, as the weights of a mean are.
 
     Attributes:
         run: (params, x, dy) -> (values, (dparams, dx)): what `fwd`, and then `bwd` with `fn.total`, give.
-        fwd, bwd: those that it stands for.
+        fwd, bwd: those that `run` stands for.
     """
 
     run: Callable[[Any, Any, Any], tuple[Array, tuple[Any, Any]]]
@@ -34,23 +39,24 @@ class Ahead(NamedTuple):
     bwd: Callable
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Loss(Layer):
     """A layer over (prediction, target), and what a training step wants to know about its values.
 
     Attributes:
         counted: target -> a boolean for each value: whether it counts in a mean.
-        mass: target -> what each value adds to the divisor of a mean; None for 1 where it counts, which is the number
-            of those that do. Values of classes with weights of their own are divided by the sum of these.
+        mass: target -> what each value adds to the divisor of a mean; None for 1 where it counts, which makes the
+            divisor the number of values that count. With class weights and integer labels the divisor is the sum of
+            these weights.
         metrics: name -> (prediction, target) -> one number for each value, to be averaged as the loss is.
         check: (prediction, target) raises `InputError` for shapes, dtypes and, where the target is not traced, values
             that do not fit. Only shape and dtype of the prediction are read.
-        ahead: both passes in one; None for a loss that gains nothing by it. Of no effect after `replace` of fwd or bwd.
+        ahead: both passes in one; None for a loss that gains nothing by it. Unused once fwd or bwd is replaced.
     """
 
-    counted: Callable[[Any], Array] = one_an_example
+    counted: Callable[[Any], Array] = ONE_AN_EXAMPLE
     metrics: Mapping[str, Callable[[Any, Any], Array]] = field(default_factory=dict)
-    check: Callable[[Any, Any], None] = lambda prediction, target: None
+    check: Callable[[Any, Any], None] = NOTHING
     ahead: Ahead | None = None
     mass: Callable[[Any], Array] | None = None
 
@@ -82,9 +88,9 @@ def a_pair(x: Any) -> None:
 
 
 def silenced(dy: Array, a: Array) -> Array:
-    """`a`, but 0 where it is not finite and dy is 0: in dy * a what has no weight adds nothing.
+    """`a`, but 0 where it is not finite and dy is 0, so that entries of weight 0 add nothing in dy * a.
 
-    What is finite stays, since it is the product's derivative in dy.
+    Finite entries stay, since they are the product's derivative in dy.
     """
     return jnp.where((dy == 0) & ~jnp.isfinite(a), 0.0, a)
 

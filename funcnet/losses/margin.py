@@ -12,8 +12,8 @@ Residuals: z and t; a, p and n.
 Numerics: in float32 for half precision. Slope 0 at the kinks: where the margin is just kept, and in triplet also where
 two vectors are equal and have no direction between them. No square overflows or vanishes.
 Infinite scores: hinge and its slopes have their limits, in which t z is 0 where t is 0; dt is infinite where the margin
-is not kept. Triplet asks for finite vectors: the limits of u and of |a - p| - |a - n| depend on the way, and it gives
-NaN.
+is not kept. Triplet needs finite vectors and gives NaN for others: the limits of u and of |a - p| - |a - n| depend on
+the path on which entries become infinite.
 Source: Cortes and Vapnik 1995, "Support-vector networks"; Schroff et al. 2015, arXiv:1503.03832; Balntas et al. 2016,
 "Learning local feature descriptors with triplets" (distances, not their squares).
 """
@@ -24,20 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from funcnet import expect
-from funcnet.arithmetic import wide
-from funcnet.expect import InputError, describe
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import sum_dtype
 from funcnet.layers.normalize import unit
 from funcnet.losses.entries import of_entries, share_right, times
 from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, silenced, stateless_loss
+from funcnet.structure import constructor
 
 
+@constructor
 def hinge() -> Loss:
     """max(0, 1 - t z), the mean over the entries of an example: scores z [B, ..] to [B]; slope 0 at the kink t z = 1.
 
     Target: like the scores in shape, -1 or 1 as integers, or floats in [-1, 1] of their dtype. Others are refused where
-    they can be read: labels 0 and 1 become these by 2 * t - 1. With a mask for each entry: {"target": t, "mask": m}, m
-    booleans like t; the mean is over the entries where m is True, and what stands in the others, NaN included, has no
+    they can be read; labels 0 and 1 are converted by 2 * t - 1. With a mask for each entry: {"target": t, "mask": m}, m
+    booleans like t; the mean is over the entries where m is True, and what the others hold, NaN included, has no
     influence. Metric: accuracy, the share of entries with [z > 0] = [t > 0]. Residuals: z and t.
     Source: Cortes and Vapnik 1995, "Support-vector networks".
     """
@@ -63,6 +65,7 @@ def hinge() -> Loss:
     return of_entries("hinge", f, df, fits, {"accuracy": share_right(0.0)})
 
 
+@constructor
 def triplet(margin: float = 1.0) -> Loss:
     """max(0, |a - p| - |a - n| + margin) over the last axis: anchor a and (positive, negative), all [.., D], to [..].
 
@@ -70,7 +73,7 @@ def triplet(margin: float = 1.0) -> Loss:
     make all three, loss and models are one layer: `fn.serial(fn.parallel(f, fn.parallel(g, h)), fn.triplet())`.
 
     Args:
-        margin: by how much nearer, positive; its unit is that of the distances.
+        margin: by how much nearer the positive is to be; a positive number, in the unit of the distances.
 
     Target: a tuple (positive, negative), both like the anchor in shape and dtype. Residuals: all three.
     """
@@ -85,7 +88,7 @@ def triplet(margin: float = 1.0) -> Loss:
 
     def differences(x):
         """Unit vectors [.., D] and distances [.., 1] from the positive, and from the negative, to the anchor."""
-        anchor, positive, negative = (a.astype(wide(a.dtype)) for a in (x[0], *x[1]))
+        anchor, positive, negative = (a.astype(sum_dtype(a.dtype)) for a in (x[0], *x[1]))
         return unit(anchor - positive), unit(anchor - negative)
 
     def value(near: Array, far: Array) -> Array:

@@ -6,13 +6,13 @@ With g = dy of that example:
     mae      l = mean(|r|)      dp = g sign(r) / n, 0 at r = 0         dt = -dp
     huber    l = mean(h(r))     dp = g clip(r, -delta, delta) / n      dt = -dp
 
-Residuals: prediction and target.  Why these: they are there anyway, as the model's output and the data, and in half
-precision r itself would have to be kept in float32, which takes as much as both.
-Numerics: r is formed in float32 for half precision, so values are right wherever the difference of two half-precision
-numbers lies: 40000 - (-40000) is beyond float16. Gradients are of the prediction's dtype again: one beyond its range,
-as 2 r / n may be, is infinite.
-Infinite r: the value is infinite; the slopes are the limits, 2 r, sign(r) and +-delta. Infinity less itself, for a
-prediction and a target that are infinite both, has no limit: value and slopes are NaN.
+Residuals: prediction and target.  Why these: they are in memory anyway, as the model's output and the data, and in half
+precision r itself would have to be kept in float32, which takes as much memory as both.
+Numerics: r is formed in float32 for half precision, so values are right even where the difference of two half-precision
+numbers is out of their range: 40000 - (-40000) is beyond float16. Gradients are cast back to the prediction's dtype:
+one beyond its range, as 2 r / n may be, is infinite.
+Infinite r: the value is infinite; the slopes are the limits, 2 r, sign(r) and +-delta. Where prediction and target are
+the same infinity, their difference has no limit: value and slopes are NaN.
 Source: Huber 1964, "Robust estimation of a location parameter".
 """
 
@@ -21,21 +21,24 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from funcnet import expect
+from funcnet._internal import expect
 from funcnet.losses.entries import of_entries
 from funcnet.losses.loss import Loss, same_dtype
+from funcnet.structure import constructor
 
 
+@constructor
 def mse() -> Loss:
     """Mean of (prediction - target)^2 over the entries of an example: [B, ..] to [B].
 
     Target: like the prediction in shape and dtype, or {"target": t, "mask": m}, m booleans like t: the mean is then
-    over the entries where m is True, and what stands in the others, NaN included, has no influence.
+    over the entries where m is True, and what the others hold, NaN included, has no influence.
     Residuals: prediction and target.
     """
     return _regression("mse", jnp.square, lambda r: 2 * r)
 
 
+@constructor
 def mae() -> Loss:
     """Mean of |prediction - target| over the entries of an example: [B, ..] to [B]; slope 0 at the kink.
 
@@ -44,6 +47,7 @@ def mae() -> Loss:
     return _regression("mae", lambda r: r * jnp.sign(r), jnp.sign)
 
 
+@constructor
 def huber(delta: float = 1.0) -> Loss:
     """Mean over the entries of an example of r^2 / 2 for |r| <= delta, else delta (|r| - delta / 2): [B, ..] to [B].
 

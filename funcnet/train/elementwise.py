@@ -1,4 +1,4 @@
-"""Does an optimizer treat every number by itself? Only then may it be applied to a model part by part.
+"""Does an optimizer update every number independently? Only then may it be applied to a model part by part.
 
 The optimizer's update is traced, not run. Each of its outputs is a formula of its inputs; a formula that stays within
 one array and uses elementwise operations only is the same formula for any part of that array. So the update of the
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Literal
 
-from funcnet.expect import InputError
+from funcnet._internal.expect import InputError
 
 Tree = Any
 ELEMENTWISE = """
@@ -30,15 +30,15 @@ CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "ch
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hole:
-    """Stands for the parameters where an optimizer's state is like them. A pytree without leaves, so that an optimizer
-    that is initialised with it shows where it keeps a copy of them."""
+    """Marks where an optimizer's state holds a tree like the parameters. It is a pytree without leaves, so the state of
+    an optimizer that is initialised with it shows these places."""
 
 
 HOLE: Any = Hole()
 
 
 class Split(NamedTuple):
-    """An optimizer's state: what it shares, with holes, and the trees like the params that belong into the holes."""
+    """An optimizer's state: what all params share, with holes, and the trees like the params that fill the holes."""
 
     shared: Tree
     like_params: list[Tree]
@@ -57,7 +57,7 @@ def split(optimizer: optax.GradientTransformation, opt_state: Tree) -> Split:
 
 
 def join(shared: Tree, like_params: Sequence[Tree]) -> Tree:
-    """The optimizer's state again, of the parts that `split` made of it."""
+    """The optimizer's state, put together again from the parts that `split` made of it."""
     values = iter(like_params)
     return jax.tree.map(lambda mark: next(values) if _is_hole(mark) else mark, shared, is_leaf=_is_hole)
 
@@ -68,14 +68,14 @@ def _is_hole(x: Any) -> bool:
 
 @dataclass(frozen=True)
 class Value:
-    """A number for a formula, the same for equal formulas, and whether it involves an array like the params."""
+    """The number of a formula, equal for equal formulas, and whether the formula involves an array like the params."""
 
     formula: int
     own: bool
 
 
 class Formulas:
-    """Formulas by number; one object for all that are to be compared."""
+    """Numbers the formulas; all formulas that are to be compared are numbered by the same object."""
 
     def __init__(self):
         self._numbers: dict[Any, int] = {}
@@ -89,7 +89,7 @@ class Formulas:
         return jax.tree.unflatten(structure, [self.name((what, jax.tree_util.keystr(p)), own) for p, _ in paths])
 
     def of(self, f: Callable, arguments: Tree, names: Tree) -> Tree:
-        """The formulas of all outputs of f(*arguments), its inputs called by the `Value`s of `names`."""
+        """The formulas of all outputs of f(*arguments), where the `Value`s in `names` stand for the inputs."""
         closed, shape = jax.make_jaxpr(f, return_shape=True)(*arguments)
         return jax.tree.unflatten(jax.tree.structure(shape), self._outputs(closed, jax.tree.leaves(names)))
 
@@ -140,16 +140,17 @@ def require_elementwise(
     opt_state: Tree,
     parts: Sequence[tuple[Callable[[Tree], Tree], bool]],
 ) -> None:
-    """Refuse an optimizer that would not do to each part of the model what it does to that part in the whole.
+    """Refuse an optimizer whose update of a part alone differs from its update of that part in the whole model.
 
     Args:
         optimizer: what is to be applied part by part.
         params, opt_state: of the whole model; only shapes and dtypes are read.
-        parts: for each a function from a tree like the params to the part of it, and whether that part is updated layer
-            by layer along its first axis.
+        parts: for each part, a function from a tree like the params to that part of it, and whether the part is updated
+            layer by layer along its first axis.
 
     Raises:
-        InputError: naming the operation that mixes numbers, or the part that is treated in another way by itself.
+        InputError: naming the operation that mixes numbers, or saying that a part alone is treated otherwise than
+            among the others.
     """
     formulas = Formulas()
 

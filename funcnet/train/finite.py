@@ -1,4 +1,4 @@
-"""Which numbers must stay finite, and where the first one came from that did not."""
+"""Which numbers must stay finite, and where the first one that is not finite came from."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from funcnet.expect import is_concrete, is_floating
-from funcnet.observe import observe
+from funcnet._internal.expect import is_concrete, is_floating
+from funcnet.combinators.hooks import observe
 from funcnet.train.objective import Batch, Objective, is_both, split
 from funcnet.train.step import TrainState, one_move
 
@@ -36,7 +36,7 @@ def not_finite(
     step: int,
     row: Record,
 ) -> NotFiniteError:
-    """The error for a step that is not finite, which is made once more, with the first layer and the leaves."""
+    """The error for a step that is not finite; the step is run once more to name the first such layer and leaves."""
     params, state = train_state.params, train_state.state
     passed, updates, _ = jax.jit(one_move(objective, optimizer, accumulate))(train_state, batch)
     facts = [f"step {step}: " + ", ".join(f"{name} {row[name]}" for name in WATCHED)]
@@ -91,7 +91,7 @@ def _owners(objective: Objective, params: Tree, state: Tree) -> list[str]:
 
 
 def _largest(tree: Tree) -> str:
-    """The largest entry, and its leaf."""
+    """The largest magnitude, and the path of its leaf."""
     with_path = jax.tree_util.tree_leaves_with_path(tree)
     sizes = {jax.tree_util.keystr(path): float(np.max(np.abs(np.asarray(leaf)), initial=0)) for path, leaf in with_path}
     path = max(sizes, key=lambda path: sizes[path])

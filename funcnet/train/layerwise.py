@@ -1,11 +1,11 @@
-"""The lecture's step as it is written: each layer is updated as soon as its gradient exists, which is then dropped.
+"""The lecture's training step as written: each layer is updated as soon as its gradient exists, which is then dropped.
 
     for each layer, from the last to the first:
         dparams, dy = layer.bwd(params, residuals, dy)
         params = params + update(dparams)
 
-The walk back is one compiled program. Through a `repeat` it is a loop that overwrites the stacked parameters and the
-stacked optimizer state one layer at a time, so the loop holds one layer's gradient, and compiles once for all layers.
+This backward walk is one compiled program. A `repeat` in it becomes a loop that overwrites the stacked parameters and
+the stacked optimizer state one layer at a time, so the loop holds one layer's gradient, and compiles once for them all.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,17 +17,23 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from funcnet import expect
-from funcnet.arithmetic import lasting
-from funcnet.combine import distinct
-from funcnet.expect import InputError, at
-from funcnet.layer import Layer, undoing
-from funcnet.order import after
+from funcnet._internal import expect
+from funcnet._internal.barrier import after
+from funcnet._internal.expect import at
+from funcnet._internal.sharding import lasting
+from funcnet.combinators.named import Named
+from funcnet.combinators.remat import Remat, rerun
+from funcnet.combinators.repeat import Repeat, distinct
+from funcnet.combinators.reversible import undoing
+from funcnet.combinators.serial import Serial
+from funcnet.combinators.sides import passing
+from funcnet.combinators.skip import Skip, pulled
+from funcnet.layer import Layer
+from funcnet.structure import Structure
 from funcnet.train import elementwise
 from funcnet.train.elementwise import HOLE, require_elementwise
 from funcnet.train.objective import Objective, Start, averages, entered, is_both, join, start
 from funcnet.train.step import TrainState, TrainStep, a_pair, its_optimizer, jitted
-from funcnet.transform import rerun
 
 Tree = Any
 Update = Callable[[Tree, list[Tree], Tree], tuple[Tree, list[Tree]]]
@@ -37,18 +43,19 @@ Updated = tuple[Tree, list[Tree], Any]  # params, optimizer state like the param
 def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
     """A jitted function (train_state, batch, weights=None) -> (train_state, metrics) that updates layers going back.
 
-    It gives the parameters of `fn.train_step(objective, optimizer)`, to rounding, and its metrics except the norms,
-    which need the whole gradient; it donates its train state likewise. The walk goes through `serial`, `skip`,
-    `repeat`, `remat` and `named`. Every other layer, also one made by `mixed` or `parallel`, is one step of it, and so
-    is each turn of a `repeat`, and a loss with parameters of its own; a stack of reversible layers is one as a whole.
+    It computes the same parameters as `fn.train_step(objective, optimizer)`, up to rounding, and the same metrics
+    except the norms, which need the whole gradient; it donates its train state likewise. The backward walk enters
+    `serial`, `skip`, `repeat`, `remat` and `named`. Every other layer, even one made by `mixed` or `parallel`, is one
+    step of the walk, and so are each turn of a `repeat` and a loss with parameters of its own; a stack of reversible
+    layers is one step as a whole.
 
     Args:
         objective: from `fn.objective`.
-        optimizer: an optax chain that treats every number by itself.
+        optimizer: an optax chain that updates every number independently.
 
     Raises:
         InputError: when first called, for an optimizer that needs the whole gradient, such as clipping by a global
-            norm, or a whole array, such as LAMB: applied layer by layer it would be another algorithm. And for a batch
+            norm, or a whole array, such as LAMB: applied layer by layer it would be another algorithm. Also for a batch
             that does not fit, or a train state of another optimizer.
     """
     a_pair(objective, optimizer)
@@ -99,32 +106,31 @@ def _back(objective: Objective, params: Tree, like_params: list[Tree], begun: St
 
 
 def _walk(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:
-    """`layer.bwd` with each gradient used up where it arises."""
+    """`layer.bwd`, with each gradient consumed by its update where it arises."""
     match _walked(layer):
-        case "named":
-            return _walk(_inner(layer), params, like_params, residuals, dy, update)
-        case "serial":
-            return _serial(layer, params, like_params, residuals, dy, update)
-        case "skip":
-            params, like_params, dx = _walk(_inner(layer), params, like_params, residuals, dy, update)
-            return params, like_params, dy + dx
-        case "remat":
-            residuals = rerun(_inner(layer), params, residuals, dy)
-            return _walk(_inner(layer), params, like_params, residuals, dy, update)
-        case "repeat":
-            return _repeat(_inner(layer), params, like_params, residuals, dy, update)
-    grads, dx = layer.bwd(params, residuals, dy)
+        case Serial() as made:
+            return _serial(made, params, like_params, residuals, dy, update)
+        case Named(inner=inner):
+            return _walk(inner, params, like_params, residuals, dy, update)
+        case Skip(inner=inner):
+            params, like_params, dx = _walk(inner, params, like_params, residuals, dy, update)
+            return params, like_params, pulled(dy, dx)
+        case Remat(inner=inner):
+            return _walk(inner, params, like_params, rerun(inner, params, residuals, dy), dy, update)
+        case Repeat() as made:
+            return _repeat(made, params, like_params, residuals, dy, update)
+    grads, dx = passing(layer).bwd(params, residuals, dy)
     return *update(grads, like_params, params), dx
 
 
-def _walked(layer: Layer) -> str:
-    """The combinator that the walk goes through; "" for a layer that is one step of it, as all reversible ones are."""
-    return "" if undoing(layer) else layer.combinator
+def _walked(layer: Layer) -> Structure | None:
+    """The structure that the walk enters; None for a layer that is one step of it, as all reversible ones are."""
+    return None if undoing(layer) else layer.structure
 
 
-def _serial(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:
+def _serial(made: Serial, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:
     params, like_params = dict(params), [dict(tree) if isinstance(tree, Mapping) else tree for tree in like_params]
-    for name, part in reversed(list(layer.parts.items())):
+    for name, part in reversed(list(made.parts.items())):
         inside = [_at(name, tree) for tree in like_params]
         with at(name):
             params[name], inside, dy = _walk(part, params[name], inside, residuals[name], dy, update)
@@ -134,19 +140,15 @@ def _serial(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree
     return params, like_params, dy
 
 
-def _repeat(inner: Layer, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:
+def _repeat(made: Repeat, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:
     """A loop over the layers, from the last to the first, which overwrites the stacked trees in place.
 
-    XLA writes into a stacked array in place only where it sees that all reading of the old values comes first. So the
-    place to write at is computed after the reading, and the optimizer state is read anew at its own place; the second
-    update is the same as the first and costs one more reading of the gradient. Otherwise all of it would be copied, in
-    every turn (jaxlib 0.10.2 and 0.12).
+    XLA writes into a stacked array in place only where it sees that every read of the old values comes first. So the
+    index to write at is made to depend on those reads, and the optimizer state is read again at an index of its own;
+    the second update is the same as the first and costs one more read of the gradient. Otherwise the whole stacks would
+    be copied in every turn (jaxlib 0.10.2 and 0.12).
     """
-    residuals = distinct(residuals)
-    leaves = jax.tree.leaves((params, residuals))
-    if not leaves:
-        raise InputError("a repeat of a layer with parameters or residuals", "neither", "use train_step for this model")
-    times = leaves[0].shape[0]
+    inner, times, residuals = passing(made.inner), made.times, distinct(residuals)
 
     def turn(k, carry):
         params, like_params, dy = carry
@@ -180,22 +182,17 @@ def _corner(leaf: Array, i: Any) -> tuple:
 
 
 def _places(layer: Layer, find: Callable[[Tree], Tree] = lambda tree: tree) -> Iterator[tuple[Callable, bool]]:
-    """The steps of the walk: how to find each one's part of a tree like the params, and whether it is a `repeat`."""
+    """For each step of the walk, how to find its part of a tree like the params, and whether it is a `repeat`."""
     match _walked(layer):
-        case "serial":
-            for name, part in layer.parts.items():
+        case Serial(parts=parts):
+            for name, part in parts.items():
                 yield from _places(part, lambda tree, name=name: _at(name, find(tree)))
-        case "skip" | "remat" | "named":
-            yield from _places(_inner(layer), find)
-        case combinator:
-            yield find, combinator == "repeat"
+        case Skip(inner=inner) | Remat(inner=inner) | Named(inner=inner):
+            yield from _places(inner, find)
+        case made:
+            yield find, isinstance(made, Repeat)
 
 
 def _at(name: str, tree: Tree) -> Tree:
-    """The part of a tree like the params; an optimizer may mark a whole branch by something that is no dict."""
+    """The part `name` of a tree like the params; what is no dict is an optimizer's mark for the whole branch."""
     return tree[name] if isinstance(tree, Mapping) else tree
-
-
-def _inner(layer: Layer) -> Layer:
-    assert layer.made is not None
-    return layer.made.inner

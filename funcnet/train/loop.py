@@ -1,11 +1,11 @@
 """The loop around the step: batches in, metrics out, and a stop that says why when a number is no longer finite.
 
-A mean over batches is the mean over all that is in them, as if they were one batch: with the loss L_b of batch b, the
-mean of its values l_i by weights w_i with masses m_i (`funcnet.train.objective`),
+A mean over batches is the mean over all of their values, as if they were one batch: with the loss L_b of batch b, which
+is the mean of its values l_i with weights w_i and masses m_i (`funcnet.train.objective`),
 
     L = sum_b M_b L_b / sum_b M_b        M_b = sum_i w_i m_i
 
-and so for metrics, with the number W_b = sum_i w_i c_i in place of the mass.
+and likewise for metrics, with the number W_b = sum_i w_i c_i in place of the mass M_b.
 """
 
 import signal
@@ -24,10 +24,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from funcnet import expect
-from funcnet.arithmetic import wide
-from funcnet.expect import InputError, at, describe, is_array, is_floating
-from funcnet.progress import progress
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, at, describe, is_array, is_floating
+from funcnet._internal.numerics import sum_dtype
 from funcnet.train.finite import WATCHED, Record, changed, not_finite
 from funcnet.train.objective import (
     Batch,
@@ -44,6 +43,7 @@ from funcnet.train.objective import (
     weighed,
     weighted_sums,
 )
+from funcnet.train.progress import progress
 from funcnet.train.run import append_metrics, start_run
 from funcnet.train.step import (
     TrainState,
@@ -57,13 +57,13 @@ from funcnet.train.step import (
 )
 
 Tree = Any
-PROGRAMS = 8  # that are kept of an objective
+PROGRAMS = 8  # compiled programs that are kept for an objective
 NORMS = WATCHED[1:]
-IN_A_ROW = 1000  # batches in which nothing counts are not skipped any more
+IN_A_ROW = 1000  # consecutive batches in which nothing counts are an error
 
 
 class Told(NamedTuple):
-    """What is told of one step: its means, and by how much they count in means over several batches."""
+    """What one step reports: its means, and how much they count in means over several batches."""
 
     means: dict[str, Any]
     share: Share
@@ -101,7 +101,7 @@ def evaluate(objective: Objective, params: Tree, state: Tree, batches: Iterable[
 
 
 def _scores(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[dict[str, Array], Share]]:
-    """The sums of the loss's values and of the metrics, compiled; undivided, since 7 of 10 are to be exactly 0.7."""
+    """The sums of the loss's values and of the metrics, compiled; not divided yet, so that 7 of 10 is exactly 0.7."""
 
     def scores(params, state, batch):
         inputs, targets, weights = check_batch(batch)
@@ -121,10 +121,10 @@ _programs: weakref.WeakKeyDictionary[Objective, Callable] = weakref.WeakKeyDicti
 
 
 def _compiled(make: Callable[..., Any], objective: Objective, *options: Any) -> Any:
-    """`make(objective, *options)`, made once for the last `PROGRAMS` such calls, and let go with the objective.
+    """`make(objective, *options)`, cached for an objective's last `PROGRAMS` such calls, and freed with the objective.
 
-    What is kept holds the objective by a weak reference: otherwise it would keep itself. An optimizer that cannot be
-    hashed has its program made anew.
+    What is cached holds the objective by a weak reference: otherwise the cache would keep it alive. For an optimizer
+    that cannot be hashed the program is made anew in each call.
     """
     try:
         hash(options)
@@ -158,35 +158,36 @@ def fit(
         train_state: from `fn.init_train_state` or an earlier `fit`; donated, so it cannot be used again.
         batches: pairs (inputs, targets), or (inputs, targets, weights) as for `fn.value_and_grad`, at least `steps` of
             them. Each is checked before it is used: sizes, NaN and infinity, labels out of range, weights that are
-            negative or so small that XLA takes them for 0. What the mask of a target {"target", "mask"} holds back may
-            be anything, and an entry named `bias` of a dict of inputs may hold -inf, which forbids, as in
-            `fn.attention`. A batch in which nothing counts, such as one of ignored labels only, makes no step and is
-            skipped.
-        steps: how many to make.
+            negative or so small that XLA takes them for 0. Entries that the mask of a target {"target", "mask"}
+            excludes may be anything, and an entry named `bias` in a dict of inputs may hold -inf, which forbids a key
+            to a query, as in `fn.attention`. A batch in which nothing counts, such as one with ignored labels only, is
+            skipped and makes no step.
+        steps: how many steps to make.
         steps_per_call: how many steps one compiled call makes; it must divide `steps` and `log_every`. Small models,
             bound by the cost of a call, run faster with 10 or 100.
-        accumulate: micro-batches a step, as for `fn.train_step`.
-        log_every: a record every so many steps, and one at the end. It holds the step and the means since the record
-            before: of loss and metrics over all that counts in these batches, whatever their sizes and weights; of the
-            norms over the steps. Then, if there were any, how many batches were `skipped`, and `val_` metrics of the
-            moment if there is validation data.
-        validation: batches for `evaluate`; a list, since it is walked again for each record.
-        run_dir: a folder for config.json, environment.json and metrics.jsonl, a JSON record a line.
+        accumulate: micro-batches per step, as for `fn.train_step`.
+        log_every: a record is made every so many steps, and at the end. It holds the step and the means since the
+            previous record: of the loss and the metrics over all values that count in these batches, whatever the
+            batches' sizes and weights; of the norms over the steps. It also holds how many batches were `skipped`, if
+            any were, and the current `val_` metrics, if there is validation data.
+        validation: batches for `evaluate`, listed once, since they are iterated over again for each record.
+        run_dir: a folder for config.json, environment.json and metrics.jsonl, which has one JSON record per line.
         config: what config.json is to hold.
         overwrite: whether an earlier run in run_dir may be overwritten.
 
-    A further call with the same objective, optimizer and options compiles nothing. Programs are kept as long as their
-    objective is, the last eight of each. An optimizer is a value: of one whose attributes are changed after a call, the
-    change is not seen.
+    A further call with the same objective, optimizer and options compiles nothing. Compiled programs are kept as long
+    as their objective is, the last eight of each objective. An optimizer counts as a value: if its attributes are
+    changed after a call, the change is not seen.
 
     Raises:
-        NotFiniteError: a FloatingPointError, when a loss, gradient, update, or what becomes of a layer's state, is not
-            finite. It names the step, the layer and the leaves; that step is not made, and records stay written.
+        NotFiniteError: a FloatingPointError, when a loss, a gradient, an update or a layer's new state is not finite.
+            It names the step, the layer and the leaves; that step is not made, and records already written stay.
         InputError: for a batch that does not fit, too few of them, or a thousand in a row in which nothing counts, for
             a train state of another optimizer, and for a config that JSON cannot hold.
         FileExistsError: if run_dir holds an earlier run and overwrite is False.
 
-        Whatever stops training, Ctrl-C included, carries `train_state`: the state after the last step that was made.
+        Every exception that stops training, that of Ctrl-C included, has the attribute `train_state`: the state after
+        the last step that was made.
     """
     a_pair(objective, optimizer)
     a_train_state(train_state)
@@ -238,9 +239,9 @@ def fit(
 def _halting_call(
     objective: Objective, optimizer: optax.GradientTransformation, accumulate: int, steps: int
 ) -> TrainStep:
-    """A jitted call of `steps` training steps, which leaves the train state alone from the first non-finite one on.
+    """A jitted call of `steps` training steps, which keeps the train state unchanged from the first non-finite one on.
 
-    It returns what is told of each step, and whether it was made.
+    It returns what each step reports, and whether the step was made.
     """
     step = one_step(objective, optimizer, accumulate, norms=True)
 
@@ -261,10 +262,10 @@ def _halting_call(
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], AbstractContextManager]]:
-    """Inside `held()` Ctrl-C waits: between the donation of a train state and the arrival of the next there is none.
+    """Delays Ctrl-C inside `held()`: after a train state is donated there is none until the next one arrives.
 
-    Python drops an exception that a signal raises in a finaliser or a callback of its garbage collector. Such a Ctrl-C
-    is not lost either: it is raised again at the end of the next `held()`.
+    Python drops an exception that a signal handler raises in a finaliser or a callback of its garbage collector. Such a
+    Ctrl-C is not lost either: it is raised again at the end of the next `held()`.
     """
     default = signal.getsignal(signal.SIGINT)
     if not callable(default) or threading.current_thread() is not threading.main_thread():
@@ -296,11 +297,11 @@ def _interrupts() -> Iterator[Callable[[], AbstractContextManager]]:
 
 
 def _select(alive: Array, after: Array, before: Array) -> Array:
-    return after if after is before else jnp.where(alive, after, before)  # the key stays, and is not used up
+    return after if after is before else jnp.where(alive, after, before)  # the key stays the same, and is not consumed
 
 
 def _checked(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> list[Batch]:
-    """Validation data, looked at before training begins."""
+    """The validation batches as a list, checked before training begins."""
     batches = list(_walkable(batches, "validation"))
     if not batches:
         raise InputError("at least one validation batch", "none", "pass a list of (inputs, targets), or None")
@@ -330,9 +331,9 @@ def _validated(objective: Objective, train_state: TrainState, validation: list[B
 def _stacked(
     check: Callable[[Batch], bool], batches: Iterable[Batch], steps: int, steps_per_call: int
 ) -> Iterator[tuple[int, int, Batch]]:
-    """The checked batches, `steps_per_call` at a time along a new first axis, less those in which nothing counts.
+    """The checked batches, `steps_per_call` at a time along a new first axis, without those in which nothing counts.
 
-    In front of them how many steps will then be done, and how many batches were left out on the way.
+    In front of each, how many steps will have been done with it, and how many batches were left out on the way to it.
     """
     left_out, source = 0, _counting(check, batches)
     for done in range(steps_per_call, steps + 1, steps_per_call):
@@ -352,7 +353,7 @@ def _stacked(
 
 
 def _counting(check: Callable[[Batch], bool], batches: Iterable[Batch]) -> Iterator[tuple[int, Batch | None]]:
-    """The batches in which something counts, None at their end, and how many others were there before each."""
+    """Each batch in which something counts, after the number of those left out so far; None for a batch at the end."""
     left_out = in_a_row = 0
     for batch in batches:
         if check(batch):
@@ -373,7 +374,7 @@ def _stack(*leaves: Any) -> Any:
 def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[Batch], bool]:
     """A function that says whether anything counts in a batch.
 
-    It refuses one with NaN or infinity in it, or with targets or weights that do not fit the predictions.
+    It refuses a batch that holds NaN or infinity, or whose targets or weights do not fit the predictions.
     """
     own, states = split(*expect.shapes((params, state)))
     predictions: dict[str, Any] = {}
@@ -399,7 +400,7 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
 
 
 def _weights(shape: tuple[int, ...], given: Any) -> np.ndarray:
-    """The weights of a batch, if they can be those of a mean."""
+    """The weights of a batch; refuse those that cannot be the weights of a mean."""
     check_weights(shape, given)
     given = np.asarray(given)
     with np.errstate(over="ignore", under="ignore"):
@@ -407,7 +408,7 @@ def _weights(shape: tuple[int, ...], given: Any) -> np.ndarray:
     ratios = "only ratios of the weights matter"
     _all_fit(given, may_weigh(weights), "finite and not negative", f"give 0 to what is not to count; {ratios}")
     if given.dtype != bool:
-        tiny = jnp.finfo(wide(expect.dtype(given))).tiny  # XLA takes smaller ones for 0
+        tiny = jnp.finfo(sum_dtype(expect.dtype(given))).tiny  # XLA takes smaller ones for 0
         _all_fit(given, (given == 0) | (weights >= tiny), f"0, or at least {tiny}", f"{ratios}: multiply them all")
     return weights
 
@@ -419,7 +420,7 @@ def _all_fit(weights: np.ndarray, fit: np.ndarray, wanted: str, remedy: str) -> 
 
 
 def _let_through(targets: Any) -> Any:
-    """Targets with zeros where their mask holds back what may be anything."""
+    """The targets, with zeros in place of the entries that their mask excludes, which may be anything."""
     if not isinstance(targets, Mapping) or targets.keys() != {"target", "mask"}:
         return targets
     t, mask = targets["target"], targets["mask"]
@@ -429,7 +430,7 @@ def _let_through(targets: Any) -> Any:
 
 
 def _check_finite(path: tuple, leaf: Any, may_forbid: bool) -> None:
-    """Refuse NaN and infinity; but -inf may stand in an entry `bias`, where it forbids."""
+    """Refuse NaN and infinity, but allow -inf in an entry `bias`, where it forbids a key to a query."""
     if not is_floating(leaf):
         return
     values = np.asarray(leaf)
@@ -448,7 +449,7 @@ def _floats(told: Any) -> Any:
 
 
 def _divisor(share: Share, name: str) -> float:
-    """What the sum of this name is divided by for the mean of its batch."""
+    """What the sum called `name` is divided by to give the mean of its batch."""
     return share.mass if name == "loss" else share.weight
 
 
@@ -466,7 +467,7 @@ def _pooled(scored: list[tuple[Record, Share]]) -> Record:
 
 
 def _means(told: list[Told]) -> Record:
-    """The means over several steps; norms count one a step."""
+    """The means over several steps; for norms every step counts the same."""
 
     def summed(each):
         own = each.means.keys() - NORMS

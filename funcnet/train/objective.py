@@ -7,7 +7,7 @@ cotangent that the model's `bwd` receives. A batch is (inputs, targets), or (inp
 w_i >= 0 for each value of the loss, 1 where there are none. Then L is the weighted mean over the values that count,
 and so is every metric:
 
-    a_i = w_i c_i / sum_j w_j m_j        c_i = 1 if l_i counts, else 0        m_i = c_i, if the loss says no other mass
+    a_i = w_i c_i / sum_j w_j m_j        c_i = 1 if l_i counts, else 0        m_i = c_i, or the loss's own mass
 
 Only ratios of the weights matter: they are first scaled by the power of two that brings the largest below 1, so that no
 sum of them overflows. Where no value counts, or all weights are 0, a = 0: loss and gradients are 0.
@@ -27,21 +27,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from funcnet import expect
-from funcnet.expect import InputError, at, describe, is_array, is_floating, native_order
-from funcnet.factors import Contraction, total
-from funcnet.layer import Layer, Made, a_layer
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, at, describe, is_array, is_floating, native_order
+from funcnet.gradients.contraction import Contraction, a_contraction, total
+from funcnet.layer import Layer, a_layer
 from funcnet.losses.loss import Loss, as_loss
+from funcnet.structure import Composed, tree
 
 Tree = Any
 Pair = tuple[Any, Any]  # (inputs, targets)
 Batch = Pair | tuple[Any, Any, Any]  # (inputs, targets, weights)
 PARTS = ("model", "loss")
-LAST = 2**32 - 1  # the loss's own number among the keys that `serial` gives its layers by theirs
+LAST = 2**32 - 1  # folded into the key for the loss, as `serial` folds in i for its layer i
 OWN_NAMES = frozenset(("loss", "weight", "step", "grad_norm", "update_norm", "skipped"))  # of a record's own numbers
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Objective:
     """A model, its loss, and metrics by name: (prediction, target) -> one number for each value of the loss."""
 
@@ -49,11 +50,14 @@ class Objective:
     loss: Loss
     metrics: Mapping[str, Callable[[Any, Any], Array]]
 
+    def __repr__(self) -> str:
+        return "\n".join(["objective", *tree(self.model, "model", 1), *tree(self.loss, "loss", 1)])
+
     def init(self, key: Array, batch: Batch) -> tuple[Tree, Tree]:
         """Fresh params and state for batches like this one: the model's, or {"model": .., "loss": ..} of both.
 
-        Both, if the loss has parameters or state of its own. The model's parameters are those of `model.init(key, ..)`.
-        Weights in the batch change nothing.
+        Both are given if the loss has parameters or state of its own. The model's parameters are those of
+        `model.init(key, ..)`. Weights in the batch change nothing.
         """
         inputs, targets, _ = check_batch(batch)
         params, state = self.model.init(key, inputs)
@@ -76,8 +80,9 @@ def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, An
         metrics: replaces the loss's own (accuracy for the cross-entropies); {} for none.
 
     Raises:
-        InputError: for what is no layer or no function, for a metric whose name a training step needs itself, and for a
-            model of two layers called model and loss, whose params could not be told from those of an objective.
+        InputError: for a model or loss that is no layer, a metric that is no function, a metric whose name a training
+            step needs itself, and a model of two layers called model and loss, whose params could not be told from
+            those of an objective.
     """
     loss = as_loss(a_layer(loss))
     if set(a_layer(model).parts) == set(PARTS):
@@ -109,7 +114,7 @@ class Pass(NamedTuple):
 def entered(objective: Objective, batch: Batch, coefficients: Any = None) -> tuple[Pair, Array]:
     """A batch as its pair (inputs, targets) and the coefficients a of the values: those given, or those of its mean.
 
-    Where nothing weighs anything, the mean is that of nothing: all coefficients are 0.
+    Where no value has any weight, it is a mean over nothing: all coefficients are 0.
     """
     no_shapes(batch, coefficients)
     inputs, targets, weights = check_batch(batch)
@@ -141,9 +146,9 @@ def _numbers(given: Any) -> Array | None:
 
 
 def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array, Array]:
-    """What each value of the loss weighs in the sum, w c, and adds to the divisor, w m; both times 2^-e, and e.
+    """Each value's weight in the sum of the loss, w c, and what it adds to the divisor, w m, both times 2^-e; and e.
 
-    Where a weight is negative or not finite, both are NaN. 2^e is that of the largest weight of a value that counts.
+    If a weight is negative or not finite, both are NaN. e is the exponent of the largest weight of a value that counts.
     """
     counted = loss.counted(targets)
     each = mass(loss, targets).astype(jnp.result_type(float))
@@ -183,9 +188,9 @@ def check_weights(shape: tuple[int, ...], weights: Any) -> None:
 
 
 class Share(NamedTuple):
-    """By how much the means of a batch count in means over several batches: the loss by mass, metrics by weight.
+    """How much the means of a batch count in means over several batches: the loss by its mass, metrics by its weight.
 
-    Both are times 2^-e.
+    Both are scaled by 2^-e.
     """
 
     mass: Any
@@ -207,7 +212,7 @@ def weighted(weights: Array, values: Array) -> Array:
 
 
 class Both(NamedTuple):
-    """The model's share and the loss's of a tree."""
+    """The model's part and the loss's part of a tree."""
 
     model: Tree
     loss: Tree
@@ -222,7 +227,7 @@ def split(params: Tree, state: Tree) -> tuple[Both, Both]:
     """Params and state of the model and of the loss; of a loss without its own, {} and ()."""
     if not is_both(params):
         return Both(params, {}), Both(state, ())
-    expect.named(state, PARTS, "state")
+    expect.keys(state, PARTS, "state")
     return Both(**params), Both(**state)
 
 
@@ -262,7 +267,7 @@ def as_layer(objective: Objective) -> Layer:
 
     parts = {"model": objective.model, "loss": objective.loss}
     again = lambda parts: as_layer(replace(objective, **parts))
-    return Layer("objective", objective.init, apply, fwd, bwd, parts, again, Made("objective", fwd, bwd))
+    return Layer("objective", objective.init, apply, fwd, bwd, Composed(parts, again))
 
 
 def loss_key(key: Array | None) -> Array | None:
@@ -272,7 +277,7 @@ def loss_key(key: Array | None) -> Array | None:
 class Start(NamedTuple):
     """Where a backward pass starts: sums over the batch, the new state, the model's residuals and output cotangent.
 
-    `dloss` is what became of the gradients of the loss's own parameters.
+    `dloss` is what the contraction made of the gradients of the loss's own parameters.
     """
 
     sums: dict[str, Array]
@@ -357,25 +362,25 @@ def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tre
 
     Returns a function (params, state, batch, key, *, weights=None, contract=fn.total) -> ((loss, state), grads):
 
-        params, state: the model's; of a loss with its own, {"model": .., "loss": ..}, as `objective.init` makes them.
+        params, state: the model's; if the loss has its own, {"model": .., "loss": ..}, as `objective.init` makes them.
         batch: (inputs, targets), their first axes equal: the loss is the mean over all values that count. Or (inputs,
             targets, weights), with weights as floats or booleans, not negative, one for each value of the loss: the
-            loss is their weighted mean, sum(weights * values) / sum(weights) over those that count. Only their ratios
-            matter; all zero, the loss is 0.
+            loss is the weighted mean over the values that count, divided by the sum of the weights times `Loss.mass`.
+            Only the ratios of the weights matter; if all are zero, the loss is 0.
         key: a `jax.random.key`, or None for a model that draws nothing.
-        weights: in place of a mean the coefficients of a sum, floats of any sign, one for each value of the loss, which
-            is then sum(weights * values). With ones and `per_example` each example's gradient is that of its own loss.
+        weights: coefficients for a sum in place of a mean, floats of any sign, one for each value: the loss is then
+            sum(weights * values). With weights of 1 and `per_example`, each example's gradient is that of its own loss.
         contract: what becomes of each parameter's gradient: `fn.total`, `fn.per_example`, `fn.squared_norm`, `fn.keep`.
 
-    It is plain JAX: jit it, vmap it, and differentiate it for Hessian-vector products. The values of the inputs are not
-    looked at: NaN in the data is NaN in the loss, and so is a negative weight in the batch. `fn.fit` and `fn.evaluate`
+    It is plain JAX: jit it, vmap it, and differentiate it for Hessian-vector products. The values in the batch are not
+    checked: NaN in the data makes the loss NaN, and so does a negative weight in the batch. `fn.fit` and `fn.evaluate`
     refuse them.
     """
 
     def with_grads(params, state, batch, key=None, *, weights=None, contract=total):
         expect.not_donated((params, state))
         pair, coefficients = entered(objective, batch, weights)
-        result = run(objective, params, state, pair, key, coefficients, contract)
+        result = run(objective, params, state, pair, key, coefficients, a_contraction(contract))
         return (result.sums["loss"], result.state), result.grads
 
     return with_grads

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from funcnet.expect import InputError, describe
+from funcnet._internal.expect import InputError, describe
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 
@@ -40,7 +40,7 @@ def start_run(run_dir: str | Path, config: Mapping[str, Any] | None = None, *, o
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the run")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} is not empty; name another run folder, or allow it to be overwritten")
+        raise FileExistsError(f"{folder} is not empty; name another run folder, or pass overwrite=True")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(text + "\n")
     (folder / ENVIRONMENT).write_text(json.dumps(environment(), indent=2) + "\n")
@@ -68,9 +68,9 @@ def _version(package: str) -> str | None:
 
 
 def append_metrics(folder: Path, record: Mapping[str, float]) -> None:
-    """Add one line to metrics.jsonl; it is on disk's way when this returns, whatever happens to the run.
+    """Append one line to metrics.jsonl; once this returns, the line is on its way to disk whatever happens to the run.
 
-    JSON has no number that is not finite: such a metric is written as null.
+    JSON has no numbers that are not finite: such a metric is written as null.
     """
     finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with (folder / METRICS).open("a") as file:

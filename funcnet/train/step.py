@@ -1,8 +1,8 @@
-"""The training step: one pass back, one optimizer update, jitted, its state donated.
+"""The training step: one backward pass and one optimizer update, jitted, with its state donated.
 
     g = sum_i a_i dl_i/dw        w <- w + update(g)
 
-With `accumulate=n` the batch is walked in n micro-batches whose gradients are added in float32 or wider. The
+With `accumulate=n` the batch is processed in n micro-batches whose gradients are added in float32 or wider. The
 coefficients a are those of the whole batch, so the sum is the whole batch's gradient whatever the micro-batches hold.
 """
 
@@ -17,10 +17,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from funcnet import expect
-from funcnet.arithmetic import scan, wide
-from funcnet.expect import InputError, describe, is_array
-from funcnet.factors import total
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe, is_array
+from funcnet._internal.numerics import sum_dtype
+from funcnet._internal.sharding import scan
+from funcnet.gradients.contraction import total
 from funcnet.train.objective import (
     Batch,
     Objective,
@@ -65,8 +66,8 @@ class TrainStep:
     """A jitted training step: (train_state, batch, weights=None) -> (train_state, metrics); see `train_step`.
 
     Attributes:
-        compiled: what is jitted: ((params, state, opt_state, step), key, batch, weights) -> (those four, metrics), the
-            four donated. The key stays outside: a key that leaves a compiled call costs microseconds to wrap again.
+        compiled: the jitted function ((params, state, opt_state, step), key, batch, weights) -> (those four, metrics),
+            with the four donated. It does not return the key, since wrapping a returned key again costs microseconds.
     """
 
     compiled: jax.stages.Wrapped
@@ -76,7 +77,7 @@ class TrainStep:
     ) -> tuple[TrainState, Metrics]:
         for leaf in jax.tree.leaves((batch, weights)):
             if isinstance(leaf, np.ndarray):
-                expect.native_order(leaf)  # a compiled program reads the bytes as they lie
+                expect.native_order(leaf)  # a compiled program reads the bytes as they are in memory
         try:
             moved, metrics = self.compiled(_moving(train_state), train_state.key, batch, weights)
         except (RuntimeError, ValueError):
@@ -109,9 +110,9 @@ def init_train_state(
     Args:
         objective: from `fn.objective`.
         optimizer: any optax gradient transformation.
-        key: a `jax.random.key`; one half of it draws the parameters, the other one is kept for training.
-        batch: (inputs, targets), with or without weights; only shapes and dtypes matter, and a label that is out of
-            range is refused.
+        key: a `jax.random.key`; it is split in two: one key draws the parameters, the other is kept for training.
+        batch: (inputs, targets), with or without weights. Shapes and dtypes alone decide what is made; values are
+            looked at to refuse a label out of range.
 
     Raises:
         InputError: for a key, inputs or targets that do not fit, with the path of the layer that they do not fit.
@@ -142,18 +143,19 @@ def train_step(
     own such as `accuracy`, `grad_norm` and `update_norm`. A batch is (inputs, targets) for the mean loss, or (inputs,
     targets, weights) for the weighted mean; the argument `weights` holds the coefficients of a sum in place of a mean
     (`fn.value_and_grad`). Values in the batch are not read before the step: a label out of range or a negative weight
-    makes the loss NaN. Nor is what the step makes looked at, such as running statistics that overflow. `fn.fit` checks
+    makes the loss NaN. Nor are the step's results checked, such as running statistics that overflow. `fn.fit` checks
     both. `train_step(..).lower(train_state, batch)` gives the program.
 
     Args:
         objective: from `fn.objective`.
         optimizer: any optax gradient transformation over the params themselves (`optax.lookahead` wants a pair of
-            them). Those that want them get value, grad and value_fn (of the whole batch, not in micro-batches), as
-            L-BFGS.
-        accumulate: the number n of micro-batches to walk the batch in; it must divide the batch size. The i-th holds
-            every n-th example from the i-th on. State passes from each to the next, and each draws from its own key.
-        steps: None for one step a call. A number k for k steps a call under one `lax.scan`: then every array of the
-            batch, and weights, have an axis of k in front, and so have the metrics.
+            them). Those that take them, such as L-BFGS, get value, grad and value_fn (of the whole batch, not in
+            micro-batches).
+        accumulate: the number n of micro-batches to divide the batch into; it must divide the batch size. The i-th
+            holds every n-th example from the i-th on. The state passes from each micro-batch to the next, and each
+            draws from its own key.
+        steps: None for one step per call, or k for k steps per call under one `lax.scan`: then every array of the
+            batch, and `weights`, have a leading axis of size k, and so have the metrics.
         norms: whether to compute the two norms, which read every gradient and update once more.
 
     Raises:
@@ -192,13 +194,13 @@ def its_optimizer(optimizer: optax.GradientTransformation, train_state: TrainSta
 
 
 def _states(opt_state: Any) -> str:
-    """The names of the states that an optimizer's consists of."""
+    """The names of the states that an optimizer's state consists of."""
     inside = type(opt_state) in (tuple, list)
     return f"({', '.join(map(_states, opt_state))})" if inside else type(opt_state).__name__
 
 
 def jitted(step: Callable[[TrainState, Batch, Array | None], tuple[TrainState, Metrics]]) -> TrainStep:
-    """The step compiled, all of its train state but the key donated."""
+    """The step as a compiled function, with all of its train state but the key donated."""
 
     def call(moving, key, batch, weights):
         params, state, opt_state, count = moving
@@ -246,7 +248,7 @@ class Move(NamedTuple):
 def one_move(
     objective: Objective, optimizer: optax.GradientTransformation, accumulate: int
 ) -> Callable[[TrainState, Batch, Array | None], Move]:
-    """The step before its update is added."""
+    """The step up to its update, which is not added to the params yet."""
     accumulate = expect.count(accumulate, "accumulate")
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -277,7 +279,7 @@ def _accumulated(objective, accumulate, params, state, pair: Pair, key, weights)
         remedy = "choose a divisor of the batch size"
         raise InputError(f"a batch size that {accumulate} micro-batches divide", f"{examples} examples", remedy)
 
-    def split(leaf):  # every accumulate-th example, so that a batch that is cut along a mesh stays so
+    def split(leaf):  # every accumulate-th example, so that a batch that is sharded over a mesh stays so
         return jnp.moveaxis(leaf.reshape(examples // accumulate, accumulate, *leaf.shape[1:]), 1, 0)
 
     def body(carry, micro):
@@ -287,7 +289,7 @@ def _accumulated(objective, accumulate, params, state, pair: Pair, key, weights)
         added = jax.tree.map(lambda a, g: a + g.astype(a.dtype), so_far, passed.grads)
         return (passed.state, added), passed.sums
 
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p.dtype)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, sum_dtype(p.dtype)), params)
     micros = (jnp.arange(accumulate), *jax.tree.map(split, (pair, weights)))
     (state, grads), parts = scan(body, (state, zeros), micros)
     sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
@@ -296,4 +298,4 @@ def _accumulated(objective, accumulate, params, state, pair: Pair, key, weights)
 
 def _norm(tree: Tree) -> Array:
     """The Euclidean norm over all leaves, in float32 or wider."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) for leaf in jax.tree.leaves(tree)))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(sum_dtype(leaf.dtype)))) for leaf in jax.tree.leaves(tree)))

@@ -1,7 +1,7 @@
 """Mutants of backward code: one small mistake each, made in the syntax tree of a source file.
 
-Backward code is every `bwd` and `undo`, every derivative that `elementwise` and its like are given, what applies a
-contraction, and the functions that nothing else calls.
+Backward code is every `bwd` and `undo`, every derivative that `elementwise` and its like are given, contractions, what
+applies them, what a factor answers, what pulls a gradient back, and the functions that nothing else calls.
 """
 
 import ast
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ROOTS = {"bwd", "undo", "df", "pullback", "__call__"}
+ROOTS = {"bwd", "undo", "df", "pullback", "__call__", "total", "per_example", "squared_norm"}
 TAKES_A_DERIVATIVE = {"elementwise", "of_entries", "_regression"}  # as their third argument
 CHECKS = (
     "expect.",
@@ -127,7 +127,9 @@ def _around(node: ast.AST, ancestors: list[ast.AST]) -> ast.AST:
 def backward(trees: dict[str, ast.Module]) -> dict[str, list[ast.AST]]:
     """The functions of each file that only backward code calls."""
     defined = [(file, node) for file, tree in trees.items() for node in _all(tree, ast.FunctionDef)]
-    found = {node: file for file, node in defined if node.name in ROOTS or _contracts(node)}
+    found = {
+        node: file for file, node in defined if node.name in ROOTS or node.name.startswith("pull_") or _contracts(node)
+    }
     found |= {df: file for file, tree in trees.items() for df in _derivatives(tree)}
     inside: set[ast.AST] = set()
     while more := {node: file for node, file in found.items() if node not in inside}:
@@ -155,14 +157,31 @@ def _contracts(node: ast.FunctionDef) -> bool:
 
 
 def _calls(function: ast.FunctionDef, file: str, trees: dict[str, ast.Module]) -> list[ast.AST]:
-    """Where else a function is named: in its own file, and where it is imported."""
+    """Where else a function is named: in its own file, and where it is imported, or the class that it belongs to."""
     own, module = set(ast.walk(function)), "funcnet." + file.removesuffix(".py").replace("/", ".")
+    names = {function.name, *(c.name for c in _all(trees[file], ast.ClassDef) if function in c.body)}
     imported = lambda tree: [
         alias for node in _all(tree, ast.ImportFrom) if node.module == module for alias in node.names
     ]
-    imports = [tree for tree in trees.values() if function.name in {alias.name for alias in imported(tree)}]
-    named = [node for tree in (trees[file], *imports) for node in _all(tree, ast.Name)]
-    return [node for node in named if node.id == function.name and node not in own]
+    imports = [tree for tree in trees.values() if names & {alias.name for alias in imported(tree)}]
+    files = (trees[file], *imports)
+    named = [node for tree in files for node in _all(tree, ast.Name) if node.id == function.name]
+    named += [node for tree in files for node in _all(tree, ast.Attribute) if _is_method(node, function.name)]
+    return [node for node in named if node not in own]
+
+
+def _is_method(node: ast.Attribute, name: str) -> bool:
+    """Whether this is a method of that name, not a library's function."""
+    return node.attr == name and ast.unparse(node.value) not in (
+        "jax",
+        "jnp",
+        "lax",
+        "nn",
+        "np",
+        "math",
+        "fn",
+        "expect",
+    )
 
 
 @cache

@@ -15,14 +15,16 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import local
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -30,39 +32,32 @@ import jax
 import jax.numpy as jnp
 
 import funcnet as fn
+from funcnet._internal.casting import cast
 from funcnet.check.algebra import structure
 from funcnet.check.autodiff import autodiff
 from funcnet.check.cases import Case
+from funcnet.check.laws import fisher_diagonal
 from funcnet.check.layer import pulling
 from funcnet.check.numerical import Numerical
 from funcnet.check.spec import drawn, settled, specs
 from funcnet.check.subject import Point, quickly
-from funcnet.transform import cast
 from tests.check.equivalent import CHOICES, EQUIVALENT
 from tests.check.mutate import Mutant, mutants
 
 PACKAGE = Path(fn.__file__).parent
 FILES = [
     "layer.py",
-    "factors.py",
-    "arithmetic.py",
-    "columns.py",
-    "gram.py",
-    "correlation.py",
-    "bridge.py",
-    "combine.py",
-    "reversible.py",
-    "sequences.py",
-    "tie.py",
-    "transform.py",
-    "reparametrize.py",
-    *sorted(
-        f"{family}/{path.name}" for family in ("layers", "losses") for path in (PACKAGE / family).glob("[a-z]*.py")
+    *(
+        f"{family}/{path.name}"
+        for family in ("_internal", "gradients", "combinators", "layers", "losses")
+        for path in sorted((PACKAGE / family).glob("[a-z]*.py"))
     ),
+    "interop/jax.py",
 ]
-MANY, FEW = 12, 3  # cases that are asked about a mutant: by autodiff, and by the other oracles
+MANY, FEW, ALL = 12, 3, 60  # cases that are asked about a mutant: by autodiff, by other oracles, at last by autodiff
 AUTODIFF = ("autodiff",)
-REFUSED, RAISED, SURVIVED = "refused by a report", "refused by an error", "survived"
+LONGEST = 120  # seconds for one mutant
+REFUSED, RAISED, SURVIVED = "refused by a report", "refused by an error", "survived"  # never to end counts as an error
 
 
 class _Loader(SourceFileLoader):
@@ -154,13 +149,14 @@ def verdict(mutant: Mutant, names: Sequence[str]) -> str:
 
 
 def _questions(names: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """What to ask on these cases, the cheapest first: (name, dtype, oracles)."""
+    """What to ask on these cases, the cheapest and likeliest first: (name, dtype, oracles)."""
     first = [(name, OURS.cases[name].dtypes[0]) for name in names]
     half = [(name, "bfloat16") for name in names if "bfloat16" in OURS.cases[name].dtypes]
     return [
         *((*point, AUTODIFF) for point in first[:MANY] + half[:MANY]),
         *((*point, ("laws",)) for point in first[:FEW] + half[:FEW]),
         *((*point, ("algebra", "numerical")) for point in first[:FEW]),
+        *((*point, AUTODIFF) for point in first[MANY:ALL] + half[MANY:ALL]),
     ]
 
 
@@ -208,7 +204,7 @@ def _holds(name: str, dtype: str, oracles: tuple[str, ...]) -> bool:
 
 
 def lines_run(case: Case) -> set[tuple[str, int]]:
-    """The lines of funcnet that a case's passes run, as (file, line)."""
+    """The lines of funcnet that a case's passes run, as (file, line), also those for half precision alone."""
     found = set()
 
     def line(frame, event, _):
@@ -218,14 +214,15 @@ def lines_run(case: Case) -> set[tuple[str, int]]:
     def call(frame, event, _):
         return line if frame.f_code.co_filename.startswith(str(PACKAGE)) else None
 
-    with jax.enable_x64(case.dtypes[0] == "float64"):
-        key, x = jax.random.key(0), cast(drawn(settled(specs(case.x), 0), 0), case.dtypes[0])
-        params, state = jax.eval_shape(case.layer.init, key, x)
-        sys.settrace(call)
-        try:
-            jax.eval_shape(lambda *args: _passes(case.layer, *args), params, state, x, key)
-        finally:
-            sys.settrace(None)
+    for dtype in {case.dtypes[0], *{"bfloat16"}.intersection(case.dtypes)}:
+        with jax.enable_x64(dtype == "float64"):
+            key, x = jax.random.key(0), cast(drawn(settled(specs(case.x), 0), 0), dtype)
+            params, state = jax.eval_shape(case.layer.init, key, x)
+            sys.settrace(call)
+            try:
+                jax.eval_shape(lambda *args: _passes(case.layer, *args), params, state, x, key)
+            finally:
+                sys.settrace(None)
     return {(str(Path(file).relative_to(PACKAGE)), number) for file, number in found}
 
 
@@ -234,9 +231,10 @@ def _passes(layer: fn.Layer, params: Any, state: Any, x: Any, key: Any) -> Any:
     dy = jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, y)
     pull = lambda contract: layer.bwd(params, residuals, dy, contract)
     with suppress(fn.InputError):  # an input without an axis of examples
-        for contract in (fn.total, fn.per_example):
-            jax.tree.map(contract, pull(fn.keep)[0], params, is_leaf=fn.is_factor)
-        return pull(fn.total), pull(fn.rows), pull(fn.per_example), pull(fn.squared_norm)
+        for method in ("total", "per_example", "squared_norm"):
+            asked = lambda factor, param, method=method: getattr(factor, method)(param)
+            jax.tree.map(asked, pull(fn.keep)[0], params, is_leaf=fn.is_factor)
+        return [pull(contract) for contract in (fn.total, fn.rows, fn.per_example, fn.squared_norm, fisher_diagonal)]
 
 
 def _nearest(mutant: Mutant, run: dict[str, set[tuple[str, int]]]) -> list[str]:
@@ -251,15 +249,48 @@ def judged(chosen: Sequence[Mutant], processes: int, progress: bool = False) -> 
     run = {name: lines_run(case) for name, case in OURS.cases.items()}
     names = [_nearest(mutant, run) for mutant in chosen]
     found = []
-    with (
-        TemporaryDirectory() as folder,
-        ProcessPoolExecutor(processes, get_context("spawn"), prepare, (folder,)) as pool,
-    ):
-        for mutant, word in zip(chosen, pool.map(verdict, chosen, names, chunksize=4), strict=True):
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as threads:
+        own = local()
+
+        def ask(mutant: Mutant, names: Sequence[str]) -> str:
+            own.judge = getattr(own, "judge", None) or Judge(folder)
+            return own.judge.ask(mutant, names)
+
+        for mutant, word in zip(chosen, threads.map(ask, chosen, names), strict=True):
             found.append((mutant, word))
+            if progress and word == SURVIVED and not explained(mutant):
+                print("survived", mutant, file=sys.stderr)
             if progress and not len(found) % 20:
                 print(f"{len(found)} of {len(chosen)}", file=sys.stderr, flush=True)
     return found
+
+
+class Judge:
+    """A process that judges one mutant after the other; one that takes too long is ended, for it may loop for ever."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self._start()
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self.here, there = context.Pipe()
+        self.process = context.Process(target=_judging, args=(self.folder, there), daemon=True)
+        self.process.start()
+
+    def ask(self, mutant: Mutant, names: Sequence[str]) -> str:
+        self.here.send((mutant, names))
+        if self.here.poll(LONGEST):
+            return self.here.recv()
+        self.process.kill()
+        self._start()
+        return RAISED
+
+
+def _judging(folder: str, there: Connection) -> None:
+    prepare(folder)
+    while True:
+        there.send(verdict(*there.recv()))
 
 
 def explained(mutant: Mutant) -> bool:

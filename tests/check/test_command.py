@@ -115,7 +115,7 @@ TWO = ["--arg", "f32[4,3]", "--arg", "f32[4,3]"]
 def test_what_is_right_holds(run, mine, words):
     status, out, _ = run(*words)
     assert status == 0
-    assert out.splitlines()[-1].startswith(("all ", "the one leaf holds "))
+    assert out.splitlines()[-1].startswith(("all ", "the one leaf holds"))
     assert "prints" not in out
 
 

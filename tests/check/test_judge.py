@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funcnet.check.judge import Leaf, blank, leaves_of, measure, mismatch, spacing, tolerance, wide
+from funcnet.check.judge import Leaf, as_float64, blank, leaves_of, measure, mismatch, spacing, tolerance
 
 S = jax.ShapeDtypeStruct
 EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -82,11 +82,11 @@ def test_honest_room_is_absolute_and_may_differ_by_element():
     """The worst element is the one with the most of its own room."""
     got, wanted = np.float32([2.5, 8.25]), np.float64([2, 8])
     assert measure("x", got, wanted, 0.125).index == (0,)
-    leaf = measure("x", got, wanted, 0.0625, honest=np.array([0.5, 0.0]))
+    leaf = measure("x", got, wanted, 0.0625, baseline_error=np.array([0.5, 0.0]))
     assert (leaf.index, leaf.allowed, leaf.relative) == ((0,), 0.125, 0.0625)
-    leaf = measure("x", got, wanted, 0.0078125, honest=np.array([0.5, 0.0]))
+    leaf = measure("x", got, wanted, 0.0078125, baseline_error=np.array([0.5, 0.0]))
     assert (leaf.index, leaf.allowed, leaf.within) == ((1,), 0.0078125, False)
-    assert measure("x", got, wanted, 0.0078125, honest=0.5).within
+    assert measure("x", got, wanted, 0.0078125, baseline_error=0.5).within
 
 
 def test_scalars_empty_and_complex_leaves_are_measured_too():
@@ -123,8 +123,8 @@ def test_wide_is_float64_or_complex128():
         ("int32", "float64"),
         ("complex64", "complex128"),
     ):
-        assert wide(np.ones(2, jnp.dtype(dtype))).dtype == wanted
-    assert wide(jnp.float32(0.1)) == np.float64(np.float32(0.1))
+        assert as_float64(np.ones(2, jnp.dtype(dtype))).dtype == wanted
+    assert as_float64(jnp.float32(0.1)) == np.float64(np.float32(0.1))
 
 
 def test_leaves_without_a_gradient_have_no_path():

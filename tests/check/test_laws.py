@@ -71,7 +71,7 @@ WRONG = {
     "per_example, in another order": (answering(fn.per_example, lambda g: g[::-1]), "the last of per_example at"),
     "per_example, summed": (
         answering(fn.per_example, lambda g: g.sum(0)),
-        "per_example gives float64[4, 2] for a leaf",
+        "per_example gives the gradient itself: let bwd return contract(factor, param)",
     ),
     "per_example, rounded": (
         answering(fn.per_example, lambda g: g.astype(jnp.float32)),
@@ -85,7 +85,10 @@ WRONG = {
         answering(fn.squared_norm, lambda n: n.astype(jnp.bfloat16)),
         "squared_norm gives bfloat16[3]",
     ),
-    "an error": (replace(DENSE, bwd=raising), "bwd raises ZeroDivisionError for other contractions than total"),
+    "an error": (
+        replace(DENSE, bwd=raising),
+        "bwd raises for other contractions than total: ZeroDivisionError: for this one (test_laws.py",
+    ),
     **{
         f"{refused.name} is refused": (
             refusing(refused),
@@ -232,3 +235,41 @@ def test_keys_are_compared_by_their_bits():
     assert laws._changed({"a": jnp.ones(2), "k": keys}, {"a": jnp.ones(2), "k": keys[::-1]}) == "['k']"
     assert laws._changed(jnp.float32(0), jnp.float32(-0.0)) is None
     assert laws._changed([jnp.ones(1), jnp.asarray(True)], [jnp.ones(1), jnp.asarray(False)]) == "[1]"
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, lambda layer: fn.mixed(layer, compute="bfloat16")])
+def test_a_rule_that_multiplies_dy_by_a_number_holds_in_bfloat16(wrap):
+    """NumPy makes float32 of a number times bfloat16: contractions are asked with JAX's arrays."""
+    inner = fn.dense(3)
+    bwd = lambda params, saved, dy, contract=fn.total: inner.bwd(params, saved, 2.0 * dy, contract)
+    doubled = replace(
+        inner,
+        apply=lambda *args: 2.0 * inner.apply(*args),
+        fwd=lambda *args: (2.0 * inner.fwd(*args)[0], *inner.fwd(*args)[1:]),
+        bwd=bwd,
+    )
+    layer = wrap(doubled)
+    dtype = "float32" if layer is not doubled else "bfloat16"
+    fn.check_layer(layer, "f32[4,2]", dtype=dtype, oracles=("laws",)).raise_for_failure()
+    params, state = layer.init(jax.random.key(0), jnp.ones((4, 2), dtype))
+    y, _, saved = layer.fwd(params, state, jnp.ones((4, 2), dtype), None)
+    if layer is not doubled:
+        assert layer.bwd(params, saved, np.ones(y.shape, "float32"))[1].shape == (4, 2)
+
+
+@pytest.mark.parametrize(("off", "holds"), [(0.0, True), (1e3, False)])
+def test_apply_may_be_off_by_what_rounding_makes_of_cancelling_terms(off, holds):
+    def forward(params, x):
+        a, b, c = x[:, :1], x[:, 1:2], x[:, 2:]
+        return (a + b) + c, x
+
+    def bwd(params, x, dy, contract):
+        return {}, jnp.concatenate([dy, dy, dy], axis=1)
+
+    def other(params, state, x):
+        return x[:, :1] + (x[:, 1:2] + x[:, 2:]) + off
+
+    layer = replace(fn.stateless("sum", lambda key, x: {}, forward, bwd), apply=other)
+    x = np.float32([[2, 3e8 + 32, -3e8], [1, 7e8, -7e8 - 64]])
+    report = fn.check_layer(layer, x, dtype="float32", oracles=("laws",))
+    assert [failure.kind for failure in report.failures] == ([] if holds else ["apply"])

@@ -1,12 +1,13 @@
 """The mistakes that a machine makes in funcnet's backward code; `python -m tests.check.mutations` judges them."""
 
 import ast
+from dataclasses import replace
 
 import pytest
 
 from tests.check.equivalent import CHOICES, EQUIVALENT
 from tests.check.mutate import backward
-from tests.check.mutations import FILES, PACKAGE, mutants
+from tests.check.mutations import FILES, PACKAGE, SURVIVED, mutants, verdict
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +17,28 @@ def everything():
 
 def test_every_bwd_and_what_only_it_calls_is_mutated():
     names = {file: {getattr(f, "name", "lambda") for f in functions} for file, functions in _backward().items()}
-    assert {"total", "_per_example", "squared_norm"} <= names["factors.py"]
+    assert {"total", "per_example", "squared_norm", "_by", "_table"} <= names["gradients/common_factors.py"]
     assert "bwd" in names["losses/cross_entropy.py"]
     assert "spread" in names["losses/entries.py"]
     assert {"df", "lambda", "_gelu_tanh_slope", "_one_where"} <= names["layers/activation.py"]
-    for file in ("layer.py", "combine.py", "transform.py", "layers/dense.py", "layers/norm.py", "layers/reshape.py"):
+    for file in (
+        "layer.py",
+        "combinators/serial.py",
+        "combinators/mixed.py",
+        "layers/dense.py",
+        "layers/norm.py",
+        "layers/reshape.py",
+    ):
         assert "bwd" in names[file]
     assert not {"fwd", "init", "apply"} & set().union(*names.values())
+
+
+def test_without_a_mistake_nothing_is_refused(everything):
+    """Else every mutant would be, whatever the checker sees."""
+    mutant = next(mutant for mutant in everything if mutant.file == "layers/dense.py")
+    unharmed = replace(mutant, source=(PACKAGE / mutant.file).read_text())
+    assert verdict(unharmed, ["dense"]) == SURVIVED
+    assert verdict(mutant, ["dense"]) != SURVIVED
 
 
 def _backward():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import funcnet as fn
+from funcnet._internal.expect import InputError
 from funcnet.check.named import again, arguments, function_or_layer, named, nearest
-from funcnet.expect import InputError
 
 LAYER = fn.dense(2)
 

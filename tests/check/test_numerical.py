@@ -145,6 +145,19 @@ def test_a_step_is_small_beside_every_value():
     assert Numerical(point_of(jnp.sin, np.float32([np.inf]))).scale("[0]").tolist() == [0]
 
 
+def test_steps_are_exact_so_that_a_narrow_function_far_from_zero_has_its_slope():
+    """Rounded, they left it off by 2e-8, which looked like a mistake of the rule."""
+    x = np.array([101325.1, -3e5, 2.0**17 + 2.0**-35, 2.0**18 - 2.0**10])
+    finder = Numerical(point_of(lambda x: x, x, x64=True))
+    v = finder.direction("[0]")
+    for step in np.outer([*STEPS[6:], *-STEPS[6:]], v):  # the others may reach the next power of two
+        assert [Fraction(a) for a in x + step] == [Fraction(a) + Fraction(b) for a, b in zip(x, step, strict=True)]
+    x = np.array([0.0, 5e-324, 1e-300, 1.0, 1e300, np.inf])
+    v = Numerical(point_of(lambda x: x, x, x64=True)).direction("[0]")
+    assert np.isfinite(v).all()
+    assert (v != 0).tolist() == [True] * 5 + [False]
+
+
 def test_kinks_are_found_by_halving_among_the_candidates():
     x = np.float32(np.arange(20) % 7 - 3)  # 0 at 3, 10 and 17
     finder = Numerical(point_of(jax.nn.relu, x.reshape(4, 5)))
@@ -257,3 +270,17 @@ def test_many_kinks_do_not_hide_a_mistake_elsewhere(factor, ok):
 def test_a_gradient_that_is_not_finite_is_wrong_where_the_function_has_slopes():
     report = fn.check_vjp(jnp.linalg.norm, np.zeros(3, np.float32), oracles=("numerical",), shrink=False)
     assert [failure.kind for failure in report.failures] == ["not finite"]
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(3.0, True), (6.0, False)])
+def test_values_whose_squares_overflow_are_judged(factor, ok):
+    rule = ruled(lambda x: 3 * x, lambda x: (3 * x, None), lambda saved, dy: (factor * dy,))
+    x = np.random.default_rng(0).normal(size=4) * 1e160
+    assert fn.check_vjp(rule, x, x64=True, oracles=("numerical",)).ok == ok
+
+
+def test_a_slope_of_unknown_error_is_no_verdict():
+    steps = lambda x: jnp.floor(x * 1e5) / 1e5
+    rule = ruled(steps, lambda x: (steps(x), None), lambda saved, dy: (-100 * dy,))
+    report = fn.check_vjp(rule, np.array([0.3, 1.7, 2.2]), x64=True, oracles=("numerical",))
+    assert "ok" not in [leaf.verdicts["numerical"] for leaf in report.leaves]

@@ -112,8 +112,8 @@ def test_a_rule_is_replaced_wherever_it_stands(place, rule):
     assert not program.stuck
     wanted = jax.tree.leaves(PLACES[place](jnp.sin)(X))
     with jax.enable_x64(True):
-        wide = jax.tree.leaves(program(X, wide=True))
-    for a, b, c in zip(jax.tree.leaves(program(X, wide=False)), wide, wanted, strict=True):
+        wide = jax.tree.leaves(program(X, double=True))
+    for a, b, c in zip(jax.tree.leaves(program(X, double=False)), wide, wanted, strict=True):
         assert (a.dtype, b.dtype) == (c.dtype, jnp.float64)
         np.testing.assert_allclose(a, c, rtol=1e-6)
         np.testing.assert_allclose(b, c, rtol=1e-5)
@@ -307,7 +307,7 @@ def test_precision_of_a_product():
     program = trace(f, *(jnp.ones((2, 2), jnp.bfloat16) for _ in range(2)))
     a = 1 + np.arange(4.0).reshape(2, 2) * 1e-9
     with jax.enable_x64(True):
-        np.testing.assert_allclose(program(a, a, wide=True), a @ a, rtol=1e-15)
+        np.testing.assert_allclose(program(a, a, double=True), a @ a, rtol=1e-15)
 
 
 def test_what_is_taken_from_bits_is_known_to_be_narrow():

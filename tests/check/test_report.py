@@ -69,14 +69,14 @@ def test_what_is_wrong_beside_the_leaves_is_in_the_summary():
     ("leaves", "oracles", "words"),
     [
         ((), (), "nothing was compared: there is no gradient"),
-        ((), ("autodiff", "laws"), "there is no gradient; the rest holds before laws"),
+        ((), ("autodiff", "laws"), "there is no gradient; the rest holds, judged by laws"),
         ([{}], (), "the one leaf holds"),
         ([{}, {}], (), "all 2 leaves hold"),
-        ([{"autodiff": "ok"}], ("autodiff", "residuals"), "the one leaf holds before autodiff, residuals"),
+        ([{"autodiff": "ok"}], ("autodiff", "residuals"), "the one leaf holds, judged by autodiff, residuals"),
         (
             [{"autodiff": "-", "algebra": "ok"}, {"autodiff": "-", "algebra": "-"}],
             ("autodiff", "algebra"),
-            "all 2 leaves hold before algebra",
+            "all 2 leaves hold, judged by algebra",
         ),
         ([{"autodiff": "-"}], ("autodiff",), "nothing was compared: no oracle could tell"),
     ],

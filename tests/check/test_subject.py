@@ -7,7 +7,7 @@ import pytest
 
 import funcnet as fn
 from funcnet.check.judge import tolerance
-from funcnet.check.subject import host, laid
+from funcnet.check.subject import host, sharded_like
 from tests.check.points import layer_point, point_of, ruled
 
 X = np.float32([0.5, -1.0, 2.0])
@@ -91,7 +91,7 @@ def test_without_reverse_mode_the_rule_measures_itself_and_a_note_says_so():
     point = point_of(ruled(root, lambda a: (root(a), root(a)), lambda y, dy: (dy / (2 * y),)), np.float32([2, 3]))
     assert not point.reverses
     np.testing.assert_array_equal(point.references[0]["[0]"], point.rule[0]["[0]"].astype(float))
-    assert point.honest["[0]"].tolist() == [0, 0]
+    assert point.baseline_error["[0]"].tolist() == [0, 0]
     assert any("reverse mode does not go through" in note for note in point.notes)
 
 
@@ -116,19 +116,19 @@ def test_a_gradient_that_cancels_is_known_less_well_by_what_the_program_loses():
     """1 - cos x, squared: near 0 it has lost three digits or four of the seven of float32."""
     x = np.float32([0.011, -0.017, 0.023])
     exact, poor = point_of(jnp.square, x), point_of(lambda x: jnp.square(1 - jnp.cos(x)), x)
-    share = lambda point: point.honest["[0]"].max() / np.abs(point.references[0]["[0]"]).max()
+    share = lambda point: point.baseline_error["[0]"].max() / np.abs(point.references[0]["[0]"]).max()
     assert share(exact) < 1e-5
     assert 1e-4 < share(poor) < 1e-1
     first, second = poor.rooms("[0]")
     np.testing.assert_array_equal(second - first > 0, [True] * 3)
     wanted = poor.references[0]["[0]"]
-    assert poor.measured("[0]", (wanted + poor.honest["[0]"] / 2).astype(np.float32), wanted).within
-    assert not poor.measured("[0]", (wanted + 2 * poor.honest["[0]"]).astype(np.float32), wanted).within
+    assert poor.measured("[0]", (wanted + poor.baseline_error["[0]"] / 2).astype(np.float32), wanted).within
+    assert not poor.measured("[0]", (wanted + 2 * poor.baseline_error["[0]"]).astype(np.float32), wanted).within
 
 
 def test_where_nothing_is_rounded_nothing_is_lost():
     """The gradient of -x is -dy, whatever x is."""
-    assert point_of(lambda x: -x, X).honest["[0]"].tolist() == [0, 0, 0]
+    assert point_of(lambda x: -x, X).baseline_error["[0]"].tolist() == [0, 0, 0]
 
 
 def test_what_a_leaf_may_be_off_is_pooled_but_for_elements_moved_over_a_kink():
@@ -142,5 +142,5 @@ def test_what_a_leaf_may_be_off_is_pooled_but_for_elements_moved_over_a_kink():
 
 def test_without_a_mesh_values_stay_as_they_are():
     assert type(host({"a": jnp.ones(2)})["a"]) is np.ndarray
-    assert laid(X, jnp.ones(3)) is X
-    assert laid(X, None) is X
+    assert sharded_like(X, jnp.ones(3)) is X
+    assert sharded_like(X, None) is X

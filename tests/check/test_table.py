@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from funcnet._internal.expect import InputError
 from funcnet.check import table
 from funcnet.check.judge import Leaf
 from funcnet.check.report import Failure, Report
 from funcnet.check.spec import parse
 from funcnet.check.table import Check, Outcome, run, selected
-from funcnet.expect import InputError
 
 RIGHT = Leaf("x", (2,), "float32", 1.0, 1e-8, 1e-8, 1e-6, verdicts={"autodiff": "ok"})
 NEAR = Leaf("params['w']", (2,), "float32", 1.0, 9e-7, 9e-7, 1e-6, verdicts={"autodiff": "ok"})

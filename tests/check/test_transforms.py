@@ -78,7 +78,7 @@ def has_a_batch(case):
 
 WITHOUT_A_BATCH = {
     *("dense/rank 1", "embedding/one id", "position_embedding/no batch", "layer_norm/rank 1", "rms_norm/rank 1"),
-    *("mlp/activation", "glu/rank 1", "prelu/rank 1", "cross_entropy/one example"),
+    *("mlp/activation", "glu/rank 1", "prelu/rank 1", "cross_entropy/one example", "bilinear/rank 1, no bias"),
     "linear_cross_entropy/one position",
 }
 FIRST = {case.name.split("/")[0]: case for case in reversed(CASES)}  # of each rule

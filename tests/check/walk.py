@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcnet._internal.casting import cast
+from funcnet._internal.expect import is_floating
 from funcnet.check.cases import Case
 from funcnet.check.spec import Spec, drawn, specs
 from funcnet.check.subject import quickly
-from funcnet.expect import is_floating
-from funcnet.transform import cast
 
 Tree = Any
 KEY = jax.random.key(3)

@@ -31,7 +31,7 @@ SERIAL = Right(
     ({"dense": DENSE.args[0], "tanh": {}}, "f32[5,4]"),
     options={"state": {"dense": (), "tanh": ()}},
 )
-CROSS_ENTROPY = Right("cross_entropy", fn.cross_entropy(0.1), None, ({}, ("f32[4,5]", "i32[4]<5")))
+CROSS_ENTROPY = Right("cross_entropy", fn.cross_entropy(label_smoothing=0.1), None, ({}, ("f32[4,5]", "i32[4]<5")))
 MSE = Right("mse", fn.mse(), None, ({}, ("f32[4,3]", "f32[4,3]")))
 HUBER = Right("huber", fn.huber(0.5), None, ({}, ("f32[4,3]", "f32[4,3]")))
 BINARY = Right("binary_cross_entropy", fn.binary_cross_entropy(), None, ({}, ("f32[4,3]", "f32[4,3]>0<1")))

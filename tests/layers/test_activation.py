@@ -208,7 +208,7 @@ def test_every_number_of_half_precision_has_its_value_and_its_slope(name, dtype)
 def test_gelus_tail_in_half_precision_is_mpmaths(approximate):
     """Near -4, where the half of a rounded 1 + erf is 0: another reference than SciPy's."""
     x = np.linspace(-12, 0, 40).astype(jnp.bfloat16)
-    layer = fn.gelu(approximate)
+    layer = fn.gelu(approximate=approximate)
     y, _, saved = layer.fwd({}, (), x, None)
     dx = layer.bwd({}, saved, jnp.ones_like(y))[1]
     scale = mpmath.sqrt(2 / mpmath.pi)

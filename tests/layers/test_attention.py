@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
-from funcnet.layers.attention import Scores
+from funcnet.layers.attention_tiles import Scores
 
 KEY = jax.random.key(0)
 B, T, S, D, C, H, K, HEAD = 2, 7, 5, 8, 6, 4, 2, 4
@@ -348,7 +348,7 @@ def test_the_layer_is_pytorchs_multihead_attention(x64):
 @pytest.mark.parametrize(("window", "sizes"), [(None, None), (3, (2, 0))])
 def test_output_and_gradients_are_those_of_jaxs_own_attention(window, sizes):
     x, options = jnp.asarray(np.random.default_rng(0).normal(size=(B, 40, D)), jnp.float32), {"window": window}
-    layer = fn.attention(H, K, causal=True, block=16, **options)
+    layer = fn.attention(H, kv_heads=K, causal=True, block=16, **options)
     params = layer.init(KEY, x)[0]
 
     def theirs(params, x):
@@ -408,7 +408,7 @@ def test_a_row_that_sees_nothing_gives_the_bias_of_out_and_no_gradient(block):
 
 @pytest.mark.parametrize("block", [None, 3])
 def test_padding_has_no_influence_and_no_gradient(block):
-    layer = fn.attention(H, K, block=block)
+    layer = fn.attention(H, kv_heads=K, block=block)
     x = np.random.default_rng(0).normal(size=(B, S, D)).astype(np.float32)
     params = layer.init(KEY, x)[0]
     padding = (np.arange(S)[None] >= LENGTHS[:, None])[..., None]
@@ -452,7 +452,7 @@ def test_what_rate_drops_is_its_share():
     [
         fn.repeat(fn.skip(fn.attention(2, causal=True, block=2)), 2),
         fn.remat(fn.attention(2, rotary=True)),
-        fn.serial(fn.attention(2, 1), fn.mixed(fn.attention(2, block=3), "float64", "float64", "float64")),
+        fn.serial(fn.attention(2, kv_heads=1), fn.mixed(fn.attention(2, block=3), "float64", "float64", "float64")),
     ],
     ids=["repeat", "remat", "serial, mixed"],
 )
@@ -498,7 +498,10 @@ def test_in_half_precision_scores_that_move_together_have_no_gradient(block, x64
 
 
 def test_residuals_are_linear_in_the_positions_and_init_reads_sizes_off_the_input():
-    layer, (x, context) = fn.attention(4, 2, 3, features=5), (jnp.ones((B, T, D)), jnp.ones((B, S, C)))
+    layer, (x, context) = (
+        fn.attention(4, kv_heads=2, head_dim=3, features=5),
+        (jnp.ones((B, T, D)), jnp.ones((B, S, C))),
+    )
     inputs = {"x": x, "context": context}
     init = lambda inputs: jax.eval_shape(layer.init, KEY, inputs)
     params, state = init(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), inputs))

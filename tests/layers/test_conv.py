@@ -193,7 +193,7 @@ def test_nan_spoils_the_windows_that_see_it():
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(fn.InputError, match=message):
-        fn.conv(*options)
+        fn.conv(*options[:4], **dict(zip(("dilation", "groups"), options[4:], strict=False)))
 
 
 PARAMS = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}

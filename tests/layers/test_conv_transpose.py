@@ -73,7 +73,7 @@ def test_it_is_pytorchs_with_the_kernel_flipped(axes, dtype, x64):
     torch = pytest.importorskip("torch")
     window, pad, more = 4, 1, 1
     span = (window - 1) * 2 + 1
-    layer = fn.conv_transpose(3, window, 2, ((span - 1 - pad, span - 1 - pad + more),) * axes, 2)
+    layer = fn.conv_transpose(3, window, 2, ((span - 1 - pad, span - 1 - pad + more),) * axes, dilation=2)
     draw = lambda *shape: RNG.normal(size=shape).astype(dtype)
     x, weight, bias = draw(2, *(3,) * axes, 2), draw(2, 3, *(window,) * axes), draw(3)
     kernel = np.moveaxis(np.flip(weight, range(2, 2 + axes)), (0, 1), (-2, -1))

@@ -45,7 +45,7 @@ def test_the_output_is_numpys(name, shape, x64):
     x, params = RNG.normal(size=shape), params_of(name, shape[-1])
     for eps in (1e-6, 0.3):
         np.testing.assert_allclose(
-            NORMS[name](eps).apply(params, (), x), reference(name, x, eps=eps, **params), rtol=1e-11, atol=1e-12
+            NORMS[name](eps=eps).apply(params, (), x), reference(name, x, eps=eps, **params), rtol=1e-11, atol=1e-12
         )
 
 
@@ -63,7 +63,7 @@ def test_rows_come_out_with_mean_0_or_as_they_are_and_size_1(name):
 @BOTH
 def test_scaling_the_input_does_not_change_the_output_nor_moving_it_that_of_layer_norm(name, x64):
     x, params = RNG.normal(size=(3, 5)), params_of(name, 5)
-    apply = lambda x: NORMS[name](1e-12).apply(params, (), x)
+    apply = lambda x: NORMS[name](eps=1e-12).apply(params, (), x)
     np.testing.assert_allclose(apply(1e3 * x), apply(x), rtol=1e-9)
     moved = np.abs(apply(x + 7) - apply(x)).max()
     assert moved < 1e-9 if name == "layer_norm" else moved > 0.1
@@ -117,7 +117,7 @@ def test_a_constant_row_gives_x_hat_0_and_finite_gradients(features):
 def test_of_rows_of_extreme_sizes_gradients_are_exact(name, dtype, size, eps):
     x = jnp.asarray(size * np.array([[1, -2, 3, 0.5], [4, -1, 0, 1]]), dtype)
     dy = jnp.asarray([[1, 0.5, -1, 2], [0.25, 1, -0.5, 1]], dtype)
-    dx = pull(NORMS[name](eps), ones(name, 4, dtype), x, dy)[-1]
+    dx = pull(NORMS[name](eps=eps), ones(name, 4, dtype), x, dy)[-1]
     mean = lambda a: a.mean(-1, keepdims=True)
     high, g = (np.asarray(a, np.float64) for a in (x, dy))
     high, g = (a - mean(a) if name == "layer_norm" else a for a in (high, g))
@@ -131,7 +131,7 @@ FIVE = {
     "layer_norm": fn.layer_norm,
     "rms_norm": fn.rms_norm,
     "batch_norm": lambda eps=1e-6: fn.batch_norm(eps=eps),
-    "group_norm": lambda eps=1e-6: fn.group_norm(2, eps),
+    "group_norm": lambda eps=1e-6: fn.group_norm(2, eps=eps),
     "instance_norm": fn.instance_norm,
 }
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
@@ -255,7 +255,7 @@ def test_numbers_that_are_not_finite_spoil_their_own_row_alone():
 def test_a_number_of_numpy_or_jax_as_an_option_changes_no_dtype(number, wide):
     with jax.enable_x64(wide):
         eps, momentum = number(0.25), number(0.75)
-        for layer in (*[make(eps) for make in FIVE.values()], fn.batch_norm(momentum, eps)):
+        for layer in (*[make(eps=eps) for make in FIVE.values()], fn.batch_norm(momentum=momentum, eps=eps)):
             for dtype in DTYPES[not wide :]:
 
                 def all_of(x, layer=layer):
@@ -272,7 +272,7 @@ def test_a_number_of_numpy_or_jax_as_an_option_changes_no_dtype(number, wide):
 @pytest.mark.parametrize("name", FIVE)
 def test_an_eps_that_is_no_positive_number_is_refused(name, eps):
     with pytest.raises(fn.InputError, match="eps"):
-        FIVE[name](eps)
+        FIVE[name](eps=eps)
 
 
 def test_rms_norm_of_a_zero_row_is_0_with_finite_gradients():
@@ -337,7 +337,7 @@ def test_half_precision_parameter_gradients_are_summed_in_float32(name, dtype):
 @pytest.mark.parametrize("eps", [0.0, -1e-6, float("nan")])
 def test_an_eps_that_is_not_positive_is_refused(name, eps):
     with pytest.raises(fn.InputError, match="eps as a number" if np.isnan(eps) else "positive eps"):
-        NORMS[name](eps)
+        NORMS[name](eps=eps)
 
 
 @BOTH
@@ -384,12 +384,12 @@ def test_of_a_gradient_that_cancels_rounding_alone_is_lost_not_the_error_of_rstd
     rng, eps = np.random.default_rng(3), 1e-6
     x, dy = (np.float32(a).astype(np.float64) for a in (rng.uniform(0.5, 2, (4000, 1)), rng.normal(size=(4000, 1))))
     exact, scale = dy * eps * (x**2 + eps) ** -1.5, np.abs(dy) * (x**2 + eps) ** -0.5
-    assert rounding(fn.rms_norm(eps), x, dy, exact, scale) < 0.55
+    assert rounding(fn.rms_norm(eps=eps), x, dy, exact, scale) < 0.55
     half, shift, pair = x, rng.normal(size=(4000, 1)), np.float32(rng.normal(size=(4000, 2))).astype(np.float64)
     x = np.float32(np.concatenate([shift + half, shift - half], axis=1)).astype(np.float64)
     var, apart = np.square(x[:, :1] - x[:, 1:]) / 4, (pair[:, :1] - pair[:, 1:]) / 2
     exact = np.concatenate([apart, -apart], axis=1) * eps * (var + eps) ** -1.5
     scale = np.abs(pair).max(axis=1, keepdims=True) * (var + eps) ** -0.5
-    assert rounding(fn.layer_norm(eps), x, pair, exact, scale) < 0.4
+    assert rounding(fn.layer_norm(eps=eps), x, pair, exact, scale) < 0.4
     grouped = (a[:, None] for a in (x, pair, exact, scale))
-    assert rounding(fn.group_norm(1, eps), *grouped) < 0.42
+    assert rounding(fn.group_norm(1, eps=eps), *grouped) < 0.42

@@ -28,7 +28,7 @@ def ones(dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    ("layer", "size"), [(fn.group_norm(1, 0.2), 6), (fn.group_norm(3), 2), (fn.instance_norm(), 1)]
+    ("layer", "size"), [(fn.group_norm(1, eps=0.2), 6), (fn.group_norm(3), 2), (fn.instance_norm(), 1)]
 )
 def test_the_output_is_numpys(layer, size, x64):
     groups = np.split(X, 6 // size, axis=-1)
@@ -96,7 +96,7 @@ def test_inputs_that_do_not_fit_are_refused(layer, x, message):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: fn.group_norm(0), lambda: fn.group_norm(2, 0.0), lambda: fn.instance_norm(-1)]
+    "make", [lambda: fn.group_norm(0), lambda: fn.group_norm(2, eps=0.0), lambda: fn.instance_norm(eps=-1)]
 )
 def test_options_that_do_not_fit_are_refused(make):
     with pytest.raises(fn.InputError, match=r"positive"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
-from funcnet.arithmetic import wide
+from funcnet._internal.numerics import sum_dtype
 from tests.trees import normal
 
 KEY = jax.random.key(0)
@@ -46,8 +46,8 @@ REALS = {
     "batch_norm momentum": (lambda n: fn.batch_norm(momentum=n), 0.25, (2, 4)),
     "residual_block eps": (lambda n: fn.residual_block(2, eps=n), 0.25, (1, 3, 2)),
     "residual_block momentum": (lambda n: fn.residual_block(2, momentum=n), 0.25, (1, 3, 2)),
-    "cross_entropy label_smoothing": (fn.cross_entropy, 0.25, PAIR),
-    "binary_cross_entropy pos_weight": (fn.binary_cross_entropy, 0.25, PAIR),
+    "cross_entropy label_smoothing": (lambda n: fn.cross_entropy(label_smoothing=n), 0.25, PAIR),
+    "binary_cross_entropy pos_weight": (lambda n: fn.binary_cross_entropy(pos_weight=n), 0.25, PAIR),
     "focal gamma": (fn.focal, 2.0, PAIR),
     "focal alpha": (lambda n: fn.focal(alpha=n), 0.25, PAIR),
     "huber delta": (fn.huber, 0.25, PAIR),
@@ -62,16 +62,16 @@ WHOLES = {
     "concat axis": (lambda n: fn.serial(fn.branch(fn.relu(), fn.tanh()), fn.concat(n)), 1, (2, 3)),
     "reshape shape": (lambda n: fn.reshape(n, 3), 2, (2, 6)),
     "max_pool window": (lambda n: fn.max_pool(n, n, n // n), 2, (1, 5, 2)),
-    "avg_pool window": (lambda n: fn.avg_pool((n,), (n,), ((n // n, 0),), False), 2, (1, 5, 2)),
-    "conv": (lambda n: fn.conv(n, n, n, n, n, n), 2, (1, 5, 4)),
+    "avg_pool window": (lambda n: fn.avg_pool((n,), (n,), ((n // n, 0),), count_include_pad=False), 2, (1, 5, 2)),
+    "conv": (lambda n: fn.conv(n, n, n, n, dilation=n, groups=n), 2, (1, 5, 4)),
     "depthwise_conv": (lambda n: fn.depthwise_conv(n, n, n, multiplier=n), 2, (1, 5, 2)),
-    "conv_transpose": (lambda n: fn.conv_transpose(n, n, n, n // n, n), 2, (1, 5, 2)),
+    "conv_transpose": (lambda n: fn.conv_transpose(n, n, n, n // n, dilation=n), 2, (1, 5, 2)),
     "separable_conv": (lambda n: fn.separable_conv(n, n, n), 2, (1, 5, 2)),
     "residual_block": (lambda n: fn.residual_block(n), 2, (1, 3, 2)),
     "position_embedding length": (fn.position_embedding, 4, (1, 3, 2)),
-    "attention sizes": (lambda n: fn.attention(n, n, n, window=n, features=n, block=n), 2, (1, 3, 2)),
+    "attention sizes": (lambda n: fn.attention(n, kv_heads=n, head_dim=n, window=n, features=n, block=n), 2, (1, 3, 2)),
     "mlp features": (lambda n: fn.mlp(n, n), 2, (2, 3)),
-    "transformer_block sizes": (lambda n: fn.transformer_block(n, n, n, window=n), 2, (1, 3, 2)),
+    "transformer_block sizes": (lambda n: fn.transformer_block(n, n, hidden=n, window=n), 2, (1, 3, 2)),
     "rnn features": (fn.rnn, 2, (1, 3, 2)),
     "gru features": (fn.gru, 2, (1, 3, 2)),
     "lstm features": (fn.lstm, 2, (1, 3, 2)),
@@ -121,7 +121,7 @@ def test_a_number_is_taken_as_pythons_whoever_made_it(option, x64):
             params, state, y, after, dparams, dx = dtypes
             assert (params, state) == (dparams, after)
             assert set(jax.tree.leaves(dx)) == {dtype}
-            assert y == (str(wide(jnp.dtype(dtype))) if isinstance(shape, list) else dtype)
+            assert y == (str(sum_dtype(jnp.dtype(dtype))) if isinstance(shape, list) else dtype)
             for kind in NUMBERS[option]:
                 assert traced(make(kind(value)), shape, dtype) == (texts, dtypes), kind
 
@@ -183,3 +183,47 @@ def test_every_option_that_is_a_number_is_in_the_tables():
             found |= {f"{name} {option.name}" for option in options if option.annotation is float}
     listed = {option for option in found if "class_weights" in option} | {"rotary base"}
     assert found - listed <= set(REALS) | {"transformer_block attention_rate"}
+
+
+NEEDED = {  # what a constructor with flags wants beside them
+    **dict.fromkeys(["dense", "bilinear", "depthwise_conv", "rnn", "gru", "lstm", "residual_block"], (3,)),
+    **dict.fromkeys(["conv", "conv_transpose", "separable_conv", "mlp"], (3, 3)),
+    **dict.fromkeys(["batch_norm", "gelu", "geglu", "ctc"], ()),
+    "avg_pool": (2,),
+    "attention": (2,),
+    "transformer_block": (4, 2),
+    "linear_cross_entropy": (5,),
+}
+NO_CONSTRUCTORS = {"check_layer", "check_vjp", "fit", "train_step"}
+FLAGS = {
+    f"{name} {option.name}": lambda flag, name=name, option=option: getattr(fn, name)(
+        *NEEDED[name], **{option.name: flag}
+    )
+    for name in sorted({*fn.__all__} - NO_CONSTRUCTORS)
+    if inspect.isfunction(getattr(fn, name))
+    for option in inspect.signature(getattr(fn, name)).parameters.values()
+    if isinstance(option.default, bool) or (name, option.name) == ("residual_block", "project")
+}
+
+
+@pytest.mark.parametrize("given", ["relu", 1, 0.0, np.True_], ids=repr)
+@pytest.mark.parametrize("make", FLAGS.values(), ids=FLAGS)
+def test_a_flag_is_true_or_false(make, given):
+    with pytest.raises(fn.InputError, match="True or False"):
+        make(given)
+    for flag in (True, False):
+        make(flag)
+
+
+def test_options_that_a_slip_could_reach_go_by_name():
+    for make in (
+        lambda: fn.dense(8, "relu"),
+        lambda: fn.attention(2, True),
+        lambda: fn.batch_norm(0.9),
+        lambda: fn.gelu(True),
+        lambda: fn.conv(3, 3, 1, "SAME", 2),
+        lambda: fn.cross_entropy(0.1),
+        lambda: fn.layer_norm(1e-5),
+    ):
+        with pytest.raises(TypeError, match="positional argument"):
+            make()

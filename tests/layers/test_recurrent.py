@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
-from funcnet.transform import cast
+from funcnet._internal.casting import cast
 
 S = jax.ShapeDtypeStruct
 KEY = jax.random.key(0)

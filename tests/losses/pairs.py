@@ -17,7 +17,7 @@ LABELS = np.array([0, 4, 2, 2, 1, 3])
 SIGNS = np.sign(LOGITS + RNG.normal(size=(6, 5)))
 LOG_P = scipy.special.log_softmax(LOGITS, axis=-1)
 Z = jnp.float32(LOGITS)
-CROSS_ENTROPY, SMOOTHED, BINARY = fn.cross_entropy(), fn.cross_entropy(0.1), fn.binary_cross_entropy()
+CROSS_ENTROPY, SMOOTHED, BINARY = fn.cross_entropy(), fn.cross_entropy(label_smoothing=0.1), fn.binary_cross_entropy()
 REGRESSIONS = [fn.mse(), fn.mae(), fn.huber()]
 OTHERS = [fn.focal(), fn.hinge(), fn.kl_divergence(), fn.cosine()]
 

@@ -29,8 +29,11 @@ def focal_by_mpmath(gamma, alpha):
 
 
 FORMULAS = {
-    **{f"weight {w}": (fn.binary_cross_entropy(w), binary_by_mpmath(1 if w is None else w)) for w in (None, 0, 0.3, 5)},
-    **{f"gamma {g}, alpha {a}": (fn.focal(g, a), focal_by_mpmath(g, a)) for g in GAMMAS for a in ALPHAS},
+    **{
+        f"weight {w}": (fn.binary_cross_entropy(pos_weight=w), binary_by_mpmath(1 if w is None else w))
+        for w in (None, 0, 0.3, 5)
+    },
+    **{f"gamma {g}, alpha {a}": (fn.focal(g, alpha=a), focal_by_mpmath(g, a)) for g in GAMMAS for a in ALPHAS},
 }
 
 
@@ -88,7 +91,7 @@ def test_the_largest_finite_logits_are_finite_or_overflow_as_the_formula_does(na
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 @pytest.mark.parametrize("z", [0.0, -0.0, 1.5, -1.5])
 def test_second_derivatives_are_right_at_0_too(z, weight):
-    slopes = lambda z: pull.__wrapped__(fn.binary_cross_entropy(weight), z, jnp.array([0.25]))[1:]
+    slopes = lambda z: pull.__wrapped__(fn.binary_cross_entropy(pos_weight=weight), z, jnp.array([0.25]))[1:]
     _, (ddz, ddt) = jax.jvp(slopes, (jnp.array([z]),), (jnp.array([1.0]),))
     s = scipy.special.expit(z)
     np.testing.assert_allclose(ddz, [(0.75 + weight * 0.25) * s * (1 - s)], rtol=1e-6)
@@ -114,7 +117,7 @@ def test_pos_weight_is_that_of_pytorch(weight, kind, masked, x64):
     wanted.backward(torch.tensor(dy))
     target = SHARES[kind]
     values, dz, dt = pull(
-        fn.binary_cross_entropy(weight), MANY, {"target": target, "mask": mask} if masked else target, dy
+        fn.binary_cross_entropy(pos_weight=weight), MANY, {"target": target, "mask": mask} if masked else target, dy
     )
     for got, theirs in ((values, wanted.detach()), (dz, z.grad), (dt["target"] if masked else dt, t.grad)):
         np.testing.assert_allclose(got, theirs.numpy(), rtol=1e-11, atol=1e-14)
@@ -125,7 +128,7 @@ def test_pos_weight_of_one_is_no_weight_and_integers_are_targets_too():
     for weight in (1, [1] * 5, (1.0,) * 5, np.ones(5), np.ones(5, np.int32), jnp.ones(5, jnp.bfloat16)):
         jax.tree.map(
             np.testing.assert_array_equal,
-            pull(fn.binary_cross_entropy(weight), jnp.float32(MANY), t),
+            pull(fn.binary_cross_entropy(pos_weight=weight), jnp.float32(MANY), t),
             pull(BINARY, jnp.float32(MANY), t),
         )
 
@@ -147,17 +150,17 @@ def test_pos_weight_of_one_is_no_weight_and_integers_are_targets_too():
 )
 def test_a_pos_weight_that_is_none_is_refused(weight, message):
     with pytest.raises(fn.InputError, match=message):
-        fn.binary_cross_entropy(weight)
+        fn.binary_cross_entropy(pos_weight=weight)
 
 
 def test_a_traced_pos_weight_is_refused():
     with pytest.raises(fn.InputError, match="not traced"):
-        jax.eval_shape(lambda w: value(fn.binary_cross_entropy(w), Z, jnp.float32(SOFT)), jnp.ones(5))
+        jax.eval_shape(lambda w: value(fn.binary_cross_entropy(pos_weight=w), Z, jnp.float32(SOFT)), jnp.ones(5))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 1), (5,), (6, 5, 1)])
 def test_logits_that_do_not_fit_the_pos_weight_are_refused(shape):
-    refused(fn.binary_cross_entropy(np.ones(5)), jnp.ones(shape), jnp.ones(shape), "for a pos_weight")
+    refused(fn.binary_cross_entropy(pos_weight=np.ones(5)), jnp.ones(shape), jnp.ones(shape), "for a pos_weight")
 
 
 @pytest.mark.parametrize("z", [0.0, 1e4, -1e4, 1e38, -1e38])

@@ -179,7 +179,7 @@ def test_zero_infinity_is_that_of_pytorch(x64):
 def test_a_blank_of_any_integer_kind(blank):
     target = {"labels": np.array([[0, 0]]), "label_lengths": np.array([2]), "logit_lengths": np.array([4])}
     pair = np.float32(LOGITS[:1, :4, :3]), target
-    np.testing.assert_array_equal(fn.ctc(blank).apply({}, (), pair), fn.ctc(2).apply({}, (), pair))
+    np.testing.assert_array_equal(fn.ctc(blank=blank).apply({}, (), pair), fn.ctc(blank=2).apply({}, (), pair))
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ def test_logits_and_targets_that_do_not_fit_are_refused(logits, target, message)
 @pytest.mark.parametrize("blank", [-1, 1.0, True, None])
 def test_a_blank_that_is_no_class_is_refused(blank):
     with pytest.raises(fn.InputError, match="blank"):
-        fn.ctc(blank)
+        fn.ctc(blank=blank)
     with pytest.raises(fn.InputError, match="a class 5"):
-        fn.ctc(5).check(LOGITS, TARGET)
+        fn.ctc(blank=5).check(LOGITS, TARGET)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

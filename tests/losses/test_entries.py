@@ -45,7 +45,7 @@ ENTRIES = {
         lambda z, t: (expit(z) - t, -z),
     ),
     "binary_cross_entropy, weighted": (
-        fn.binary_cross_entropy(WEIGHT),
+        fn.binary_cross_entropy(pos_weight=WEIGHT),
         lambda z, t: WEIGHT * t * softplus(-z) + (1 - t) * softplus(z),
         lambda z, t: ((1 - t) * expit(z) - WEIGHT * t * expit(-z), WEIGHT * softplus(-z) - softplus(z)),
     ),
@@ -201,7 +201,7 @@ def test_an_objective_takes_the_mean_over_the_examples_that_have_entries(name):
 
 
 def test_a_training_step_and_evaluate_walk_masked_targets():
-    objective = fn.objective(fn.dense(4), fn.binary_cross_entropy(WEIGHT))
+    objective = fn.objective(fn.dense(4), fn.binary_cross_entropy(pos_weight=WEIGHT))
     batch = X, masked(np.float32(T))
     train_state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), batch)
     params, state = train_state.params, train_state.state

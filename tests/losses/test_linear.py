@@ -68,7 +68,7 @@ def test_values_and_gradients_are_those_of_the_logits(way, chunk, x64):
 def test_options_are_those_of_pytorch(way, x64):
     """Smoothing and ignored labels by torch's own cross_entropy; the z-loss added to it."""
     torch = pytest.importorskip("torch")
-    loss = fn.linear_cross_entropy(V, 0.1, ignore_index=3, z_loss=0.01, chunk=30)
+    loss = fn.linear_cross_entropy(V, label_smoothing=0.1, ignore_index=3, z_loss=0.01, chunk=30)
     k, b, x = (torch.tensor(a, requires_grad=True) for a in (KERNEL, BIAS, X))
     z = x @ k + b
     label = torch.tensor(LABELS, dtype=torch.int64)
@@ -248,6 +248,23 @@ def test_contractions_of_blocks_are_those_of_the_dense_layer_and_its_loss(contra
     close(jax.tree.map(contract, kept, HEAD, is_leaf=fn.is_factor), wanted)
 
 
+def test_infinite_features_without_weight_add_nothing_however_the_gradient_is_read():
+    """Block by block, from what was kept, and whole, as a contraction of one's own reads it."""
+    loss, dy = fn.linear_cross_entropy(V, chunk=3 * N), jnp.float32(WEIGHTS).at[2].set(0)
+    bad, good = np.float32(X), np.float32(X)
+    bad[2], good[2] = np.inf, 0
+    params = jax.tree.map(np.float32, HEAD)
+
+    def answers(x):
+        residuals = loss.fwd(params, (), (x, LABELS), None)[2]
+        by = lambda contract: loss.bwd(params, residuals, dy, contract)[0]
+        read = fn.contraction(lambda gradients, param: jnp.sum(gradients**2, axis=0))
+        kept = jax.tree.map(fn.total, by(fn.keep), params, is_leaf=fn.is_factor)
+        return by(fn.total), kept, by(fn.squared_norm), by(read)
+
+    close(*map(jax.jit(answers), (bad, good)), rtol=1e-5)
+
+
 def test_a_contraction_of_ones_own_says_how_blocks_are_joined():
     """Without that it takes the whole factor, as `keep` does; with it, a block at a time."""
     largest = lambda factor, param: jnp.max(jnp.abs(fn.total(factor, param)))
@@ -255,7 +272,8 @@ def test_a_contraction_of_ones_own_says_how_blocks_are_joined():
     loss = fn.linear_cross_entropy(V, chunk=24)
     residuals = loss.fwd(args[0], (), (args[1], LABELS), None)[2]
     wanted = jax.tree.map(lambda g: np.abs(g).max(), loss.bwd(args[0], residuals, np.float32(WEIGHTS))[0])
-    for contract in (fn.contraction()(largest), fn.contraction(joined=lambda a, param: jnp.max(a))(largest)):
+    whole = fn.contraction(largest, reads="factors")
+    for contract in (whole, fn.contraction(largest, reads="factors", joined=lambda a, param: jnp.max(a))):
         close(loss.bwd(args[0], residuals, np.float32(WEIGHTS), contract)[0], wanted, 1e-6)
 
 

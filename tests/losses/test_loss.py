@@ -8,7 +8,7 @@ import pytest
 import scipy.special
 
 import funcnet as fn
-from funcnet.arithmetic import wide
+from funcnet._internal.numerics import sum_dtype
 from funcnet.losses.loss import as_loss
 from tests.losses.pairs import (
     BINARY,
@@ -39,7 +39,7 @@ THEIRS = {
         lambda z, t: optax.softmax_cross_entropy(z, optax.smooth_labels(jax.nn.one_hot(t, 5, dtype=z.dtype), 0.1)),
     ),
     "smoothed soft labels": (
-        fn.cross_entropy(0.3),
+        fn.cross_entropy(label_smoothing=0.3),
         SOFT,
         lambda z, t: optax.softmax_cross_entropy(z, optax.smooth_labels(t, 0.3)),
     ),
@@ -111,7 +111,7 @@ FAR = 6e4 * RNG.uniform(-1, 1, size=(6, 5))
 ALL = {
     **{loss.name: (loss, FAR, -FAR[::-1]) for loss in (*REGRESSIONS, fn.cosine(), fn.contrastive(0.5))},
     "triplet": (fn.triplet(), FAR, (-FAR, FAR[::-1])),
-    "binary_cross_entropy": (fn.binary_cross_entropy(3.0), FAR, SOFT),
+    "binary_cross_entropy": (fn.binary_cross_entropy(pos_weight=3.0), FAR, SOFT),
     "focal": (fn.focal(), FAR, SOFT),
     "hinge": (fn.hinge(), FAR, np.sign(-FAR)),
     "kl_divergence": (fn.kl_divergence(), -np.abs(FAR), SOFT),
@@ -135,9 +135,9 @@ def test_nothing_is_computed_in_half_precision_on_the_way_to_a_value(name, dtype
 OF_A_NUMBER = {
     "huber": (fn.huber, SOFT),
     "focal, gamma": (fn.focal, SOFT),
-    "focal, alpha": (lambda alpha: fn.focal(1.0, alpha), SOFT),
-    "binary_cross_entropy, pos_weight": (fn.binary_cross_entropy, SOFT),
-    "binary_cross_entropy, pos_weights": (lambda w: fn.binary_cross_entropy(np.full(5, w)), SOFT),
+    "focal, alpha": (lambda alpha: fn.focal(1.0, alpha=alpha), SOFT),
+    "binary_cross_entropy, pos_weight": (lambda w: fn.binary_cross_entropy(pos_weight=w), SOFT),
+    "binary_cross_entropy, pos_weights": (lambda w: fn.binary_cross_entropy(pos_weight=np.full(5, w)), SOFT),
     "contrastive": (fn.contrastive, SOFT),
     "triplet": (fn.triplet, (SOFT, -SOFT)),
 }
@@ -150,7 +150,7 @@ def test_numbers_of_numpy_and_jax_are_options_like_pythons(name, x64, standard_p
     with jax.enable_x64(x64):
         for dtype in (jnp.bfloat16, jnp.float32, *([jnp.float64] if x64 else [])):
             shapes = jax.tree.map(lambda a, dtype=dtype: S(a.shape, dtype), (LOGITS, target))
-            types = [wide(dtype), *[dtype for _ in jax.tree.leaves(shapes)]]
+            types = [sum_dtype(dtype), *[dtype for _ in jax.tree.leaves(shapes)]]
             for kind in (np.float32, np.float64, np.int64, jnp.float32, jnp.asarray):
                 got = jax.eval_shape(lambda p, t, loss=make(kind(1)): pull.__wrapped__(loss, p, t), *shapes)
                 assert [a.dtype for a in jax.tree.leaves(got)] == types
@@ -208,8 +208,8 @@ def test_bwd_refuses_a_cotangent_of_another_shape_or_dtype(loss, shape, target):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: fn.cross_entropy(-0.1),
-        lambda: fn.cross_entropy(1.0),
+        lambda: fn.cross_entropy(label_smoothing=-0.1),
+        lambda: fn.cross_entropy(label_smoothing=1.0),
         lambda: fn.huber(0),
         lambda: fn.huber(-1.0),
         lambda: fn.huber(float("nan")),
@@ -299,7 +299,7 @@ def torch_cross_entropy(torch, z, t, **options):
 TORCHS = {
     "cross_entropy": (fn.cross_entropy(), LOGITS, LABELS, torch_cross_entropy, False),
     "cross_entropy, smoothed, ignored": (
-        fn.cross_entropy(0.1, ignore_index=2),
+        fn.cross_entropy(label_smoothing=0.1, ignore_index=2),
         LOGITS,
         LABELS,
         lambda torch, z, t: torch_cross_entropy(torch, z, t, label_smoothing=0.1, ignore_index=2),
@@ -307,7 +307,7 @@ TORCHS = {
     ),
     "cross_entropy, soft labels": (fn.cross_entropy(), LOGITS, SOFT, torch_cross_entropy, True),
     "cross_entropy, smoothed soft labels": (
-        fn.cross_entropy(0.2),
+        fn.cross_entropy(label_smoothing=0.2),
         LOGITS,
         SOFT,
         lambda torch, z, t: torch_cross_entropy(torch, z, t, label_smoothing=0.2),

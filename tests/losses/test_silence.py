@@ -36,8 +36,9 @@ def head(**options):
 CASES = {
     "cross_entropy, a forbidden class": (fn.cross_entropy(), MASKED, LABELS),
     "cross_entropy, out of range": (fn.cross_entropy(), np.float32(STEPS[0, :2]), np.array([1, 3], np.int32)),
-    "cross_entropy, smoothed": (fn.cross_entropy(0.1), MASKED, np.array([1, 1], np.int32)),
+    "cross_entropy, smoothed": (fn.cross_entropy(label_smoothing=0.1), MASKED, np.array([1, 1], np.int32)),
     "cross_entropy, soft": (fn.cross_entropy(), MASKED, SOFT),
+    "cross_entropy, soft and huge": (fn.cross_entropy(), STEPS[0, :2], np.float32([[0.2, 0.5, 0.3], [3e38, 3e38, 0]])),
     "cross_entropy, no class": (fn.cross_entropy(), np.float32([[1, 2, 0], [-INF, -INF, -INF]]), LABELS),
     "cross_entropy, class weights": (fn.cross_entropy(class_weights=[1, 2, 3]), MASKED, LABELS),
     "linear, a forbidden class": (head(), STEPS[0, :2], LABELS),

@@ -19,6 +19,20 @@ def test_cosine_has_no_direction_at_0_and_no_overflow_far_away():
     assert all(np.isfinite(a).all() for a in (dp, dt))
 
 
+def test_cosine_has_no_gradient_where_either_vector_is_0_and_all_of_it_where_single_entries_are():
+    p, t = np.float32(RNG.normal(size=(2, 50, 7)))
+    for pair in ((p, 0 * t), (0 * p, t)):
+        values, dp, dt = pull(fn.cosine(), *pair)
+        assert np.all(np.asarray(values) == 1)
+        assert not np.any(dp)
+        assert not np.any(dt)
+    p, t = np.array([[1.0, 0, 2], [2, 3, 1]]), np.array([[0.0, 1, 0], [3, 0, 4]])  # the first t has the length 1
+    dot, n, m = (p * t).sum(1, keepdims=True), *(np.sqrt((a * a).sum(1, keepdims=True)) for a in (p, t))
+    _, dp, dt = pull(fn.cosine(), np.float32(p), np.float32(t))
+    np.testing.assert_allclose(dp, dot * p / (n**3 * m) - t / (n * m), atol=1e-6)
+    np.testing.assert_allclose(dt, dot * t / (n * m**3) - p / (n * m), atol=1e-6)
+
+
 def test_cosine_of_almost_one_direction_has_its_digits():
     """Where 1 - <u, v> has none: against the definition, and its derivatives, in NumPy's widest numbers."""
     p = np.float32(RNG.normal(size=(200, 16)))

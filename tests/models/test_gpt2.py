@@ -13,13 +13,13 @@ V, D, HEADS, LAYERS, B, T = 19, 12, 3, 2, 2, 7
 def gpt2(dtype):
     """The head is a layer of its own: its kernel is the transposed table, and both gradients add."""
     block = fn.transformer_block(
-        D, HEADS, causal=True, norm=lambda: fn.layer_norm(1e-5), activation=fn.gelu(approximate=True)
+        D, HEADS, causal=True, norm=lambda: fn.layer_norm(eps=1e-5), activation=fn.gelu(approximate=True)
     )
     return fn.serial(
         wte=fn.embedding(V, D, dtype=dtype),
         wpe=fn.position_embedding(T + 2),
         **{f"h_{i}": block for i in range(LAYERS)},
-        ln_f=fn.layer_norm(1e-5),
+        ln_f=fn.layer_norm(eps=1e-5),
         head=fn.dense(V, use_bias=False),
     )
 

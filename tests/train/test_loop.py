@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import funcnet as fn
-from funcnet import expect
+from funcnet._internal import expect
 from funcnet.losses.loss import as_loss
 from funcnet.train import loop
 from funcnet.train.run import read_metrics
@@ -820,7 +820,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_anything_is_trained(opti
     expect.not_donated(state)
 
 
-ATTENDING = fn.objective(fn.serial(fn.attention(1), fn.global_avg_pool(), fn.dense(3)), fn.cross_entropy())
+ATTENDING = fn.objective(fn.serial(fn.attention(1), fn.select(), fn.global_avg_pool(), fn.dense(3)), fn.cross_entropy())
 
 
 @pytest.mark.parametrize(("value", "fits"), [(-np.inf, True), (np.inf, False), (np.nan, False)])

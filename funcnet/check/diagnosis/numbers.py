@@ -6,13 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet.check.diagnosis.case import Case, Found, Values, axes_named, subsets
-from funcnet.check.judge import wide
+from funcnet.check.diagnosis.wrong_leaf import Found, Values, WrongLeaf, axes_named, subsets
+from funcnet.check.judge import as_float64
 
 
-def shapes(case: Case) -> Found:
+def shapes(wrong: WrongLeaf) -> Found:
     """g has another shape than r: a sum is missing, or one too many."""
-    g, r, same = case.g, case.r, case.same
+    g, r, same = wrong.g, wrong.r, wrong.same
     for axes in subsets(g.ndim):
         if 1 in [g.shape[i] for i in axes]:
             continue
@@ -24,20 +24,20 @@ def shapes(case: Case) -> Found:
         if same(g, r.sum(axes)) or same(g, r.sum(axes, keepdims=True)):
             yield f"summed over {axes_named(axes)}, which the leaf has itself"
     if g.ndim == r.ndim <= 5:
-        yield from _transposed(case)
+        yield from _transposed(wrong)
     if g.size == r.size and same(g.ravel(), r.ravel()):
         yield "the right numbers in another shape"
 
 
-def _transposed(case: Case) -> Found:
-    for order in list(permutations(range(case.r.ndim)))[1:]:
-        if case.same(case.g, case.r.transpose(order)):
-            yield "transposed" if case.r.ndim == 2 else f"its axes are permuted: {list(order)}"
+def _transposed(wrong: WrongLeaf) -> Found:
+    for order in list(permutations(range(wrong.r.ndim)))[1:]:
+        if wrong.same(wrong.g, wrong.r.transpose(order)):
+            yield "transposed" if wrong.r.ndim == 2 else f"its axes are permuted: {list(order)}"
 
 
-def not_finite(case: Case, dtype: Any) -> Found:
+def not_finite(wrong: WrongLeaf, dtype: Any) -> Found:
     """g has NaN or infinities."""
-    g, r = case.g, case.r
+    g, r = wrong.g, wrong.r
     bad = ~np.isfinite(g)
     count = "everywhere" if bad.all() else f"at {bad.sum()} of {g.size} elements"
     largest = float(jnp.finfo(dtype).max)
@@ -50,41 +50,41 @@ def not_finite(case: Case, dtype: Any) -> Found:
     yield f"infinite {count}: a division by 0 or an overflow"
 
 
-def multiple(case: Case) -> Found:
+def multiple(wrong: WrongLeaf) -> Found:
     """g = c r."""
-    g, r = case.g, case.r
+    g, r = wrong.g, wrong.r
     if not np.any(g):
         yield "zero: no gradient arrives at this leaf"
     if not np.any(g) or not np.any(r):
         return
-    if np.iscomplexobj(g) and case.same(g, np.conj(r)):
+    if np.iscomplexobj(g) and wrong.same(g, np.conj(r)):
         yield "the complex conjugate of the gradient"
     c = np.sum(g * np.conj(r)) / np.sum(np.abs(r) ** 2)
-    if case.same(g, np.real(c) * r) and (word := _constant(float(np.real(c)), case)):
+    if wrong.same(g, np.real(c) * r) and (word := _constant(float(np.real(c)), wrong)):
         yield word
 
 
-def _constant(c: float, case: Case) -> str:
-    near = lambda a, b: abs(a - b) <= max(case.rounding, 1e-7) * abs(b)
+def _constant(c: float, wrong: WrongLeaf) -> str:
+    near = lambda a, b: abs(a - b) <= max(wrong.rounding, 1e-7) * abs(b)
     if near(c, -1):
         return "the sign is flipped"
     if near(c, 2):
         return "twice the gradient: counted twice, or a factor 1/2 is missing"
     if near(c, 0.5):
         return "half the gradient: one of two equal uses is not counted, or a factor 2 is missing"
-    for n, where in _sizes(case.context.arrays):
+    for n, where in _sizes(wrong.context.arrays):
         for size, by in ((n, f"{n}"), (n**0.5, f"the root of {n}")):
             if near(c * size, 1):
                 return f"divided by {by}, {where}, once too often"
             if near(c, size):
                 return f"a division by {by}, {where}, is missing"
     shown = f"{c:.6g}" if abs(c - 1) > 1e-3 else f"1 {'+' if c > 1 else '-'} {abs(c - 1):.3g}"
-    enough = 1 if case.rounding < 1e-3 else 5  # a few half-precision numbers are proportional by chance
-    return f"times {shown}: a constant factor" if case.r.size > enough else ""
+    enough = 1 if wrong.rounding < 1e-3 else 5  # a few half-precision numbers are proportional by chance
+    return f"times {shown}: a constant factor" if wrong.r.size > enough else ""
 
 
 def _sizes(arrays: Values) -> list[tuple[int, str]]:
-    """What a mean may have been over, single axes first."""
+    """The sizes over which a mean may have been taken, single axes first."""
     found = [(len(axes), array, axes, name) for name, array in arrays.items() for axes in subsets(array.ndim)]
     found.sort(key=lambda each: each[0])
     size = lambda array, axes: int(np.prod([array.shape[i] for i in axes]))
@@ -92,19 +92,19 @@ def _sizes(arrays: Values) -> list[tuple[int, str]]:
     return [(n, where) for n, where in sizes if n > 2]
 
 
-def itself(case: Case) -> Found:
-    """An array that the rule has, as it is."""
-    for name, array in case.context.arrays.items():
-        if case.same(case.g, wide(array)):
-            is_dy = name in case.context.cotangents
+def itself(wrong: WrongLeaf) -> Found:
+    """g is an array that the rule has."""
+    for name, array in wrong.context.arrays.items():
+        if wrong.same(wrong.g, as_float64(array)):
+            is_dy = name in wrong.context.cotangents
             yield f"this is {name} itself" + (", as if the derivative were 1" if is_dy else "")
 
 
-def rearranged(case: Case) -> Found:
+def rearranged(wrong: WrongLeaf) -> Found:
     """The numbers of r in other places."""
-    g, r, same = case.g, case.r, case.same
+    g, r, same = wrong.g, wrong.r, wrong.same
     if 1 < r.ndim <= 5:
-        yield from _transposed(case)
+        yield from _transposed(wrong)
     for axis, n in enumerate(r.shape):
         if n < 2:
             continue
@@ -116,24 +116,24 @@ def rearranged(case: Case) -> Found:
         for shift in (1, -1):
             if n > 2 and same(*(_inner(a, shift, axis) for a in (g, np.roll(r, shift, axis)))):
                 yield f"shifted by {shift} along axis {axis}, but for its end"
-        if word := _permuted(case, axis):
+        if word := _permuted(wrong, axis):
             yield word
 
 
 def _inner(a: np.ndarray, shift: int, axis: int) -> np.ndarray:
-    """Without the entry that a shift would bring round from the other end."""
+    """The array without the entry that a shift would wrap around from the other end."""
     return np.delete(a, 0 if shift > 0 else -1, axis)
 
 
-def _permuted(case: Case, axis: int) -> str:
-    n = case.r.shape[axis]
+def _permuted(wrong: WrongLeaf, axis: int) -> str:
+    n = wrong.r.shape[axis]
     if n > 4096:
         return ""
-    a, b = (np.moveaxis(v, axis, 0).reshape(n, -1) for v in (case.g, case.r))
+    a, b = (np.moveaxis(v, axis, 0).reshape(n, -1) for v in (wrong.g, wrong.r))
     key = np.random.default_rng(0).standard_normal(a.shape[1])
     order = np.empty(n, int)
     order[np.argsort(np.real(a @ key), kind="stable")] = np.argsort(np.real(b @ key), kind="stable")
-    if (order == np.arange(n)).all() or not case.same(a, b[order]):
+    if (order == np.arange(n)).all() or not wrong.same(a, b[order]):
         return ""
     for blocks in (blocks for blocks in range(2, 9) if n % blocks == 0 and n > blocks):
         length = n // blocks
@@ -143,35 +143,35 @@ def _permuted(case: Case, axis: int) -> str:
     return f"{(order != np.arange(n)).sum()} of its {n} slices along axis {axis} are in each other's places"
 
 
-def other_leaf(case: Case) -> Found:
+def other_leaf(wrong: WrongLeaf) -> Found:
     """g is the gradient of another leaf."""
-    for name, other in case.context.references.items():
-        if name == case.leaf.leaf or not np.any(other):
+    for name, other in wrong.context.references.items():
+        if name == wrong.leaf.leaf or not np.any(other):
             continue
         for sign, word in ((1, ""), (-1, ", with the other sign")):
-            if case.same(case.g, sign * wide(other)):
+            if wrong.same(wrong.g, sign * as_float64(other)):
                 yield f"this is the gradient of {name}{word}"
-        if case.r.ndim == 2 and case.same(case.g, wide(other).T):
+        if wrong.r.ndim == 2 and wrong.same(wrong.g, as_float64(other).T):
             yield f"this is the gradient of {name}, transposed"
 
 
-def part(case: Case) -> Found:
+def part(wrong: WrongLeaf) -> Found:
     """Right but for one element, a few slices, or where one of the two is zero."""
-    g, r = case.g, case.r
-    wrong = np.abs(g - r) > max(case.leaf.allowed, 1e-7) * (np.abs(r).max() or 1.0)
-    if g.size < 3 or not wrong.any():
+    g, r = wrong.g, wrong.r
+    off = np.abs(g - r) > max(wrong.leaf.allowed, 1e-7) * (np.abs(r).max() or 1.0)
+    if g.size < 3 or not off.any():
         return
-    if wrong.sum() == 1:
-        (index,) = np.argwhere(wrong).tolist()
-        ratio = f", {np.real(g[wrong][0] / r[wrong][0]):.4g} times what it should be" if r[wrong][0] else ""
+    if off.sum() == 1:
+        (index,) = np.argwhere(off).tolist()
+        ratio = f", {np.real(g[off][0] / r[off][0]):.4g} times what it should be" if r[off][0] else ""
         yield f"one element alone is wrong, {index}{ratio}"
     for axis in range(g.ndim):
-        places = np.unique(np.argwhere(wrong)[:, axis])
+        places = np.unique(np.argwhere(off)[:, axis])
         if g.shape[axis] > 2 and len(places) <= max(1, g.shape[axis] // 8):
             how = "zero" if not np.take(g, places, axis).any() else "not what it should be"
             yield f"only index {', '.join(map(str, places))} of axis {axis} is wrong: it is {how}"
     unlike = (g == 0) != (r == 0)
-    if (wrong & ~unlike).any() or not unlike.any():
+    if (off & ~unlike).any() or not unlike.any():
         return
     lost, extra = int(((g == 0) & unlike).sum()), int(((r == 0) & unlike).sum())
     if lost and extra:
@@ -182,17 +182,17 @@ def part(case: Case) -> Found:
         yield f"{extra} of {g.size} elements should be zero: a mask is missing"
 
 
-def signs(case: Case) -> Found:
+def signs(wrong: WrongLeaf) -> Found:
     """|g| is |r|, or g is r clipped."""
-    g, r = case.g, case.r
-    if case.same(np.abs(g), np.abs(r)) and np.isrealobj(g):
+    g, r = wrong.g, wrong.r
+    if wrong.same(np.abs(g), np.abs(r)) and np.isrealobj(g):
         yield f"right but for the sign, which is flipped at {(np.sign(g) != np.sign(r)).sum()} of {g.size} elements"
     top = np.abs(g).max()
-    if np.isrealobj(g) and (np.abs(g) == top).sum() > 1 and case.same(g, np.clip(r, -top, top)):
+    if np.isrealobj(g) and (np.abs(g) == top).sum() > 1 and wrong.same(g, np.clip(r, -top, top)):
         yield f"clipped to {top:.6g}"
 
 
-def mixed_up(case: Case) -> Found:
+def mixed_up(wrong: WrongLeaf) -> Found:
     """The numbers of r, in no order that is known."""
-    if case.g.size > 3 and case.same(np.sort(case.g.ravel()), np.sort(case.r.ravel())):
+    if wrong.g.size > 3 and wrong.same(np.sort(wrong.g.ravel()), np.sort(wrong.r.ravel())):
         yield "the right numbers in other places: an order, or an index, is mixed up"

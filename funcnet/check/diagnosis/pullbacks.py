@@ -4,21 +4,21 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from funcnet.check.diagnosis.case import Case, Context, Found, Values
 from funcnet.check.diagnosis.terms import factors
-from funcnet.check.judge import wide
+from funcnet.check.diagnosis.wrong_leaf import Context, Found, Values, WrongLeaf
+from funcnet.check.judge import as_float64
 
 SLICES, JACOBIAN = 16, 64  # the longest axis taken apart, and the largest output whose Jacobian is taken
 
 
-def not_linear(case: Case) -> Found:
+def not_linear(wrong: WrongLeaf) -> Found:
     """dy counts twice, or not at all."""
-    if case.context.rule is None:
+    if wrong.context.rule is None:
         return
-    doubled = wide(case.context.rule(_each(case.context.dy, lambda v: 2 * v))[case.leaf.leaf])
-    if case.same(doubled, case.g):
+    doubled = as_float64(wrong.context.rule(_each(wrong.context.dy, lambda v: 2 * v))[wrong.leaf.leaf])
+    if wrong.same(doubled, wrong.g):
         yield "it does not depend on the size of the cotangent: dy is left out"
-    if case.same(doubled, 4 * case.g):
+    if wrong.same(doubled, 4 * wrong.g):
         yield "it is quadratic in the cotangent: dy is multiplied in twice"
 
 
@@ -26,17 +26,17 @@ def _each(dy: Values, f: Callable[[np.ndarray], np.ndarray]) -> Values:
     return {name: f(v).astype(v.dtype) for name, v in dy.items()}
 
 
-def other_cotangent(case: Case) -> Found:
+def other_cotangent(wrong: WrongLeaf) -> Found:
     """g is the true VJP of a part of dy, of a shifted one, or of one that has a factor too many or too few."""
-    for name, v in case.context.dy.items():
-        for changed, word in _cotangents(case.context.dy, name):
-            if case.same(case.g, case.true(changed)):
+    for name, v in wrong.context.dy.items():
+        for changed, word in _cotangents(wrong.context.dy, name):
+            if wrong.same(wrong.g, wrong.true(changed)):
                 yield word
-        for factor, c in factors(case.context.arrays, case.context, v.shape):
+        for factor, c in factors(wrong.context.arrays, wrong.context, v.shape):
             if np.iscomplexobj(c) and not np.iscomplexobj(v):
                 continue
             for power, word in ((-1.0, "missing"), (1.0, "too many")):
-                if case.same(case.g, case.true({**case.context.dy, name: (v * c**power).astype(v.dtype)})):
+                if wrong.same(wrong.g, wrong.true({**wrong.context.dy, name: (v * c**power).astype(v.dtype)})):
                     yield f"a factor {factor} is {word}".replace("is too", "too")
 
 
@@ -69,18 +69,18 @@ def _shifted(r: np.ndarray, shift: int, axis: int) -> np.ndarray:
     return np.moveaxis(moved, 0, axis)
 
 
-def weighted(case: Case) -> Found:
+def weighted(wrong: WrongLeaf) -> Found:
     """g = sum_i m_i vjp(slice i of dy): slices that are lost, or count more than once."""
-    dy, several = case.context.dy, len(case.context.dy) > 1
+    dy, several = wrong.context.dy, len(wrong.context.dy) > 1
     none = _each(dy, np.zeros_like)
     for name, v in dy.items():
-        rest = case.true({**dy, name: none[name]}).ravel() if several else 0.0
+        rest = wrong.true({**dy, name: none[name]}).ravel() if several else 0.0
         for axis, n in enumerate(v.shape[:3]):
             if not 2 <= n <= SLICES:
                 continue
-            parts = np.stack([case.true({**none, name: _sliced(v, axis, i)}).ravel() for i in range(n)], 1)
-            for m in (*np.eye(n), *(1 - np.eye(n)), *_solved(parts, case.g.ravel() - rest)):
-                if case.same(parts @ m + rest, case.g.ravel()):
+            parts = np.stack([wrong.true({**none, name: _sliced(v, axis, i)}).ravel() for i in range(n)], 1)
+            for m in (*np.eye(n), *(1 - np.eye(n)), *_solved(parts, wrong.g.ravel() - rest)):
+                if wrong.same(parts @ m + rest, wrong.g.ravel()):
                     yield _weights(m, f"axis {axis} of the cotangent", f" of {name}" * several)
 
 
@@ -111,19 +111,19 @@ def _sliced(v: np.ndarray, axis: int, index: int) -> np.ndarray:
     return kept
 
 
-def other_point(case: Case) -> Found:
+def other_point(wrong: WrongLeaf) -> Found:
     """g is the true VJP where an argument is transposed, negated, reversed, conjugated, or another array."""
-    values = {name: case.context.arrays[name] for name in case.context.references if name in case.context.arrays}
+    values = {name: wrong.context.arrays[name] for name in wrong.context.references if name in wrong.context.arrays}
     for name, v in values.items():
-        for changed, word in _changes(name, v, case.context):
+        for changed, word in _changes(name, v, wrong.context):
             alike = np.iscomplexobj(changed) == np.iscomplexobj(v)
-            if alike and case.same(case.g, case.true(values={**values, name: changed})):
+            if alike and wrong.same(wrong.g, wrong.true(values={**values, name: changed})):
                 yield f"as if {name} were {word}"
     names = list(values)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             alike = values[a].shape == values[b].shape and np.iscomplexobj(values[a]) == np.iscomplexobj(values[b])
-            if alike and case.same(case.g, case.true(values={**values, a: values[b], b: values[a]})):
+            if alike and wrong.same(wrong.g, wrong.true(values={**values, a: values[b], b: values[a]})):
                 yield f"as if {a} and {b} were in each other's places"
 
 
@@ -140,22 +140,22 @@ def _changes(name: str, v: np.ndarray, context: Context) -> Iterator[tuple[np.nd
             yield a, other
 
 
-def turned(case: Case) -> Found:
-    """g is the true gradient seen in a mirror: what runs along an axis runs the other way."""
-    for axis, n in enumerate(case.g.shape[:3]):
-        if n > 2 and all(v.ndim > axis and v.shape[axis] == n for v in case.context.dy.values()):
-            mirrored = case.true(_each(case.context.dy, lambda v, axis=axis: np.flip(v, axis)))
-            if case.same(case.g, np.flip(mirrored, axis)):
+def turned(wrong: WrongLeaf) -> Found:
+    """g is the true gradient for dy mirrored along an axis, itself mirrored: what runs along it runs the other way."""
+    for axis, n in enumerate(wrong.g.shape[:3]):
+        if n > 2 and all(v.ndim > axis and v.shape[axis] == n for v in wrong.context.dy.values()):
+            mirrored = wrong.true(_each(wrong.context.dy, lambda v, axis=axis: np.flip(v, axis)))
+            if wrong.same(wrong.g, np.flip(mirrored, axis)):
                 yield f"it runs along axis {axis} in the wrong direction"
 
 
-def diagonal(case: Case) -> Found:
+def diagonal(wrong: WrongLeaf) -> Found:
     """g_i = dy_i dy_i/dx_i: the terms between different elements are missing."""
-    dy = case.context.dy
+    dy = wrong.context.dy
     for name, v in dy.items():
-        if v.shape != case.g.shape or not 3 <= v.size <= JACOBIAN or len(dy) > 1:
+        if v.shape != wrong.g.shape or not 3 <= v.size <= JACOBIAN or len(dy) > 1:
             continue
         hot = lambda i, v=v: np.eye(1, v.size, i, v.dtype).reshape(v.shape)
-        diagonal = [case.true({name: hot(i)}).ravel()[i] for i in range(v.size)]
-        if case.same(case.g.ravel(), np.array(diagonal) * wide(v).ravel()):
+        diagonal = [wrong.true({name: hot(i)}).ravel()[i] for i in range(v.size)]
+        if wrong.same(wrong.g.ravel(), np.array(diagonal) * as_float64(v).ravel()):
             yield f"only the diagonal of the Jacobian: what an entry does to the others of {name} is missing"

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from funcnet.check.diagnosis.case import Context
 from funcnet.check.diagnosis.diagnose import diagnose
+from funcnet.check.diagnosis.wrong_leaf import Context
 from funcnet.check.judge import measure, tolerance
 
 RNG = np.random.default_rng(0)

@@ -1,0 +1,1 @@
+"""Helpers that all of funcnet uses, and that are not for use outside it."""

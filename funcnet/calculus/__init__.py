@@ -1,0 +1,1 @@
+"""Derivatives by their definition, from R to matrices."""

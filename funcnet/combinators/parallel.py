@@ -1,0 +1,125 @@
+"""Layers side by side: each with an input of its own, or all with the same."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, at, describe
+from funcnet._internal.numerics import added
+from funcnet.combinators.serial import by_name
+from funcnet.combinators.sides import has_sides, passing, reading
+from funcnet.gradients.contraction import total
+from funcnet.layer import Layer, child
+from funcnet.structure import Composed, constructor
+
+Tree = Any
+
+
+class Parallel(Composed):
+    """Layers side by side."""
+
+
+@constructor
+def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
+    """One layer for each entry of a tuple: (x_1, .., x_n) -> (f_1(x_1), .., f_n(x_n)); names as in `serial`.
+
+        dx_i = bwd_i(dy_i)
+
+    Raises:
+        InputError: if the input is not a tuple with one entry for each layer.
+    """
+    parts = by_name(layers, named)
+
+    @expect.by("parallel")
+    def check(xs, what="inputs", **trees):
+        if not isinstance(xs, tuple) or len(xs) != len(parts):
+            wanted = f"a tuple of {len(parts)} {what}, one for each of {list(parts)}"
+            raise InputError(wanted, describe(xs), "give one to each layer")
+        for name, tree in trees.items():
+            expect.keys(tree, parts, name)
+
+    def init(key, xs):
+        check(xs)
+        params, state = {}, {}
+        for i, ((name, layer), x) in enumerate(zip(parts.items(), xs, strict=True)):
+            with at(name):
+                params[name], state[name] = layer.init(child(key, i), x)
+        return params, state
+
+    def apply(params, state, xs):
+        check(xs, params=params, state=state)
+        ys = []
+        for (name, layer), x in zip(parts.items(), xs, strict=True):
+            with at(name):
+                ys.append(layer.apply(params[name], state[name], x))
+        return tuple(ys)
+
+    def fwd(params, state, xs, key):
+        check(xs, params=params, state=state)
+        ys, new_state, residuals = [], {}, {}
+        for i, ((name, layer), x) in enumerate(zip(parts.items(), xs, strict=True)):
+            with at(name):
+                y, new_state[name], residuals[name] = layer.fwd(params[name], state[name], x, child(key, i))
+                ys.append(y)
+        return tuple(ys), new_state, residuals
+
+    def bwd(params, residuals, dys, contract=total):
+        check(dys, "cotangents", params=params, residuals=residuals)
+        dparams, dxs = {}, []
+        for (name, layer), dy in zip(parts.items(), dys, strict=True):
+            with at(name):
+                dparams[name], dx = layer.bwd(params[name], residuals[name], dy, contract)
+                dxs.append(dx)
+        return dparams, tuple(dxs)
+
+    return Layer("parallel", init, apply, fwd, bwd, Parallel(parts, lambda parts: parallel(**parts)))
+
+
+class Branch(Composed):
+    """The same input to several layers."""
+
+
+@constructor
+def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
+    """The same input to several layers: x -> (f_1(x), .., f_n(x)); names as in `serial`.
+
+        dx = sum_i bwd_i(dy_i)        summed in float32 for half precision
+
+    `concat()` or `add()` after it makes its outputs one array again.
+
+    Raises:
+        InputError: for no layers at all, and for input that one of them refuses.
+    """
+    parts = by_name(layers, named)
+    each = parallel(**{name: passing(layer) for name, layer in parts.items()})
+
+    def copies(x):
+        return (x,) * len(parts)
+
+    def beside(x, ys):
+        """The outputs, beside the sides of the input."""
+        return {**x, "x": tuple(y["x"] for y in ys)} if has_sides(x) else ys
+
+    def init(key, x):
+        return each.init(key, copies(x))
+
+    def apply(params, state, x):
+        return beside(x, each.apply(params, state, copies(x)))
+
+    def fwd(params, state, x, key):
+        ys, state, residuals = each.fwd(params, state, copies(x), key)
+        return beside(x, ys), state, residuals
+
+    def bwd(params, residuals, dys, contract=total):
+        if not has_sides(dys):
+            dparams, dxs = each.bwd(params, residuals, dys, contract)
+            return dparams, jax.tree.map(added, *dxs)
+        none = jax.tree.map(jnp.zeros_like, {name: side for name, side in dys.items() if name != "x"})
+        dparams, dxs = each.bwd(params, residuals, tuple({**none, "x": dy} for dy in dys["x"]), contract)
+        sides = {name: jax.tree.map(added, dys[name], *(dx[name] for dx in dxs)) for name in none}
+        return dparams, {**sides, "x": jax.tree.map(added, *(dx["x"] for dx in dxs))}
+
+    made, reads = Branch(parts, lambda parts: branch(**parts)), reading(*parts.values())
+    return Layer("branch", init, apply, fwd, bwd, made, reads=reads, passes=True)

@@ -1,0 +1,1 @@
+"""Looking at models: summaries, explanations, pictures."""

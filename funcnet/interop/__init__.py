@@ -1,0 +1,1 @@
+"""Bridges to plain JAX, safetensors and PyTorch."""
