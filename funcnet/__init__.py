@@ -9,12 +9,14 @@ from funcnet.check.judge import Leaf
 from funcnet.check.report import Failure, Report
 from funcnet.combinators.freeze import Frozen, freeze
 from funcnet.combinators.mixed import mixed
+from funcnet.combinators.moe import moe
 from funcnet.combinators.named import named
 from funcnet.combinators.parallel import branch, parallel
 from funcnet.combinators.recurrent import bidirectional, stacked
 from funcnet.combinators.remat import remat
 from funcnet.combinators.repeat import repeat
 from funcnet.combinators.reversible import reversible
+from funcnet.combinators.routing import RouterTotals, router_totals
 from funcnet.combinators.serial import serial
 from funcnet.combinators.sides import select
 from funcnet.combinators.skip import skip
@@ -78,6 +80,7 @@ from funcnet.losses.linear import linear_cross_entropy
 from funcnet.losses.loss import Loss
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
+from funcnet.losses.router import router_losses
 from funcnet.losses.similarity import contrastive, cosine
 from funcnet.structure import Composed, Wrapped, constructor
 from funcnet.train.finite import NotFiniteError
@@ -110,6 +113,7 @@ __all__ = [
     "Outer",
     "Pulled",
     "Report",
+    "RouterTotals",
     "Row",
     "Rows",
     "Scale",
@@ -200,6 +204,7 @@ __all__ = [
     "mish",
     "mixed",
     "mlp",
+    "moe",
     "mse",
     "named",
     "objective",
@@ -217,6 +222,8 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rotary",
+    "router_losses",
+    "router_totals",
     "rows",
     "save_params",
     "select",

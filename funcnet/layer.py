@@ -54,6 +54,7 @@ class Layer(Generic[Params, State, Residuals]):
         unrounded: names of those of its own params that may have a wider dtype than x, and that `mixed` therefore does
             not round to the dtype it computes in: an exponential of them, for example, magnifies the rounding error.
         reads: the side inputs that it takes beside x, in a dict {"x": x, name: side} (`funcnet.combinators.sides`).
+        writes: those of them that it returns anew beside its output, in such a dict, for the layers behind it.
         passes: whether it takes whatever dict it is given, and returns one with all sides, as combinators do.
     """
 
@@ -66,6 +67,7 @@ class Layer(Generic[Params, State, Residuals]):
     call: Call | None = None
     unrounded: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
     passes: bool = False
 
     def __post_init__(self) -> None:

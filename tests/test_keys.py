@@ -32,6 +32,7 @@ DRAWING = {
     "gru": (fn.gru(4, **RECURRENT), SEQUENCES),
     "linear_cross_entropy": (fn.linear_cross_entropy(5, **BOTH), (X, LABELS)),
     "lstm": (fn.lstm(4, **RECURRENT), SEQUENCES),
+    "moe": (fn.moe(fn.dense(3, **BOTH), 2, kernel_init=NORMAL), SEQUENCES),
     "position_embedding": (fn.position_embedding(5, embedding_init=NORMAL), SEQUENCES),
     "residual_block": (fn.residual_block(4, 2, kernel_init=NORMAL), jnp.ones((2, 4, 4, 3))),
     "rnn": (fn.rnn(4, **RECURRENT), SEQUENCES),

@@ -16,12 +16,14 @@ from funcnet.check.checker import ORACLES, check_layer
 from funcnet.check.report import Report
 from funcnet.combinators.freeze import freeze
 from funcnet.combinators.mixed import mixed
+from funcnet.combinators.moe import moe
 from funcnet.combinators.named import named
 from funcnet.combinators.parallel import branch, parallel
 from funcnet.combinators.recurrent import bidirectional, stacked
 from funcnet.combinators.remat import remat
 from funcnet.combinators.repeat import repeat
 from funcnet.combinators.reversible import reversible
+from funcnet.combinators.routing import RouterTotals, router_totals
 from funcnet.combinators.serial import serial
 from funcnet.combinators.sides import select
 from funcnet.combinators.skip import skip
@@ -78,6 +80,7 @@ from funcnet.losses.divergence import kl_divergence
 from funcnet.losses.linear import linear_cross_entropy
 from funcnet.losses.margin import hinge, triplet
 from funcnet.losses.regression import huber, mae, mse
+from funcnet.losses.router import router_losses
 from funcnet.losses.similarity import contrastive, cosine
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -213,6 +216,7 @@ def _masked(target: str) -> dict[str, str]:
 _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
 
 _ATTENDING = skip(attention(2))
+_ROUTED = {"x": "f32[3,4]", "router": RouterTotals("f32[3]", "f32[3]", "i32[3]<4")}
 _LENGTHS = {"x": "f32[2,3,4]", "lengths": "i32[2]<4"}
 _BEGUN = {"x": "f32[2,3,4]", "state": ("f32[2,2]", "f32[2,2]")}
 _BIASED = {"x": "f32[2,3,4]", "bias": "f32[2,3,3]"}
@@ -560,6 +564,29 @@ CASES: tuple[Case, ...] = (
     Case("serial", serial(dense(3), tanh(), dense(2)), "f32[4,5]"),
     Case("serial/one layer, named", serial(last=dense(3)), "f32[4,5]"),
     Case("serial/nested, random", serial(serial(dense(3), dropout(0.3)), flatten(), rms_norm()), "f32[4,2,5]"),
+    Case("moe", moe(dense(3), 3), "f32[2,5,4]"),
+    Case("moe/two of four, some dropped", moe(mlp(5, 3), 4, top_k=2, capacity_factor=0.8), "f32[2,7,4]"),
+    Case(
+        "moe/lengths, random, none dropped",
+        moe(serial(dense(3), dropout(0.4)), 3, top_k=2, capacity_factor=None),
+        {"x": "f32[3,5,4]", "lengths": "i32[3]<6"},
+    ),
+    Case("moe/one position an example", moe(dense(3), 4, top_k=2), "f32[5,4]"),
+    Case("moe/totals", serial(router_totals(), repeat(skip(moe(dense(4), 3, top_k=2)), 2)), "f32[2,5,4]"),
+    Case(
+        "moe/totals through a branch, lengths",
+        serial(router_totals(), branch(dense(4), remat(moe(dense(4), 3))), add()),
+        {"x": "f32[2,5,4]", "lengths": "i32[2]<6"},
+    ),
+    Case("moe/of weight_norm", moe(weight_norm(dense(3)), 3), "f32[2,5,4]"),
+    Case("router_totals", router_totals(), {"x": "f32[3,4]", "bias": "f32[3,2]"}),
+    Case("router_totals/an array", router_totals(), "f32[3,4]"),
+    Case("router_losses", router_losses(cross_entropy(), balance=0.5, z=0.3), (_ROUTED, "i32[3]<4")),
+    Case(
+        "router_losses/one a position, parameters",
+        router_losses(linear_cross_entropy(4), balance=0.5, z=0.3),
+        ({**_ROUTED, "x": "f32[3,2,5]"}, "i32[3,2]<4"),
+    ),
     Case("serial/lengths for some", serial(dense(4), repeat(_ATTENDING, 2), select()), _LENGTHS),
     Case("repeat/a bias for all", repeat(_ATTENDING, 2), _BIASED),
     Case("serial/a bias for one branch", serial(branch(_ATTENDING, dense(4)), add()), _BIASED),

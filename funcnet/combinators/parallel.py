@@ -9,7 +9,7 @@ from funcnet._internal import expect
 from funcnet._internal.expect import InputError, at, describe
 from funcnet._internal.numerics import added
 from funcnet.combinators.serial import by_name
-from funcnet.combinators.sides import has_sides, passing, reading
+from funcnet.combinators.sides import has_sides, passing, reading, writing
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, child
 from funcnet.structure import Composed, constructor
@@ -90,17 +90,22 @@ def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     `concat()` or `add()` after it makes its outputs one array again.
 
     Raises:
-        InputError: for no layers at all, and for input that one of them refuses.
+        InputError: for no layers at all, for input that one of them refuses, and for two layers that write side inputs.
     """
     parts = by_name(layers, named)
+    writers = [name for name, layer in parts.items() if layer.writes]
+    if len(writers) > 1:
+        wanted, remedy = "at most one layer that writes side inputs", "put them one after the other, with serial"
+        raise InputError(wanted, f"{writers}", remedy)
+    writer = list(parts).index(writers[0]) if writers else 0
     each = parallel(**{name: passing(layer) for name, layer in parts.items()})
 
     def copies(x):
         return (x,) * len(parts)
 
     def beside(x, ys):
-        """The outputs, beside the sides of the input."""
-        return {**x, "x": tuple(y["x"] for y in ys)} if has_sides(x) else ys
+        """The outputs, beside the sides, which are those of the input but for what one of the layers writes."""
+        return {**ys[writer], "x": tuple(y["x"] for y in ys)} if has_sides(x) else ys
 
     def init(key, x):
         return each.init(key, copies(x))
@@ -116,10 +121,13 @@ def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         if not has_sides(dys):
             dparams, dxs = each.bwd(params, residuals, dys, contract)
             return dparams, jax.tree.map(added, *dxs)
-        none = jax.tree.map(jnp.zeros_like, {name: side for name, side in dys.items() if name != "x"})
-        dparams, dxs = each.bwd(params, residuals, tuple({**none, "x": dy} for dy in dys["x"]), contract)
-        sides = {name: jax.tree.map(added, dys[name], *(dx[name] for dx in dxs)) for name in none}
+        given = {name: side for name, side in dys.items() if name != "x"}
+        none = jax.tree.map(jnp.zeros_like, given)
+        own = [{**(given if i == writer else none), "x": dy} for i, dy in enumerate(dys["x"])]
+        dparams, dxs = each.bwd(params, residuals, tuple(own), contract)
+        sides = {name: jax.tree.map(added, *(dx[name] for dx in dxs)) for name in given}
         return dparams, {**sides, "x": jax.tree.map(added, *(dx["x"] for dx in dxs))}
 
-    made, reads = Branch(parts, lambda parts: branch(**parts)), reading(*parts.values())
-    return Layer("branch", init, apply, fwd, bwd, made, reads=reads, passes=True)
+    made = Branch(parts, lambda parts: branch(**parts))
+    reads, writes = reading(*parts.values()), writing(*parts.values())
+    return Layer("branch", init, apply, fwd, bwd, made, reads=reads, writes=writes, passes=True)

@@ -75,23 +75,23 @@ def repeat(layer: Layer, times: int) -> Layer:
     def apply(params, state, x):
         check(params, state, x)
 
-        x, whole = apart(x)
+        x, whole = apart(x, layer.writes)
 
         def body(x, layers):
             params, state = layers
-            return apart(inside.apply(params, state, whole(x)))[0], None
+            return apart(inside.apply(params, state, whole(x)), layer.writes)[0], None
 
         return whole(scan(body, x, (params, state), length=times)[0])
 
     def fwd(params, state, x, key):
         check(params, state, x)
 
-        x, whole = apart(x)
+        x, whole = apart(x, layer.writes)
 
         def body(x, layers):
             params, state, key = layers
             y, state, residuals = inside.fwd(params, state, whole(x), key)
-            return apart(y)[0], (state, distinct(residuals))
+            return apart(y, layer.writes)[0], (state, distinct(residuals))
 
         y, (state, stacked) = scan(body, x, (params, state, keys(key)), length=times)
         return whole(y), state, stacked.tree()

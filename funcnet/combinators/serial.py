@@ -11,7 +11,7 @@ from typing import Any
 from funcnet._internal import expect
 from funcnet._internal.expect import InputError, at
 from funcnet.combinators.reversible import in_series, undoing
-from funcnet.combinators.sides import known, passing, reading
+from funcnet.combinators.sides import known, passing, reading, writing
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, a_layer, child, output
 from funcnet.structure import Composed, constructor
@@ -39,7 +39,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     """
     parts = by_name(layers, named)
     inside = {name: passing(layer) for name, layer in parts.items()}
-    reads = reading(*parts.values())
+    reads, writes = reading(*parts.values()), writing(*parts.values())
 
     @expect.by("serial")
     def check(**trees):
@@ -81,7 +81,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
         return dparams, dy
 
     made = Serial(parts, lambda parts: serial(**parts))
-    whole = Layer("serial", init, apply, fwd, bwd, made, reads=reads, passes=True)
+    whole = Layer("serial", init, apply, fwd, bwd, made, reads=reads, writes=writes, passes=True)
     return in_series(whole, made) if all(map(undoing, parts.values())) else whole
 
 

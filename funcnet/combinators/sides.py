@@ -10,6 +10,10 @@ place of x:
 So a side is the same for all layers, and its cotangent is the sum of those from the layers that read it; an integer
 side has the cotangent None. `select` ends a model with x alone. Under `repeat` a layer that keeps a side among its
 residuals, as attention does, keeps it once for each turn.
+
+A layer that also writes a side (`Layer.writes`) returns {"x": y, name: side}, like its input in shape and dtype, and
+the layers behind it are given what it wrote: a sum over all layers, for example, that ends in the loss. Its cotangent
+runs back through that layer, as x's does. Where the input does not have that side, the layer returns y alone.
 """
 
 import difflib
@@ -47,8 +51,13 @@ def passing(layer: Layer) -> Layer:
         read = {name: side for name, side in inputs.items() if name in layer.reads}
         return {**read, "x": inputs["x"]} if read else inputs["x"]
 
+    def written(tree: Any) -> dict[str, Any]:
+        return {name: tree[name] for name in layer.writes if has_sides(tree) and name in tree}
+
     def passed(inputs: Any, y: Any) -> Any:
-        return {**inputs, "x": y} if has_sides(inputs) else y
+        if not has_sides(inputs):
+            return y
+        return {**inputs, **y} if written(inputs) else {**inputs, "x": y}
 
     def init(key, inputs):
         return layer.init(key, given(inputs))
@@ -61,12 +70,13 @@ def passing(layer: Layer) -> Layer:
         return passed(inputs, y), state, residuals
 
     def bwd(params, residuals, dy, contract=total):
-        dparams, dx = layer.bwd(params, residuals, dy["x"] if has_sides(dy) else dy, contract)
+        own = {**written(dy), "x": dy["x"]} if written(dy) else dy["x"] if has_sides(dy) else dy
+        dparams, dx = layer.bwd(params, residuals, own, contract)
         if has_sides(dx) and not (has_sides(dy) and dx.keys() <= dy.keys()):
             wanted = f"a dict with the cotangents of x and of the sides, {sorted(dx)}"
             remedy = "give bwd a dict like fwd's output, None for integers, or end the model with fn.select()"
             raise InputError(wanted, describe(dy), remedy)
-        return dparams, with_sides(dy, dx) if has_sides(dy) else dx
+        return dparams, with_sides(dy, dx, layer.writes) if has_sides(dy) else dx
 
     return replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd, passes=True)
 
@@ -127,22 +137,31 @@ def selecting(layer: Layer) -> Layer:
     return replace(layer, apply=apply, fwd=fwd, bwd=bwd, passes=False)
 
 
-def apart(inputs: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """x, and what puts the sides beside another x: what a loop over layers carries, and what is the same for all."""
+def apart(inputs: Any, writes: tuple[str, ...]) -> tuple[Any, Callable[[Any], Any]]:
+    """What a loop over layers carries, x and the sides that they write, and what puts the other sides beside it."""
     if not has_sides(inputs):
-        return inputs, lambda x: x
-    return inputs["x"], lambda x: {**inputs, "x": x}
+        return inputs, lambda carried: carried
+    return {name: each for name, each in inputs.items() if name in ("x", *writes)}, lambda carried: {
+        **inputs,
+        **carried,
+    }
 
 
-def with_sides(dy: Mapping[str, Any], dx: Any) -> dict[str, Any]:
-    """The cotangents of a layer's input: its own of x, and of each side the sum with dy's, from all layers behind."""
+def with_sides(dy: Mapping[str, Any], dx: Any, writes: tuple[str, ...]) -> dict[str, Any]:
+    """The cotangents of a layer's input: its own of x and of what it writes, of another side the sum with dy's."""
     own = dx if has_sides(dx) else {"x": dx}
-    return {**dy, **{name: jax.tree.map(added, dy[name], d) for name, d in own.items() if name != "x"}, "x": own["x"]}
+    kept = ("x", *writes)
+    return {**dy, **{name: d if name in kept else jax.tree.map(added, dy[name], d) for name, d in own.items()}}
 
 
 def reading(*layers: Layer) -> tuple[str, ...]:
     """The sides that any of these layers reads."""
     return tuple(sorted({name for layer in layers for name in layer.reads}))
+
+
+def writing(*layers: Layer) -> tuple[str, ...]:
+    """The sides that any of these layers writes."""
+    return tuple(sorted({name for layer in layers for name in layer.writes}))
 
 
 _READ: ContextVar[frozenset[str] | None] = ContextVar("sides that are read", default=frozenset())  # None: unchecked

@@ -95,7 +95,9 @@ def _around_shortcut(layer: Layer, shortcut: Layer) -> Layer[dict, dict, dict]:
     def again(parts):
         return skip(parts["main"], parts["shortcut"])
 
-    return Layer("skip", init, apply, fwd, bwd, Shortcut(both.parts, again), reads=both.reads, passes=True)
+    return Layer(
+        "skip", init, apply, fwd, bwd, Shortcut(both.parts, again), reads=both.reads, writes=both.writes, passes=True
+    )
 
 
 @expect.by("skip")
