@@ -72,11 +72,11 @@ def route(logits: Array, lengths: Array | None, top_k: int, capacities: np.ndarr
     ones = jnp.where(valid[..., None], jax.nn.one_hot(first, experts, dtype=jnp.int32), 0)
     place = jnp.take_along_axis(jnp.cumsum(ones, axis=1), first[..., None], axis=2)[..., 0] - 1
     most = int(capacities[-1])
-    own = most if lengths is None else jnp.asarray(capacities)[lengths][:, None]
+    own = most if lengths is None else jnp.asarray(capacities, jnp.int32)[lengths][:, None]
     kept = valid & (place < own)
     slots = jnp.where(kept, first * most + place, experts * most)
-    position = jnp.broadcast_to(jnp.tile(jnp.arange(steps), top_k), slots.shape)
-    empty = jnp.full((experts * most,), steps)
+    position = jnp.broadcast_to(jnp.tile(jnp.arange(steps, dtype=jnp.int32), top_k), slots.shape)
+    empty = jnp.full((experts * most,), steps, jnp.int32)
     holds = jax.vmap(lambda slots, position: empty.at[slots].set(position, mode="drop"))(slots, position)
     dropped = jnp.sum(valid & ~kept, axis=1, dtype=jnp.int32)
     return Routes(chosen, jnp.swapaxes(slots.reshape(examples, top_k, steps), 1, 2), holds, dropped)
@@ -123,7 +123,9 @@ def _shares(logits: Array, chosen: Array, lengths: Array | None) -> tuple[Array,
 
 def _valid(lengths: Array | None, steps: int) -> Array:
     """Which positions are in front of the lengths: [B, T], or [1, T] where there are none."""
-    return jnp.ones((1, steps), bool) if lengths is None else jnp.arange(steps)[None] < lengths[:, None]
+    if lengths is None:
+        return jnp.ones((1, steps), bool)
+    return jnp.arange(steps, dtype=jnp.int32)[None] < lengths[:, None].astype(jnp.int32)
 
 
 def pick(rows: Array, index: Array) -> Array:

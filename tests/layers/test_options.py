@@ -12,9 +12,15 @@ import pytest
 
 import funcnet as fn
 from funcnet._internal.numerics import sum_dtype
+from funcnet.train.objective import as_layer
 from tests.trees import normal
 
 KEY = jax.random.key(0)
+
+
+def routed(**options):
+    model = fn.serial(fn.router_totals(), fn.moe(fn.dense(3), 2))
+    return as_layer(fn.objective(model, fn.router_losses(fn.mse(), **options)))
 
 
 PAIR, LABELLED = [(2, 3), (2, 3)], [(2, 3), 2]
@@ -55,6 +61,9 @@ REALS = {
     "triplet margin": (fn.triplet, 0.25, [(2, 3), PAIR]),
     "linear_cross_entropy label_smoothing": (lambda n: fn.linear_cross_entropy(3, label_smoothing=n), 0.25, LABELLED),
     "linear_cross_entropy z_loss": (lambda n: fn.linear_cross_entropy(3, z_loss=n), 0.25, LABELLED),
+    "moe capacity_factor": (lambda n: fn.moe(fn.dense(2), 2, capacity_factor=n), 0.25, (1, 5, 2)),
+    "router_losses balance": (lambda n: routed(balance=n), 0.25, PAIR),
+    "router_losses z": (lambda n: routed(z=n), 0.25, PAIR),
 }
 WHOLES = {
     "dense features": (fn.dense, 2, (2, 3)),
@@ -70,6 +79,7 @@ WHOLES = {
     "residual_block": (lambda n: fn.residual_block(n), 2, (1, 3, 2)),
     "position_embedding length": (fn.position_embedding, 4, (1, 3, 2)),
     "attention sizes": (lambda n: fn.attention(n, kv_heads=n, head_dim=n, window=n, features=n, block=n), 2, (1, 3, 2)),
+    "moe sizes": (lambda n: fn.moe(fn.dense(2), n, top_k=n), 2, (1, 3, 2)),
     "mlp features": (lambda n: fn.mlp(n, n), 2, (2, 3)),
     "transformer_block sizes": (lambda n: fn.transformer_block(n, n, hidden=n, window=n), 2, (1, 3, 2)),
     "rnn features": (fn.rnn, 2, (1, 3, 2)),
