@@ -11,6 +11,7 @@ from funcnet.combinators.freeze import Frozen, freeze
 from funcnet.combinators.mixed import mixed
 from funcnet.combinators.moe import moe
 from funcnet.combinators.named import named
+from funcnet.combinators.packed import packed
 from funcnet.combinators.parallel import branch, parallel
 from funcnet.combinators.recurrent import bidirectional, stacked
 from funcnet.combinators.remat import remat
@@ -61,7 +62,7 @@ from funcnet.layers.conv import conv, depthwise_conv
 from funcnet.layers.conv_transpose import conv_transpose
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
-from funcnet.layers.embedding import embedding, position_embedding, rotary, sinusoidal_positions
+from funcnet.layers.embedding import embedding
 from funcnet.layers.gate import geglu, glu, swiglu
 from funcnet.layers.join import add, concat
 from funcnet.layers.lru import lru
@@ -69,6 +70,7 @@ from funcnet.layers.norm import layer_norm, rms_norm
 from funcnet.layers.normalize import group_norm, instance_norm, l2_normalize
 from funcnet.layers.piecewise import maxout, prelu
 from funcnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
+from funcnet.layers.positions import position_embedding, rotary, sinusoidal_positions
 from funcnet.layers.recurrent import gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
@@ -208,6 +210,7 @@ __all__ = [
     "mse",
     "named",
     "objective",
+    "packed",
     "parallel",
     "per_example",
     "position_embedding",

@@ -56,6 +56,8 @@ class Layer(Generic[Params, State, Residuals]):
         reads: the side inputs that it takes beside x, in a dict {"x": x, name: side} (`funcnet.combinators.sides`).
         writes: those of them that it returns anew beside its output, in such a dict, for the layers behind it.
         passes: whether it takes whatever dict it is given, and returns one with all sides, as combinators do.
+        positionwise: whether y at a position of x [B, T, ..] depends on x there alone. Only such layers, and those that
+            read `segments`, take an input with that side, several sequences in one row.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Layer(Generic[Params, State, Residuals]):
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     passes: bool = False
+    positionwise: bool = False
 
     def __post_init__(self) -> None:
         if self.made is not None and not isinstance(self.made, Structure):
@@ -130,8 +133,12 @@ def stateless(
     bwd: Callable[[Params, Residuals, Any, Contraction], tuple[Any, Any]],
     *,
     reads: tuple[str, ...] = (),
+    positionwise: bool = False,
 ) -> Layer[Params, tuple[()], Residuals]:
-    """A layer without state or randomness: `init(key, x) -> params`, `fwd(params, x) -> (y, residuals)`, `bwd`."""
+    """A layer without state or randomness: `init(key, x) -> params`, `fwd(params, x) -> (y, residuals)`, `bwd`.
+
+    `reads` and `positionwise` are as for `Layer`.
+    """
 
     def init_with_state(key, x):
         with expect.by(name):
@@ -151,7 +158,7 @@ def stateless(
         with expect.by(name):
             return bwd(params, residuals, dy, a_contraction(contract))
 
-    return Layer(name, init_with_state, apply, with_state, pullback, reads=reads)
+    return Layer(name, init_with_state, apply, with_state, pullback, reads=reads, positionwise=positionwise)
 
 
 def _as_jax(leaf: Any) -> Array:
@@ -192,7 +199,7 @@ def elementwise(
         high = sum_dtype(dy.dtype)
         return {}, (dy.astype(high) * df(saved.astype(high))).astype(dy.dtype)
 
-    return stateless(name, no_params, fwd, bwd)
+    return stateless(name, no_params, fwd, bwd, positionwise=True)
 
 
 def output(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:

@@ -268,6 +268,13 @@ def lengths(given: Any, examples: int, steps: int) -> None:
             raise InputError(wanted, f"lengths from {low} to {high}", "count the valid positions of each example")
 
 
+def segments(given: Any, examples: int, steps: int) -> None:
+    """Refuse segments that are not one integer for each position."""
+    if not is_array(given) or given.shape != (examples, steps) or not jnp.issubdtype(given.dtype, jnp.integer):
+        wanted = f"segments as integers [{examples}, {steps}], one for each position"
+        raise InputError(wanted, describe(given), "number the sequences of a row 1, 2, .., and what pads it 0")
+
+
 def dtype(x: Any) -> Any:
     """The dtype that `x` has as a JAX array: NumPy's float64 is float32 unless JAX's 64-bit mode is on."""
     return jax.dtypes.canonicalize_dtype(x.dtype)

@@ -67,3 +67,9 @@ def in_front(v: Array, rank: int) -> Array:
 def whole(ids: Array) -> Array:
     """Integers of at least 32 bits, which can be compared with any size."""
     return ids if jnp.iinfo(ids.dtype).bits >= 32 else ids.astype(jnp.int32)
+
+
+def pick(rows: Array, index: Array) -> Array:
+    """rows [B, N, ..] at index [B, ..]: in the place of each index the row of the same example, zeros where it is N."""
+    one = lambda rows, index: rows.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return jax.vmap(one)(rows, index)

@@ -18,6 +18,7 @@ from funcnet.combinators.freeze import freeze
 from funcnet.combinators.mixed import mixed
 from funcnet.combinators.moe import moe
 from funcnet.combinators.named import named
+from funcnet.combinators.packed import packed
 from funcnet.combinators.parallel import branch, parallel
 from funcnet.combinators.recurrent import bidirectional, stacked
 from funcnet.combinators.remat import remat
@@ -62,7 +63,7 @@ from funcnet.layers.conv import conv, depthwise_conv
 from funcnet.layers.conv_transpose import conv_transpose
 from funcnet.layers.dense import dense
 from funcnet.layers.dropout import drop_path, dropout, spatial_dropout
-from funcnet.layers.embedding import embedding, position_embedding, sinusoidal_positions
+from funcnet.layers.embedding import embedding
 from funcnet.layers.gate import geglu, glu, swiglu
 from funcnet.layers.join import add, concat
 from funcnet.layers.lru import lru
@@ -70,6 +71,7 @@ from funcnet.layers.norm import layer_norm, rms_norm
 from funcnet.layers.normalize import group_norm, instance_norm, l2_normalize
 from funcnet.layers.piecewise import maxout, prelu
 from funcnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
+from funcnet.layers.positions import position_embedding, sinusoidal_positions
 from funcnet.layers.recurrent import gru, lstm, rnn
 from funcnet.layers.reshape import flatten, reshape
 from funcnet.layers.softmax import log_softmax, softmax
@@ -216,6 +218,7 @@ def _masked(target: str) -> dict[str, str]:
 _BLOCK = serial(layer_norm(), dense(3), gelu(), dense(5))
 
 _ATTENDING = skip(attention(2))
+_SEGMENTS = {"x": "f32[2,5,4]", "segments": "i32[2,5]<3"}
 _ROUTED = {"x": "f32[3,4]", "router": RouterTotals("f32[3]", "f32[3]", "i32[3]<4")}
 _LENGTHS = {"x": "f32[2,3,4]", "lengths": "i32[2]<4"}
 _BEGUN = {"x": "f32[2,3,4]", "state": ("f32[2,2]", "f32[2,2]")}
@@ -564,6 +567,16 @@ CASES: tuple[Case, ...] = (
     Case("serial", serial(dense(3), tanh(), dense(2)), "f32[4,5]"),
     Case("serial/one layer, named", serial(last=dense(3)), "f32[4,5]"),
     Case("serial/nested, random", serial(serial(dense(3), dropout(0.3)), flatten(), rms_norm()), "f32[4,2,5]"),
+    Case("attention/segments", attention(2, rotary=True, causal=True), _SEGMENTS),
+    Case("attention/segments, tiles", attention(2, kv_heads=1, block=2, window=3), _SEGMENTS),
+    Case("position_embedding/segments", position_embedding(5), _SEGMENTS),
+    Case("sinusoidal_positions/segments", sinusoidal_positions(), _SEGMENTS),
+    Case(
+        "packed",
+        packed(serial(position_embedding(5), repeat(_ATTENDING, 2), weight_norm(dense(3)), select()), 1, longest=5),
+        {"x": "f32[3,5,4]", "segments": "i32[3,5]>1<2"},
+    ),
+    Case("packed/all of it pads", packed(serial(_ATTENDING, dense(3)), 1), {**_SEGMENTS, "segments": "i32[2,5]<1"}),
     Case("moe", moe(dense(3), 3), "f32[2,5,4]"),
     Case("moe/two of four, some dropped", moe(mlp(5, 3), 4, top_k=2, capacity_factor=0.8), "f32[2,7,4]"),
     Case(

@@ -44,8 +44,8 @@ from jax import Array
 from funcnet._internal import expect
 from funcnet._internal.defaults import LECUN_NORMAL, Initializer
 from funcnet._internal.expect import InputError, at, describe
-from funcnet._internal.numerics import sum_dtype
-from funcnet.combinators.routing import RouterTotals, balance_and_z, dlogits, gates, pick, route, scattered
+from funcnet._internal.numerics import pick, sum_dtype
+from funcnet.combinators.routing import RouterTotals, balance_and_z, dlogits, gates, route, scattered
 from funcnet.gradients.common_factors import Outer
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, a_layer, child, output

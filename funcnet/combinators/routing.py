@@ -128,12 +128,6 @@ def _valid(lengths: Array | None, steps: int) -> Array:
     return jnp.arange(steps, dtype=jnp.int32)[None] < lengths[:, None].astype(jnp.int32)
 
 
-def pick(rows: Array, index: Array) -> Array:
-    """rows [B, N, ..] at index [B, ..]: in the place of each index the row of the same example, zeros where it is N."""
-    one = lambda rows, index: rows.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return jax.vmap(one)(rows, index)
-
-
 def scattered(gates: Array, slots: Array, count: int) -> Array:
     """The gate of each slot [B, count], 0 where it is empty."""
     one = lambda gates, slots: jnp.zeros((count,), gates.dtype).at[slots.ravel()].set(gates.ravel(), mode="drop")

@@ -48,6 +48,10 @@ def passing(layer: Layer) -> Layer:
     def given(inputs: Any) -> Any:
         if not has_sides(inputs):
             return inputs
+        if "segments" in inputs and "segments" not in layer.reads and not layer.positionwise:
+            wanted = "layers that keep the segments of a row apart, as attention does, or look at each position alone"
+            remedy = "leave segments out of the input; of a layer of your own, say Layer.positionwise=True"
+            raise InputError(wanted, layer.name, remedy)
         read = {name: side for name, side in inputs.items() if name in layer.reads}
         return {**read, "x": inputs["x"]} if read else inputs["x"]
 

@@ -50,7 +50,7 @@ from funcnet._internal.expect import InputError, describe
 from funcnet._internal.numerics import added
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer
-from funcnet.layers import embedding
+from funcnet.layers import positions
 from funcnet.layers.attention_tiles import Scores, attend, pull_back
 from funcnet.layers.dense import dense
 from funcnet.structure import constructor
@@ -107,6 +107,8 @@ def attention(
         mask      booleans [B, T, S], or [B, H, T, S] with one for each head: True where a query may see a key
         bias      added to the scores, [B, T, S] or [B, H, T, S]; -inf masks as well; it has a gradient
         lengths   integers [B], 0 to S: how many keys an example has; its padding must be finite, for 0 * NaN is NaN
+        segments  integers [B, T], without a context: a query sees the keys of its own number, and positions are counted
+                  from where a number begins (`fn.packed`)
 
     with context and bias in x's dtype. A query sees the keys that all of these allow. Where there is none, o is 0, and
     y is the bias of `out`. The positions of queries and keys are their indices.
@@ -136,7 +138,7 @@ def attention(
         raise InputError(f"heads that {kv_heads} kv_heads divide", f"heads={heads}", "ask for a multiple of them")
     expect.flags(causal=causal, rotary=rotary, use_bias=use_bias)
     rate = expect.fraction(rate, "rate", "rate is the share dropped")
-    rotary_base = embedding.a_base(rotary_base, "rotary_base")
+    rotary_base = positions.a_base(rotary_base, "rotary_base")
     head_dim, window, features, block = (
         value if value is None else expect.count(value, name)
         for name, value in {"head_dim": head_dim, "window": window, "features": features, "block": block}.items()
@@ -155,10 +157,12 @@ def attention(
             name: dense(n, use_bias=use_bias, kernel_init=kernel_init, bias_init=bias_init) for name, n in sizes.items()
         }
 
-    def turned(a: Array, sign: int = 1) -> Array:
+    def turned(a: Array, parts: Mapping[str, Array], sign: int = 1) -> Array:
         """a [B, heads, T, d] rotated by its positions, or with sign -1 back."""
-        positions = sign * jnp.arange(a.shape[2], dtype=jnp.int32)
-        return embedding.rotary(a, positions[None, None], rotary_base) if rotary else a
+        if not rotary:
+            return a
+        places = positions.positions_in(parts.get("segments"), a.shape[2])
+        return positions.rotary(a, sign * places[:, None], rotary_base)
 
     def rule(parts: Mapping[str, Array], key: Array | None) -> Scores:
         groups = {3: (1, 1), 4: (kv_heads, heads // kv_heads)}
@@ -167,7 +171,7 @@ def attention(
             for a in (parts.get("mask"), parts.get("bias"))
         )
         sizes = parts["x"].shape[1], parts["context"].shape[1]
-        return Scores(causal, window, rate, block, *sizes, mask, bias, parts.get("lengths"), key)
+        return Scores(causal, window, rate, block, *sizes, mask, bias, parts.get("lengths"), parts.get("segments"), key)
 
     @expect.by("attention")
     def init(key, inputs):
@@ -189,8 +193,8 @@ def attention(
             with expect.at(name):
                 return layers[name].apply(params[name], (), a)
 
-        q = turned(_by_head(project("query", parts["x"]), heads))
-        k = turned(_by_head(project("key", parts["context"]), kv_heads))
+        q = turned(_by_head(project("query", parts["x"]), heads), parts)
+        k = turned(_by_head(project("key", parts["context"]), kv_heads), parts)
         v = _by_head(project("value", parts["context"]), kv_heads)
         q = q.reshape(q.shape[0], kv_heads, -1, *q.shape[2:])
         o, top, log_mass = attend(q, k, v, rule(parts, key))
@@ -221,8 +225,11 @@ def attention(
 
         o, do = (_by_head(a, heads).reshape(q.shape) for a in (out, pull("out", out.astype(q.dtype), dy)))
         dq, dk, dv, dbias = pull_back(q, k, v, o, top, log_mass, do, rule(parts, key))
-        dx = pull("query", x, _side_by_side(turned(dq.reshape(q.shape[0], heads, *q.shape[3:]), -1)))
-        of_context = pull("key", context, _side_by_side(turned(dk, -1))), pull("value", context, _side_by_side(dv))
+        dx = pull("query", x, _side_by_side(turned(dq.reshape(q.shape[0], heads, *q.shape[3:]), parts, -1)))
+        of_context = (
+            pull("key", context, _side_by_side(turned(dk, parts, -1))),
+            pull("value", context, _side_by_side(dv)),
+        )
         if not isinstance(inputs, Mapping):
             return dparams, added(dx, *of_context)
         dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else added(dx, *of_context)}
@@ -232,7 +239,7 @@ def attention(
             dinputs["bias"] = dbias.reshape(inputs["bias"].shape)
         return dparams, dinputs
 
-    return Layer("attention", init, apply, fwd, bwd, reads=("context", "mask", "bias", "lengths"))
+    return Layer("attention", init, apply, fwd, bwd, reads=("context", "mask", "bias", "lengths", "segments"))
 
 
 def _by_head(a: Array, heads: int) -> Array:
@@ -248,9 +255,13 @@ def _side_by_side(a: Array) -> Array:
 def _parts(inputs: Tree, heads: int) -> dict[str, Any]:
     """An input as a dict with a context, x itself if none is given; refused where its parts do not fit together."""
     parts = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
-    if "x" not in parts or parts.keys() - {"x", "context", "mask", "bias", "lengths"}:
-        wanted = "an array [B, T, D], or a dict of it as x with, where wanted, context, mask, bias and lengths"
+    if "x" not in parts or parts.keys() - {"x", "context", "mask", "bias", "lengths", "segments"}:
+        wanted = (
+            "an array [B, T, D], or a dict of it as x with, where wanted, context, mask, bias, lengths and segments"
+        )
         raise InputError(wanted, describe(inputs), 'write {"x": x, "context": context}, for instance')
+    if {"context", "segments"} <= parts.keys():
+        raise InputError("segments without a context", describe(inputs), "give a mask [B, T, S] of who sees whom")
     parts = {"context": parts["x"]} | parts
     x, context = parts["x"], parts["context"]
     for name in ("x", "context"):
@@ -268,6 +279,8 @@ def _parts(inputs: Tree, heads: int) -> dict[str, Any]:
             )
     if "lengths" in parts:
         expect.lengths(parts["lengths"], examples, keys)
+    if "segments" in parts:
+        expect.segments(parts["segments"], examples, keys)
     return parts
 
 

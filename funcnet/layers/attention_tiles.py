@@ -44,6 +44,7 @@ class Scores(NamedTuple):
         queries, keys: T and S.
         mask, bias: [B, 1 or K, 1 or G, T, S].
         lengths: [B].
+        segments: [B, T], T the number of keys too.
         key: None to drop nothing.
     """
 
@@ -56,6 +57,7 @@ class Scores(NamedTuple):
     mask: Array | None
     bias: Array | None
     lengths: Array | None
+    segments: Array | None
     key: Array | None
 
     def tiles(self, heads: int) -> list[Tile]:
@@ -94,6 +96,9 @@ class Scores(NamedTuple):
                 yield s - t < self.window
         if self.lengths is not None:
             yield s < self.lengths.astype(jnp.int32)[:, None, None, None, None]
+        if self.segments is not None:
+            one, other = self.segments[:, None, None, :, None], self.segments[:, None, None, None]
+            yield _rows(one, tile) == _columns(other, tile, -1)
         if self.mask is not None:
             yield _rows(_columns(self.mask, tile, -1), tile)
 

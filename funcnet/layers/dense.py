@@ -72,7 +72,7 @@ def dense(
             dparams["bias"] = contract(Shift(dy), params["bias"])
         return dparams, dx
 
-    return stateless("dense", init, fwd, bwd)
+    return stateless("dense", init, fwd, bwd, positionwise=True)
 
 
 def drawn(

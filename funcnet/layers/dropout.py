@@ -100,4 +100,4 @@ def _dropping(
         expect.float_array(dy)
         return {}, drop(jax.random.clone(key), jnp.asarray(dy))  # the same draw, on purpose
 
-    return Layer(name, init, apply, fwd, bwd)
+    return Layer(name, init, apply, fwd, bwd, positionwise=name == "dropout")

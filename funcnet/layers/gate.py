@@ -72,4 +72,4 @@ def _gated(name: str, single: Activation, half: Activation) -> Activation:
         db = gate.bwd({}, saved, dy * a)[1]
         return {}, jnp.concatenate([dy * s, db], axis=-1).astype(x.dtype)
 
-    return stateless(name, no_params, fwd, bwd)
+    return stateless(name, no_params, fwd, bwd, positionwise=True)

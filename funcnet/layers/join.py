@@ -59,7 +59,7 @@ def concat(axis: int = -1) -> Layer[dict, tuple[()], tuple[Array, ...]]:
         dy = expect.cotangent(dy, whole, empty[0].dtype)
         return {}, tuple(lax.slice_in_dim(dy, *both, axis=at) for both in pairwise(ends))
 
-    return stateless("concat", no_params, fwd, bwd)
+    return stateless("concat", no_params, fwd, bwd, positionwise=axis == -1)
 
 
 @constructor
@@ -79,7 +79,7 @@ def add() -> Layer[dict, tuple[()], tuple[Array, ...]]:
     def bwd(params, empty, dy, contract):
         return {}, (expect.cotangent(dy, empty[0].shape[:-1], empty[0].dtype),) * len(empty)
 
-    return stateless("add", no_params, fwd, bwd)
+    return stateless("add", no_params, fwd, bwd, positionwise=True)
 
 
 def _empty(xs: tuple[Array, ...]) -> tuple[Array, ...]:

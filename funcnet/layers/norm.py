@@ -126,7 +126,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
             dparams["bias"] = contract(Shift(dy), params["bias"])
         return dparams, placed(dx.astype(dy.dtype), saved.x)
 
-    return stateless(name, init, fwd, bwd)
+    return stateless(name, init, fwd, bwd, positionwise=True)
 
 
 def statistics(

@@ -139,7 +139,7 @@ def l2_normalize() -> Layer[dict, tuple[()], Direction]:
         dy = expect.cotangent(dy, y.shape, y.dtype)
         return {}, unit_pullback(y.astype(length.dtype), length, dy.astype(length.dtype)).astype(dy.dtype)
 
-    return stateless("l2_normalize", no_params, fwd, bwd)
+    return stateless("l2_normalize", no_params, fwd, bwd, positionwise=True)
 
 
 def unit(x: Array) -> tuple[Array, Array]:

@@ -54,7 +54,7 @@ def prelu(slope: float = 0.25) -> Layer[dict[str, Array], tuple[()], Array]:
         dx = jnp.where(x <= 0, slopes(params, x) * dy, dy)
         return {"slope": contract(Scale(jnp.where(x <= 0, x, 0.0), dy), params["slope"])}, dx
 
-    return stateless("prelu", init, fwd, bwd)
+    return stateless("prelu", init, fwd, bwd, positionwise=True)
 
 
 @constructor
@@ -89,4 +89,4 @@ def maxout(pieces: int) -> Layer[dict, tuple[()], Array]:
         dx = jnp.where(largest[..., None, :] == number, dy[..., None, :], 0.0)
         return {}, dx.reshape(*dy.shape[:-1], -1)
 
-    return stateless("maxout", no_params, fwd, bwd)
+    return stateless("maxout", no_params, fwd, bwd, positionwise=True)

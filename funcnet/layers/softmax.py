@@ -55,7 +55,7 @@ def softmax() -> Layer[dict, tuple[()], Array]:
             g = g - jnp.sum(p * g, axis=-1, keepdims=True)
         return {}, (p * g).astype(y.dtype)
 
-    return stateless("softmax", no_params, fwd, bwd)
+    return stateless("softmax", no_params, fwd, bwd, positionwise=True)
 
 
 @constructor
@@ -80,7 +80,7 @@ def log_softmax() -> Layer[dict, tuple[()], LogSoftmax]:
         p = jnp.exp(x.astype(top.dtype) - top - log_total)
         return {}, (g - p * jnp.sum(g, axis=-1, keepdims=True)).astype(x.dtype)
 
-    return stateless("log_softmax", no_params, fwd, bwd)
+    return stateless("log_softmax", no_params, fwd, bwd, positionwise=True)
 
 
 def _top(x: Array) -> Array:

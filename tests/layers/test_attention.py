@@ -186,7 +186,9 @@ def relations():
 def test_tiles_cover_what_a_query_may_see_for_its_position_once():
     """A tile that was moved back to end with the scores counts from where it was."""
     for options, T, S in relations():
-        tiles = Scores(**options, rate=0.0, queries=T, keys=S, mask=None, bias=None, lengths=None, key=None).tiles(2)
+        tiles = Scores(
+            **options, rate=0.0, queries=T, keys=S, mask=None, bias=None, lengths=None, segments=None, key=None
+        ).tiles(2)
         covered = np.zeros((T, S), int)
         for tile in tiles:
             covered[tile.row : tile.row + tile.rows, tile.column : tile.column + tile.columns] += 1

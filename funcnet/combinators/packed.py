@@ -1,0 +1,178 @@
+"""Several sequences in one row of a batch, each an example of its own.
+
+A row of x [B, T, ..] holds up to S sequences one behind the other, and the side input `segments` [B, T] numbers them: 1
+at each position of the first one, 2 at the second one's, .., and 0 at what pads the row. Layers that read the segments
+keep them apart, others look at each position alone (`Layer.positionwise`), so that
+
+    y[b, t] = f(the sequence at t)[t - its start]        0 where the segment is 0
+
+and the gradient of a parameter is the sum over sequences. What a contraction is told of single examples it is told of
+sequences: the rows of a factor's arrays, [B, T, ..], are sorted by the sequence that they are of, [B S, L, ..], zero
+beyond its end. A factor is linear in dy, so what is zero there adds nothing.
+
+Residuals: the model's, and the segments.
+Source: Krell et al. 2021, "Efficient sequence packing without cross-contamination", arXiv:2107.02027.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from funcnet._internal import expect
+from funcnet._internal.expect import InputError, describe
+from funcnet._internal.numerics import pick
+from funcnet._internal.sharding import regrouped
+from funcnet.combinators.sides import has_sides, passing
+from funcnet.gradients.common_factors import Sum
+from funcnet.gradients.contraction import total
+from funcnet.gradients.factor import Blocks, Factor, Mapped, Mixing, Pulled, Stacked
+from funcnet.layer import Layer, a_layer
+from funcnet.layers.positions import positions_in
+from funcnet.structure import Transparent, constructor
+
+Tree = Any
+
+
+class PackedResiduals(NamedTuple):
+    """Residuals of `packed`: the model's own, and the segments [B, T]."""
+
+    residuals: Tree
+    segments: Array
+
+
+class Packed(Transparent):
+    """A layer whose examples are sequences, several in a row."""
+
+
+@constructor
+def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
+    """The same layer for rows of several sequences, each of which counts as an example.
+
+    The input is a dict of x [B, T, ..] and `segments`, integers [B, T]: 1 for the positions of a row's first sequence,
+    2 for those of its second one, .., 0 for what pads the row. The output at position t is that of its sequence alone,
+    and 0 where the segment is 0. Attention, `position_embedding` and `sinusoidal_positions` read the segments; layers
+    that mix positions and do not read them are refused. `dropout` draws as for any row.
+
+    To a contraction that is about examples, sequence s of row b is example b S + s - 1: `fn.per_example` is [B S, ..],
+    zero for sequences that are not there. So are those of the layer's parameters; those of a loss are of rows.
+
+    Args:
+        layer: maps [B, T, ..] to [B, T, ..].
+        segments: S, the most sequences in a row.
+        longest: L, the most positions of a sequence; T by default. Quantities of single sequences take memory for S L
+            positions a row.
+
+    Raises:
+        InputError: for an input without segments, segments that are not 0, or 1, 2, .. up to S, each one behind the
+            other, or longer than L; under `jit`, where they cannot be read, their output is NaN.
+    """
+    a_layer(layer)
+    segments = expect.count(segments, "segments")
+    longest = None if longest is None else expect.count(longest, "longest")
+    inside = passing(layer)
+
+    @expect.by("packed")
+    def numbers(inputs: Any) -> Any:
+        if not has_sides(inputs) or "segments" not in inputs:
+            remedy = 'write {"x": x, "segments": segments}'
+            raise InputError("a dict of x and segments", describe(inputs), remedy)
+        given = inputs["segments"]
+        x = jax.tree.leaves(inputs["x"])[0]
+        expect.segments(given, *(x.shape[:2] if x.ndim > 1 else (x.shape[0], 0)))
+        if not expect.is_concrete(given):
+            return given
+        with jax.ensure_compile_time_eval():
+            fits = np.asarray(_fit(given, segments, longest))
+        if not fits.all():
+            wanted = f"segments 1, 2, .. up to {segments}, one behind the other, at most {longest or x.shape[1]} long"
+            row = int(np.argmin(fits.all(axis=1)))
+            received = f"row {row}: {np.asarray(given)[row].tolist()}"
+            raise InputError(wanted, received, "sort each row by its sequences, what pads it last")
+        return given
+
+    def masked(y: Any, ids: Array) -> Any:
+        def one(leaf: Array) -> Array:
+            if leaf.shape[:2] != ids.shape:
+                wanted = f"an output with the positions {list(ids.shape)} in front"
+                raise InputError(wanted, describe(leaf), "let packed end in front of what joins positions")
+            wide = lambda a: a.reshape(*a.shape, *(1,) * (leaf.ndim - 2))
+            counting = jnp.where(wide(ids > 0), leaf, jnp.zeros_like(leaf))
+            if expect.is_concrete(ids):  # and so has been looked at
+                return counting
+            return jnp.where(wide(_fit(ids, segments, longest)), counting, jnp.full_like(leaf, jnp.nan))
+
+        return {**y, "x": jax.tree.map(one, y["x"])} if has_sides(y) else jax.tree.map(one, y)
+
+    def init(key, inputs):
+        numbers(inputs)
+        return inside.init(key, inputs)
+
+    def apply(params, state, inputs):
+        return masked(inside.apply(params, state, inputs), jnp.asarray(numbers(inputs)))
+
+    def fwd(params, state, inputs, key):
+        ids = jnp.asarray(numbers(inputs))
+        y, state, residuals = inside.fwd(params, state, inputs, key)
+        return masked(y, ids), state, PackedResiduals(residuals, ids)
+
+    def bwd(params, saved, dy, contract=total):
+        ids = saved.segments
+        counts = lambda leaf: jnp.where((ids > 0).reshape(*ids.shape, *(1,) * (leaf.ndim - 2)), leaf, 0)
+        silent = jax.tree.map(counts, dy["x"] if has_sides(dy) else dy)
+        dy = {**dy, "x": silent} if has_sides(dy) else silent
+        if contract.reads == "sum":
+            return inside.bwd(params, saved.residuals, dy, contract)
+        holds = _holds(ids, segments, longest or ids.shape[1])
+        apart = contract.after(lambda factor, param: (_by_sequence(factor, ids, holds), param))
+        return inside.bwd(params, saved.residuals, dy, apart)
+
+    made = Packed(layer, lambda layer: packed(layer, segments, longest=longest))
+    return replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd, made=made, passes=True)
+
+
+def _fit(ids: Any, segments: int, longest: int | None) -> Array:
+    """Whether each position's segment is 0, or goes on, or is the first of the next number; and is not too long."""
+    ids = jnp.asarray(ids).astype(jnp.int32)
+    before = jnp.concatenate([jnp.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
+    goes_on = (ids == before) | (ids == lax.cummax(before, axis=1) + 1)
+    short = positions_in(ids, ids.shape[1]) < (longest or ids.shape[1])
+    return (ids == 0) | ((ids > 0) & (ids <= segments) & goes_on & short)
+
+
+def _holds(ids: Array, segments: int, longest: int) -> Array:
+    """The position of each place of each sequence, [B, S, L]; T where there is none."""
+    steps = ids.shape[1]
+    place = (ids.astype(jnp.int32) - 1) * longest + positions_in(ids, steps)
+    place = jnp.where(ids > 0, place, segments * longest)
+    none, each = jnp.full((segments * longest,), steps, jnp.int32), jnp.arange(steps, dtype=jnp.int32)
+    holds = jax.vmap(lambda place: none.at[place].set(each, mode="drop"))(place)
+    return holds.reshape(-1, segments, longest)
+
+
+def _by_sequence(factor: Factor, ids: Array, holds: Array) -> Factor:
+    """The same factor, of sequences [B S, L, ..] in the place of rows [B, T, ..]."""
+    again = lambda factor: _by_sequence(factor, ids, holds)
+    match factor:
+        case Stacked():
+            return replace(factor, factor=jax.vmap(again)(factor.factor))
+        case Mapped():
+            return replace(factor, factor=again(factor.factor))
+        case Sum():
+            return replace(factor, factors=tuple(map(again, factor.factors)))
+        case Mixing() | Blocks() | Pulled():
+            fits = False
+        case _:
+            fits = all(leaf.shape[:2] == ids.shape for leaf in jax.tree.leaves(factor))
+    if not fits:
+        wanted = f"a factor of arrays with the positions {list(ids.shape)} in front, to tell its sequences apart"
+        raise InputError(wanted, f"a {type(factor).__name__}", "use total, or a layer that has its own rule")
+
+    def sequences(leaf: Array) -> Array:
+        count, longest = holds.shape[1:]
+        return regrouped(pick(leaf, holds), (ids.shape[0] * count, longest, *leaf.shape[2:]))
+
+    return jax.tree.map(sequences, factor)
