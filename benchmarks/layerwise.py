@@ -42,10 +42,10 @@ def side(make: Callable[..., fn.TrainStep], stacked: bool, depth: int = DEPTH) -
     carried = [fn.init_train_state(objective, optimizer, jax.random.key(0), data)]
     if not stacked:
         source = fn.objective(model(depth, stacked=True), fn.cross_entropy(), metrics={})
-        params = fn.init_train_state(source, optimizer, jax.random.key(0), data).params
+        params = fn.init_train_state(source, optimizer, jax.random.key(0), data).params["model"]
         layers = {f"block_{i}": jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(depth)}
         state = carried[0]
-        params = layers | {"head": params["head"]}
+        params = {"model": layers | {"head": params["head"]}, "loss": {}}
         carried[0] = fn.TrainState(params, state.state, state.opt_state, state.key, state.step)
     return _side(step, carried, data)
 
@@ -54,7 +54,7 @@ def autodiff(depth: int = DEPTH) -> Side:
     """`jax.grad` of a scan over the stacked blocks, and optax, as one writes it."""
     optimizer, data = optax.adam(1e-3), batch()
     objective = fn.objective(model(depth, stacked=True), fn.cross_entropy())
-    params = fn.init_train_state(objective, optimizer, jax.random.key(0), data).params
+    params = fn.init_train_state(objective, optimizer, jax.random.key(0), data).params["model"]
 
     def block(x, p):
         return x + jax.nn.relu(peers.dense(p["dense"], peers.layer_norm(p["layer_norm"], x))), None

@@ -74,7 +74,7 @@ def sides(
     """
     key = jax.random.key(0)
     objective = fn.objective(model, loss.funcnet, metrics={})
-    params = jax.tree.map(np.array, fn.init_train_state(objective, _adam(), key, batch).params)
+    params = jax.tree.map(np.array, fn.init_train_state(objective, _adam(), key, batch).params["model"])
     fields = by_layer(params)
     return {
         "funcnet": lambda: funcnet_side(objective, key, batch),
@@ -91,7 +91,7 @@ def funcnet_side(objective: Any, key: Any, batch: Batch) -> Side:
 
     def check(carried):
         (loss, _), grads = jax.jit(fn.value_and_grad(objective))(carried.params, carried.state, batch, key)
-        return float(loss), by_layer(grads)
+        return float(loss), by_layer(grads["model"])
 
     def advance(carried):
         carried, metrics = step(carried, batch)

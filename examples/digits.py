@@ -55,7 +55,7 @@ def compare(objective: fn.Objective, state: fn.TrainState, batch: tuple[np.ndarr
     """Every leaf of the gradient: by hand, and by jax.grad of the same forward pass."""
 
     def loss(params):
-        prediction, _, _ = objective.model.fwd(params, state.state, batch[0], state.key)
+        prediction, _, _ = objective.model.fwd(params["model"], state.state["model"], batch[0], state.key)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(prediction, batch[1]))
 
     _, by_hand = jax.jit(fn.value_and_grad(objective))(state.params, state.state, batch, state.key)
@@ -123,7 +123,8 @@ def main() -> None:
         overwrite=args.overwrite,
     )
 
-    predicted = np.asarray(jnp.argmax(objective.model.apply(state.params, state.state, test[0]), axis=-1))
+    logits = objective.model.apply(state.params["model"], state.state["model"], test[0])
+    predicted = np.asarray(jnp.argmax(logits, axis=-1))
     plot_history(history, args.run_dir / "curves.png")
     plot_confusion(test[1], predicted, args.run_dir / "confusion.png")
     draw_misread(test[0], test[1], predicted, args.run_dir / "misread.png")

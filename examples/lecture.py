@@ -231,7 +231,7 @@ def train(results: Results, objective: fn.Objective, steps: int) -> tuple[list[f
         layerwise_losses.append(float(metrics["loss"]))
         if i in (1, 5, steps):
             results.compare(f"parameters after {i} steps", second.params, first.params)
-    P = jax.nn.softmax(objective.model.apply(first.params, first.state, X))[:, 1]
+    P = jax.nn.softmax(objective.model.apply(first.params["model"], first.state["model"], X))[:, 1]
     print(f"\n  L = {losses[0]:.4f} -> {losses[-1]:.4f}, P(y=1|x) = {np.asarray(P).round(3).tolist()}, y = {Y}")
     return losses, layerwise_losses
 
@@ -321,7 +321,7 @@ def main() -> None:
         ("Three layers", three, Y, "chain_3.png"),
         ("Thirty layers whose weights are drawn half as large", thirty, np.array([0, 0, 1, 1]), "chain_30.png"),
     ):
-        params, state = objective.model.init(jax.random.key(0), X)
+        params, state = objective.init(jax.random.key(0), (X, targets))
         explanation = fn.explain(objective, params, state, (X, targets))
         print(f"\n{title}, explained\n\n{explanation}")
         explanation.plot(args.out / picture)

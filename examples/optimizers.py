@@ -91,8 +91,9 @@ def likelihood() -> Callable[[Any], tuple[Any, Any]]:
     by_hand = fn.value_and_grad(fn.objective(fn.dense(1, use_bias=False), fn.binary_cross_entropy()))
 
     def value_and_grad(w):
-        (value, _), grads = by_hand({"kernel": w[:, None]}, (), batch)
-        return value, grads["kernel"][:, 0]
+        params, state = {"model": {"kernel": w[:, None]}, "loss": {}}, {"model": (), "loss": ()}
+        (value, _), grads = by_hand(params, state, batch)
+        return value, grads["model"]["kernel"][:, 0]
 
     return value_and_grad
 

@@ -140,6 +140,8 @@ def stateless(
     `reads` and `positionwise` are as for `Layer`.
     """
 
+    expect.flags(positionwise=positionwise)
+
     def init_with_state(key, x):
         with expect.by(name):
             return init(key, x), ()

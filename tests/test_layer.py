@@ -64,7 +64,9 @@ def test_a_layer_has_no_parts_and_no_way_to_rebuild_unless_it_says_so():
         "call",
         "unrounded",
         "reads",
+        "writes",
         "passes",
+        "positionwise",
     ]
 
 

@@ -301,7 +301,7 @@ def fields(params: Tree, dtype: Any, shapes: Mapping[str, tuple[int, ...]], may_
     """Refuse parameters other than a dict of arrays with exactly these shapes and this dtype; some may be wider."""
     wanted = "parameters {" + ", ".join(f"{k}: {dtype}[{', '.join(map(str, s))}]" for k, s in shapes.items()) + "}"
     if not isinstance(params, Mapping) or params.keys() != shapes.keys():
-        raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned")
+        raise InputError(wanted, describe(params), _own(params, "params", "layer"))
     if any(not is_array(params[name]) or params[name].shape != shape for name, shape in shapes.items()):
         raise InputError(wanted, describe(params), "pass the parameters that this layer's init returned for such input")
     fits = lambda name, p: p.dtype == dtype or (name in may_be_wider and is_floating(p) and wider(p.dtype, dtype))
@@ -320,9 +320,14 @@ def keys(tree: Tree, names: Any, what: str) -> None:
     """Refuse a `tree` that is not a dict with exactly `names` as its keys."""
     if not isinstance(tree, Mapping) or set(tree) != set(names):
         received = f"keys {list(tree)}" if isinstance(tree, Mapping) else describe(tree)
-        of_objective = isinstance(tree, Mapping) and set(tree) == {"model", "loss"}
-        remedy = f'pass {what}["model"]' if of_objective else f"pass the {what} that this model's init returned"
-        raise InputError(f"{what} for the layers {list(names)}", received, remedy)
+        raise InputError(f"{what} for the layers {list(names)}", received, _own(tree, what, "model"))
+
+
+def _own(tree: Tree, what: str, whose: str) -> str:
+    """The remedy for params or state that are another layer's."""
+    if isinstance(tree, Mapping) and set(tree) == {"model", "loss"}:
+        return f'pass {what}["model"]: these are an objective\'s'
+    return f"pass the {what} that this {whose}'s init returned"
 
 
 def cotangent(dy: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:

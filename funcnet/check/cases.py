@@ -585,9 +585,11 @@ CASES: tuple[Case, ...] = (
         {"x": "f32[3,5,4]", "lengths": "i32[3]<6"},
     ),
     Case("moe/one position an example", moe(dense(3), 4, top_k=2), "f32[5,4]"),
-    Case("moe/totals", serial(router_totals(), repeat(skip(moe(dense(4), 3, top_k=2)), 2)), "f32[2,5,4]"),
     Case(
-        "moe/totals through a branch, lengths",
+        "serial/mixtures are counted", serial(router_totals(), repeat(skip(moe(dense(4), 3, top_k=2)), 2)), "f32[2,5,4]"
+    ),
+    Case(
+        "serial/mixtures are counted through a branch, lengths",
         serial(router_totals(), branch(dense(4), remat(moe(dense(4), 3))), add()),
         {"x": "f32[2,5,4]", "lengths": "i32[2]<6"},
     ),

@@ -25,7 +25,7 @@ from funcnet.gradients.contraction import total
 from funcnet.gradients.factor import is_factor
 from funcnet.layer import Layer, a_layer
 from funcnet.structure import Composed, Wrapped
-from funcnet.train.objective import Batch, Objective, an_objective, entered, is_both, split, start
+from funcnet.train.objective import Batch, Objective, an_objective, both, entered, start
 
 Tree = Any
 LARGEST = 2**28  # bytes of the Jacobians that `layer_jacobians` forms, at most
@@ -180,7 +180,7 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
 
     Args:
         objective: from `fn.objective`.
-        params, state: those of its model, or {"model": .., "loss": ..} as from `objective.init`.
+        params, state: as `objective.init` makes them.
         batch: (inputs, targets), or (inputs, targets, weights), as for `fn.value_and_grad`.
         key: a `jax.random.key`, or None for a model that draws nothing.
 
@@ -191,12 +191,12 @@ def explain(objective: Objective, params: Tree, state: Tree, batch: Batch, key: 
     pair, weights = entered(objective, batch)
     records: dict[tuple[str, ...], dict[str, Any]] = {}
     model, loss = _watched(objective.model, (), records), objective.loss
-    own, _ = split(params, state)
-    if is_both(params):
+    both(params, state)
+    if jax.tree.leaves(params["loss"]):
         loss = _noting(loss, (loss.name,), records)
     watched = replace(objective, model=model, loss=loss)
     begun = start(watched, params, state, pair, key, weights)
-    model.bwd(own.model, begun.residuals, begun.dprediction)
+    model.bwd(params["model"], begun.residuals, begun.dprediction)
     ends = _rms(pair[0]), _rms(begun.dprediction)
     steps = tuple(_step(path, record, ends) for path, record in records.items())
     return Explanation(steps, float(begun.sums["loss"]), objective.loss.name, describe(pair[0]))

@@ -9,7 +9,7 @@ from jax import Array
 
 from funcnet._internal.expect import is_concrete, is_floating
 from funcnet.combinators.hooks import observe
-from funcnet.train.objective import Batch, Objective, is_both, split
+from funcnet.train.objective import Batch, Objective
 from funcnet.train.step import TrainState, one_move
 
 Tree = Any
@@ -60,7 +60,7 @@ def not_finite(
         facts.append(f"all entries of the update are finite, their norm overflows; the largest is {_largest(updates)}")
     if leaves := _bad_leaves(passed.state):
         facts.append(f"state leaves not finite: {', '.join(leaves)}")
-        facts.append(f"the layers of these: {', '.join(_owners(objective, params, passed.state))}")
+        facts.append(f"the layers of these: {', '.join(_owners(objective, passed.state))}")
     remedy = "a smaller learning rate, gradient clipping, or inputs of a smaller scale are the usual remedies"
     return NotFiniteError("\n  ".join([*facts, remedy]))
 
@@ -75,14 +75,12 @@ def _bad_leaves(tree: Tree) -> list[str]:
     return [jax.tree_util.keystr(path) for path in _bad(tree)]
 
 
-def _owners(objective: Objective, params: Tree, state: Tree) -> list[str]:
+def _owners(objective: Objective, state: Tree) -> list[str]:
     """The layers with a state that is not finite, as paths like `block/batch_norm`."""
     found = []
     for path in _bad(state):
-        layer, names = objective.model, []
-        if is_both(params):
-            layer, path = getattr(objective, path[0].key), path[1:]
-        for name in (getattr(entry, "key", "") for entry in path):
+        layer, names = getattr(objective, path[0].key), []
+        for name in (getattr(entry, "key", "") for entry in path[1:]):
             if name in layer.parts:
                 layer = layer.parts[name]
                 names.append(name)
@@ -107,6 +105,5 @@ def _first_bad_layer(objective: Objective, params: Tree, state: Tree, batch: Bat
         if any(not np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
             found.append("/".join(path) or layer.name)
 
-    own, states = split(params, state)
-    observe(objective.model, see).fwd(own.model, states.model, batch[0], key)
+    observe(objective.model, see).fwd(params["model"], state["model"], batch[0], key)
     return found[0] if found else None

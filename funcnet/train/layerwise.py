@@ -32,7 +32,7 @@ from funcnet.layer import Layer
 from funcnet.structure import Structure
 from funcnet.train import elementwise
 from funcnet.train.elementwise import HOLE, require_elementwise
-from funcnet.train.objective import Objective, Start, averages, entered, is_both, join, start
+from funcnet.train.objective import Objective, Start, averages, both, entered, start
 from funcnet.train.step import TrainState, TrainStep, a_pair, its_optimizer, jitted
 
 Tree = Any
@@ -87,22 +87,22 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
 
 def _steps(objective: Objective, params: Tree) -> list[tuple[Callable, bool]]:
     """`_places` of the model, and of a loss with parameters."""
-    if not is_both(params):
-        return list(_places(objective.model))
-    return [*_places(objective.model, partial(_at, "model")), (partial(_at, "loss"), False)]
+    both(params, params)
+    loss = [(partial(_at, "loss"), False)] if jax.tree.leaves(params["loss"]) else []
+    return [*_places(objective.model, partial(_at, "model")), *loss]
 
 
 def _back(objective: Objective, params: Tree, like_params: list[Tree], begun: Start, update: Update) -> tuple:
     """The walk through the loss, if it has parameters, and the model: (params, optimizer state like the params)."""
-    rest = begun.residuals, begun.dprediction, update
-    if not is_both(params):
-        return _walk(objective.model, params, like_params, *rest)[:2]
     of = lambda name: [_at(name, tree) for tree in like_params]
-    loss, loss_like = update(begun.dloss, of("loss"), params["loss"])
+    loss, loss_like = params["loss"], of("loss")
+    if jax.tree.leaves(loss):
+        loss, loss_like = update(begun.dloss, loss_like, loss)
+    rest = begun.residuals, begun.dprediction, update
     model, model_like, _ = _walk(objective.model, params["model"], of("model"), *rest)
-    both = zip(like_params, model_like, loss_like, strict=True)
-    like_params = [join(params, *new) if isinstance(tree, Mapping) else tree for tree, *new in both]
-    return join(params, model, loss), like_params
+    each = zip(like_params, model_like, loss_like, strict=True)
+    like_params = [{"model": a, "loss": b} if isinstance(tree, Mapping) else tree for tree, a, b in each]
+    return {"model": model, "loss": loss}, like_params
 
 
 def _walk(layer: Layer, params: Tree, like_params: list[Tree], residuals: Tree, dy: Any, update: Update) -> Updated:

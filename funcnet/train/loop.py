@@ -33,13 +33,14 @@ from funcnet.train.objective import (
     Objective,
     Share,
     an_objective,
+    both,
     check_batch,
     check_weights,
     mass,
     may_weigh,
     no_shapes,
+    predicted,
     share,
-    split,
     weighed,
     weighted_sums,
 )
@@ -105,10 +106,7 @@ def _scores(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[dict[st
 
     def scores(params, state, batch):
         inputs, targets, weights = check_batch(batch)
-        own, states = split(params, state)
-        prediction = objective.model.apply(own.model, states.model, inputs)
-        with at(objective.loss.name):
-            values = objective.loss.apply(own.loss, states.loss, (prediction, targets))
+        prediction, values = predicted(objective, params, state, (inputs, targets))
         counting, _, _ = weighed(objective.loss, targets, weights)
         sums = weighted_sums(objective, prediction, targets, values, counting)
         del sums["weight"]
@@ -376,7 +374,8 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
 
     It refuses a batch that holds NaN or infinity, or whose targets or weights do not fit the predictions.
     """
-    own, states = split(*expect.shapes((params, state)))
+    both(params, state)
+    own, states = expect.shapes((params["model"], state["model"]))
     predictions: dict[str, Any] = {}
 
     def check(batch: Batch) -> bool:
@@ -388,7 +387,7 @@ def values_check(objective: Objective, params: Tree, state: Tree) -> Callable[[B
                     _check_finite(path, leaf, may_forbid=name == "inputs")
         shape = describe(inputs)
         if shape not in predictions:
-            predictions[shape] = jax.eval_shape(objective.model.apply, own.model, states.model, expect.shapes(inputs))
+            predictions[shape] = jax.eval_shape(objective.model.apply, own, states, expect.shapes(inputs))
         with at(objective.loss.name):
             objective.loss.check(predictions[shape], targets)
             each = np.asarray(mass(objective.loss, targets))

@@ -12,9 +12,9 @@ and so is every metric:
 Only ratios of the weights matter: they are first scaled by the power of two that brings the largest below 1, so that no
 sum of them overflows. Where no value counts, or all weights are 0, a = 0: loss and gradients are 0.
 
-Params, state and gradients are the model's, as long as the loss has none of its own. With a loss that has, such as
-`fn.linear_cross_entropy`, all three are dicts {"model": .., "loss": ..}. Since a is known before the forward pass, a
-loss may make both of its passes in one (`Loss.ahead`).
+Params, state and gradients are dicts {"model": .., "loss": ..}, the loss's {} and () for most losses: it is
+`fn.linear_cross_entropy` that has parameters. Since a is known before the forward pass, a loss may make both of its
+passes in one (`Loss.ahead`).
 """
 
 from collections.abc import Callable, Mapping
@@ -54,10 +54,9 @@ class Objective:
         return "\n".join(["objective", *tree(self.model, "model", 1), *tree(self.loss, "loss", 1)])
 
     def init(self, key: Array, batch: Batch) -> tuple[Tree, Tree]:
-        """Fresh params and state for batches like this one: the model's, or {"model": .., "loss": ..} of both.
+        """Fresh params and state, {"model": .., "loss": ..} each, for batches like this one.
 
-        Both are given if the loss has parameters or state of its own. The model's parameters are those of
-        `model.init(key, ..)`. Weights in the batch change nothing.
+        The model's are those of `model.init(key, ..)`. Weights in the batch change nothing.
         """
         inputs, targets, _ = check_batch(batch)
         params, state = self.model.init(key, inputs)
@@ -65,8 +64,6 @@ class Objective:
         with at(self.loss.name):
             self.loss.check(prediction, targets)
             own = self.loss.init(jax.random.fold_in(key, LAST), (prediction, expect.shapes(targets)))
-        if not jax.tree.leaves(own):
-            return params, state
         return {"model": params, "loss": own[0]}, {"model": state, "loss": own[1]}
 
 
@@ -76,17 +73,15 @@ def objective(model: Layer, loss: Layer, metrics: Mapping[str, Callable[[Any, An
     Args:
         model: a layer from inputs to predictions.
         loss: a layer over (prediction, target) with one value an example, such as `fn.cross_entropy()`. It may have
-            parameters and state of its own: then all params are {"model": .., "loss": ..}, and so is all state.
+            parameters and state of its own.
         metrics: replaces the loss's own (accuracy for the cross-entropies); {} for none.
 
     Raises:
-        InputError: for a model or loss that is no layer, a metric that is no function, a metric whose name a training
-            step needs itself, and a model of two layers called model and loss, whose params could not be told from
-            those of an objective.
+        InputError: for a model or loss that is no layer, a metric that is no function, and a metric whose name a
+            training step needs itself.
     """
+    a_layer(model)
     loss = as_loss(a_layer(loss))
-    if set(a_layer(model).parts) == set(PARTS):
-        raise InputError("a model whose layers are not called model and loss", f"{list(model.parts)}", "rename them")
     metrics = loss.metrics if metrics is None else metrics
     if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
         remedy = 'give functions of a batch, such as {"error": lambda prediction, target: ..}'
@@ -211,59 +206,48 @@ def weighted(weights: Array, values: Array) -> Array:
     return jnp.sum(weights * jnp.where((weights == 0) & ~jnp.isfinite(values), 0.0, values))
 
 
-class Both(NamedTuple):
-    """The model's part and the loss's part of a tree."""
-
-    model: Tree
-    loss: Tree
-
-
-def is_both(params: Tree) -> bool:
-    """Whether these are the params of a model and of its loss."""
-    return isinstance(params, Mapping) and params.keys() == set(PARTS)
-
-
-def split(params: Tree, state: Tree) -> tuple[Both, Both]:
-    """Params and state of the model and of the loss; of a loss without its own, {} and ()."""
-    if not is_both(params):
-        return Both(params, {}), Both(state, ())
-    expect.keys(state, PARTS, "state")
-    return Both(**params), Both(**state)
-
-
-def join(params: Tree, model: Tree, loss: Tree) -> Tree:
-    """A tree of both, laid out as these params are."""
-    return {"model": model, "loss": loss} if is_both(params) else model
+def both(params: Tree, state: Tree) -> None:
+    """Refuse params or state that are not dicts of the model's and the loss's."""
+    for what, given, none in (("params", params, "{}"), ("state", state, "()")):
+        if not isinstance(given, Mapping) or given.keys() != set(PARTS):
+            received = f"a dict of {list(given)}" if isinstance(given, Mapping) else describe(given)
+            remedy = f'take what objective.init returns, or write {{"model": {what}, "loss": {none}}}'
+            raise InputError(f"{what} {{model, loss}} of an objective", received, remedy)
 
 
 def forward(objective: Objective, params: Tree, state: Tree, pair: Pair, key: Array | None):
     """The training forward pass: (prediction, values of the loss, new state, residuals of model and loss)."""
+    both(params, state)
     inputs, targets = pair
-    own, states = split(params, state)
-    prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
+    prediction, model_state, residuals = objective.model.fwd(params["model"], state["model"], inputs, key)
     with at(objective.loss.name):
         x = prediction, targets
-        values, loss_state, loss_residuals = objective.loss.fwd(own.loss, states.loss, x, loss_key(key))
-    return prediction, values, join(params, model_state, loss_state), (residuals, loss_residuals)
+        values, loss_state, loss_residuals = objective.loss.fwd(params["loss"], state["loss"], x, loss_key(key))
+    return prediction, values, {"model": model_state, "loss": loss_state}, (residuals, loss_residuals)
+
+
+def predicted(objective: Objective, params: Tree, state: Tree, pair: Pair) -> tuple[Any, Array]:
+    """The prediction and the values of the loss, by `apply`."""
+    both(params, state)
+    inputs, targets = pair
+    prediction = objective.model.apply(params["model"], state["model"], inputs)
+    with at(objective.loss.name):
+        return prediction, objective.loss.apply(params["loss"], state["loss"], (prediction, targets))
 
 
 def as_layer(objective: Objective) -> Layer:
     """Model and loss as one layer from a batch to the values of the loss; weights in the batch change nothing."""
 
     def apply(params, state, batch):
-        own, states = split(params, state)
-        prediction = objective.model.apply(own.model, states.model, batch[0])
-        with at(objective.loss.name):
-            return objective.loss.apply(own.loss, states.loss, (prediction, batch[1]))
+        return predicted(objective, params, state, batch[:2])[1]
 
     def fwd(params, state, batch, key):
         return forward(objective, params, state, batch[:2], key)[1:]
 
     def bwd(params, residuals, dy, contract=total):
-        of_model, of_loss = Both(**params) if is_both(params) else Both(params, {})
-        dloss, (dprediction, dtargets) = objective.loss.bwd(of_loss, residuals[1], dy, contract)
-        dmodel, dinputs = objective.model.bwd(of_model, residuals[0], dprediction, contract)
-        return join(params, dmodel, dloss), (dinputs, dtargets)
+        dloss, (dprediction, dtargets) = objective.loss.bwd(params["loss"], residuals[1], dy, contract)
+        dmodel, dinputs = objective.model.bwd(params["model"], residuals[0], dprediction, contract)
+        return {"model": dmodel, "loss": dloss}, (dinputs, dtargets)
 
     parts = {"model": objective.model, "loss": objective.loss}
     again = lambda parts: as_layer(replace(objective, **parts))
@@ -297,18 +281,19 @@ def start(
     contract: Contraction = total,
 ) -> Start:
     """The forward pass and the loss's backward pass, the loss and the metrics summed with `weights`."""
+    both(params, state)
     inputs, targets = pair
-    loss, (own, states) = objective.loss, split(params, state)
+    loss = objective.loss
     if loss.at_once is not None and contract is total:
-        prediction, model_state, residuals = objective.model.fwd(own.model, states.model, inputs, key)
+        prediction, model_state, residuals = objective.model.fwd(params["model"], state["model"], inputs, key)
         with at(loss.name):
-            values, (dloss, (dprediction, _)) = loss.at_once(own.loss, (prediction, targets), weights)
+            values, (dloss, (dprediction, _)) = loss.at_once(params["loss"], (prediction, targets), weights)
         sums = weighted_sums(objective, prediction, targets, values, weights)
-        return Start(sums, join(params, model_state, states.loss), residuals, dprediction, dloss)
+        return Start(sums, {"model": model_state, "loss": state["loss"]}, residuals, dprediction, dloss)
     prediction, values, new_state, (residuals, loss_residuals) = forward(objective, params, state, pair, key)
     sums = weighted_sums(objective, prediction, targets, values, weights)  # refuses what bwd would not understand
     with at(loss.name):
-        dloss, (dprediction, _) = loss.bwd(own.loss, loss_residuals, weights.astype(values.dtype), contract)
+        dloss, (dprediction, _) = loss.bwd(params["loss"], loss_residuals, weights.astype(values.dtype), contract)
     return Start(sums, new_state, residuals, dprediction, dloss)
 
 
@@ -345,9 +330,8 @@ def run(
 ) -> Pass:
     """One pass forward and one back, the loss and the metrics summed with `weights`."""
     begun = start(objective, params, state, pair, key, weights, contract)
-    own, _ = split(params, state)
-    grads, _ = objective.model.bwd(own.model, begun.residuals, begun.dprediction, contract)
-    return Pass(begun.sums, begun.state, join(params, grads, begun.dloss))
+    grads, _ = objective.model.bwd(params["model"], begun.residuals, begun.dprediction, contract)
+    return Pass(begun.sums, begun.state, {"model": grads, "loss": begun.dloss})
 
 
 def averages(sums: dict[str, Array]) -> dict[str, Array]:
@@ -362,7 +346,7 @@ def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tre
 
     Returns a function (params, state, batch, key, *, weights=None, contract=fn.total) -> ((loss, state), grads):
 
-        params, state: the model's; if the loss has its own, {"model": .., "loss": ..}, as `objective.init` makes them.
+        params, state: {"model": .., "loss": ..} each, as `objective.init` makes them, and so are the gradients.
         batch: (inputs, targets), their first axes equal: the loss is the mean over all values that count. Or (inputs,
             targets, weights), with weights as floats or booleans, not negative, one for each value of the loss: the
             loss is the weighted mean over the values that count, divided by the sum of the weights times `Loss.mass`.

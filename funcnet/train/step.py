@@ -47,8 +47,8 @@ class TrainState:
     """All that training carries: a pytree, to be saved, restored and passed on as it is.
 
     Attributes:
-        params: the model's parameters; with a loss that has its own, {"model": .., "loss": ..}.
-        state: the model's state, such as running statistics; laid out like params.
+        params: {"model": .., "loss": ..}, the model's parameters and the loss's, which are {} for most losses.
+        state: {"model": .., "loss": ..}, such as running statistics.
         opt_state: the optimizer's state.
         key: the `jax.random.key` that every step derives its own from, as fold_in(key, step).
         step: how many updates were made, int32.

@@ -137,8 +137,6 @@ _BY_REASON = {
         "ctc: counted = (steps[None] < lengths[:, None])",
     ],
     "a sum is the same in any order, and an exchange of two axes has none": [
-        "branch: sides = {name: (jax.tree.map(added, *(dx[name] for dx in dxs), dys[name])) for name in none}",
-        'with_sides: return {**dy, **{name: (jax.tree.map(added, d, dy[name])) for name, d in own.items() if name != "x"}, "x": own["x"]}',
         "ctc: ways = ((_shifted(after, -1, -jnp.inf), after, _shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf)))",
         "ctc: ways = ((after, _shifted(jnp.where(of.skip, after, -jnp.inf), -2, -jnp.inf), _shifted(after, -1, -jnp.inf)))",
         "ctc: slope = softmax.at[place].add(-(jnp.swapaxes(shares, 1, 0)), out_sharding=sharded_as(logits, 1))",
@@ -207,7 +205,6 @@ _BY_REASON = {
         "_shifts: offsets = np.full([m * s for (s, m) in zip(reach, windows.strides, strict=True)], prod(windows.window))",
         "_shifts: offsets = np.full([m * s for m, s in (zip(windows.strides, reach, strict=True))], prod(windows.window))",
         "from_function: params, x = varying((params, x), (varies(x, params)))",
-        "attention: of_context = ((pull('value', context, _side_by_side(dv)), pull('key', context, _side_by_side(turned(dk, -1)))))",
         "attention: return dparams, (added(*of_context, dx))",
         'attention: dinputs: dict[str, Any] = dict.fromkeys(inputs) | {"x": dx if "context" in inputs else (added(*of_context, dx))}',
         "pull_back: heads = tuple(axis for axis in ((2, 1)) if db.shape[axis] == 1)",
@@ -483,7 +480,6 @@ _BY_REASON = {
         "Use: return jax.linear_transpose(used, varying(param, varies(x, dy)))(dy)[-1]",
     ],
     "zeros have no sign": [
-        "unheard: lambda side: (jnp.zeros_like(-side)) if is_floating(side) else None",
         "Pulled: lambda leaf: jnp.where((each == i).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, (jnp.zeros_like(-leaf)))",
     ],
     "all have as many examples": [

@@ -135,7 +135,7 @@ def test_trained_layer_by_layer_explained_and_summarised():
 
     begun = fn.init_train_state(objective, optimizer, KEY, batch)
     params, state = begun.params, begun.state
-    prediction = objective.model.apply(params, state, batch[0])
+    prediction = objective.model.apply(params["model"], state["model"], batch[0])
     totals = prediction["router"]
     np.testing.assert_allclose(metrics["router_balance"], np.mean(totals.balance), rtol=1e-5)
     np.testing.assert_allclose(metrics["dropped"], np.mean(totals.dropped), rtol=1e-5)
@@ -149,7 +149,7 @@ def test_trained_layer_by_layer_explained_and_summarised():
     assert [step.name for step in explained.steps][2:4] == ["repeat/0/layer_norm", "repeat/0/moe"]
     rows = {row.path: row for row in fn.summary(objective.model, batch[0]).rows}
     assert ("repeat", "moe", "experts", "hidden") in rows
-    assert rows[("repeat",)].parameters == sum(leaf.size for leaf in jax.tree.leaves(params["repeat"]))
+    assert rows[("repeat",)].parameters == sum(leaf.size for leaf in jax.tree.leaves(params["model"]["repeat"]))
 
 
 def test_per_example_gradients_go_through_the_routing():

@@ -107,11 +107,12 @@ def test_a_training_step_is_that_of_the_sequences_one_by_one():
     padded = {"x": rows[0], "lengths": lengths}, np.where(np.arange(6) < lengths[:, None], rows[1], -1)
     alone = fn.objective(model_of(BLOCK, fn.position_embedding(6)), objective.loss)
     wider = jax.tree.map(jnp.array, begun.params)
-    table = wider["position_embedding"]["embedding"]
-    wider["position_embedding"]["embedding"] = jnp.pad(table, ((0, 1), (0, 0)))
+    table = wider["model"]["position_embedding"]["embedding"]
+    wider["model"]["position_embedding"]["embedding"] = jnp.pad(table, ((0, 1), (0, 0)))
     (loss, _), grads = fn.value_and_grad(alone)(wider, begun.state, padded)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    grads["position_embedding"]["embedding"] = grads["position_embedding"]["embedding"][:5]
+    positions = grads["model"]["position_embedding"]
+    positions["embedding"] = positions["embedding"][:5]
     for moved in (after, layerwise):
         jax.tree.map(
             lambda p, q, g: np.testing.assert_allclose(p, q - 0.1 * g, rtol=1e-3, atol=1e-6),

@@ -115,11 +115,11 @@ def test_what_looks_into_a_model_looks_into_both_directions_and_all_levels():
     model = fn.stacked(fn.bidirectional(fn.gru(2), fn.gru(2, reverse=True)), fn.rnn(2))
     paths = ["bidirectional", "bidirectional/forward", "bidirectional/backward", "rnn"]
     assert ["/".join(row.path) for row in fn.summary(model, X).rows] == paths
-    params, state = model.init(KEY, X)
-    target = jnp.zeros((*X.shape[:-1], 2), X.dtype)
-    told = fn.explain(fn.objective(model, fn.mse()), params, state, (X, target))
+    objective, target = fn.objective(model, fn.mse()), jnp.zeros((*X.shape[:-1], 2), X.dtype)
+    params, state = objective.init(KEY, (X, target))
+    told = fn.explain(objective, params, state, (X, target))
     assert {step.name for step in told.steps} == set(paths[1:])
-    dparams = fn.value_and_grad(fn.objective(model, fn.mse()))(params, state, (X, target))[1]
+    dparams = fn.value_and_grad(objective)(params, state, (X, target))[1]["model"]
     both = dparams["bidirectional"]
     for step, own in zip(told.steps, (both["forward"], both["backward"], dparams["rnn"]), strict=True):
         norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(own)))

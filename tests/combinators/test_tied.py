@@ -183,7 +183,7 @@ def test_it_trains_with_one_table(standard_promotion):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
-    assert state.params["head"] == {}
+    assert state.params["model"]["head"] == {}
 
 
 def test_explain_and_layerwise_step_take_it_whole():
@@ -294,7 +294,7 @@ def test_ties_inside_a_repeat_can_be_explained():
     block = fn.serial(a=fn.dense(6, use_bias=False), b=fn.dense(6, use_bias=False))
     objective = fn.objective(fn.tied(fn.repeat(block, 2), {"b/kernel": "a/kernel.T"}), fn.mse())
     batch = jnp.ones((3, 6)), jnp.zeros((3, 6))
-    params, state = objective.model.init(jax.random.key(0), batch[0])
+    params, state = objective.init(jax.random.key(0), batch)
     explanation = fn.explain(objective, params, state, batch)
     np.testing.assert_allclose(explanation.loss, fn.value_and_grad(objective)(params, state, batch)[0][0], rtol=1e-6)
 

@@ -66,7 +66,9 @@ def test_the_same_parameters_as_jax_grad_and_optax_after_100_steps(dtype, tolera
         @jax.jit
         def plain(params, opt_state, batch, step):
             def loss(params):
-                logits = objective.model.fwd(params, model_state, batch[0], jax.random.fold_in(key, step))[0]
+                logits = objective.model.fwd(
+                    params["model"], model_state["model"], batch[0], jax.random.fold_in(key, step)
+                )[0]
                 return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
 
             updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)

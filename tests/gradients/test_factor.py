@@ -362,6 +362,7 @@ def check_sharded_objective(mesh):
         fn.dense(12), fn.repeat(fn.skip(fn.serial(fn.layer_norm(), fn.dense(12), fn.gelu())), 2), fn.dense(5)
     )
     params, state, x, _ = draw(model, (8, 12), jnp.float32)
+    params, state = {"model": params, "loss": {}}, {"model": state, "loss": ()}
     labels = jnp.arange(8, dtype=jnp.int32) % 5
     run = fn.value_and_grad(fn.objective(model, fn.cross_entropy(label_smoothing=0.1)))
     hows = [fn.total, fn.squared_norm, fn.per_example]

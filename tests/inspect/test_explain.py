@@ -86,7 +86,7 @@ NAMES = ["dense", *(f"deep/{i}/{kind}" for i in range(3) for kind in TURN), "sav
 
 @pytest.fixture(scope="module")
 def explained():
-    params, state = MODEL.init(jax.random.key(0), BATCH[0])
+    params, state = OBJECTIVE.init(jax.random.key(0), BATCH)
     return params, state, fn.explain(OBJECTIVE, params, state, BATCH)
 
 
@@ -100,9 +100,9 @@ def test_loss_and_gradient_norms_are_those_of_the_pass(explained):
     def norm(tree):
         return np.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(tree)))
 
-    np.testing.assert_allclose(norms["head"], norm(grads["head"]), rtol=1e-5)
+    np.testing.assert_allclose(norms["head"], norm(grads["model"]["head"]), rtol=1e-5)
     for i in range(3):
-        turn = jax.tree.map(lambda leaf, i=i: leaf[i], grads["deep"])
+        turn = jax.tree.map(lambda leaf, i=i: leaf[i], grads["model"]["deep"])
         np.testing.assert_allclose(norms[f"deep/{i}/dense"], norm(turn["dense"]), rtol=1e-4)
     assert norms["deep/0/relu"] is None
 
@@ -110,7 +110,7 @@ def test_loss_and_gradient_norms_are_those_of_the_pass(explained):
 def test_activations_cotangents_and_bytes_are_those_of_the_layers(explained):
     params, state, explanation = explained
     head = explanation.steps[-1]
-    y = MODEL.apply(params, state, BATCH[0])
+    y = MODEL.apply(params["model"], state["model"], BATCH[0])
     dy = (jax.nn.softmax(y) - jax.nn.one_hot(BATCH[1], 5)) / 4
     np.testing.assert_allclose(head.activation, np.sqrt(np.mean(np.square(y))), rtol=1e-5)
     np.testing.assert_allclose(head.cotangent, np.sqrt(np.mean(np.square(dy))), rtol=1e-5)
@@ -124,7 +124,8 @@ def marks(model, x, change=lambda params: params, loss=None, targets=None):
     objective = fn.objective(model, loss or fn.mse())
     params, state = model.init(jax.random.key(0), x)
     targets = jnp.ones_like(model.apply(params, state, x)) if targets is None else targets
-    explanation = fn.explain(objective, change(params), state, (x, targets))
+    both = {"model": change(params), "loss": {}}, {"model": state, "loss": ()}
+    explanation = fn.explain(objective, *both, (x, targets))
     return {step.name: step.marks for step in explanation.steps}, str(explanation)
 
 
@@ -151,8 +152,8 @@ def test_vanishing_exploding_dead_and_not_finite_are_marked():
 def test_it_works_for_a_lone_layer_integers_and_layers_that_draw():
     assert list(marks(fn.dense(2), BATCH[0])[0]) == ["dense"]
     model = fn.serial(fn.dropout(0.5), fn.repeat(fn.relu(), 2), fn.dense(5))
-    params, state = model.init(jax.random.key(0), BATCH[0])
     objective = fn.objective(model, fn.cross_entropy())
+    params, state = objective.init(jax.random.key(0), BATCH)
     explanation = fn.explain(objective, params, state, BATCH, jax.random.key(3))
     (loss, _), _ = fn.value_and_grad(objective)(params, state, BATCH, jax.random.key(3))
     np.testing.assert_allclose(explanation.loss, loss, rtol=1e-6)
@@ -172,14 +173,14 @@ def test_the_table_reads_forward_then_back(explained):
 def test_a_repeat_inside_a_transparent_combinator_is_shown_turn_by_turn(wrap):
     model = fn.serial(wrap(fn.repeat(fn.serial(fn.dense(7), fn.tanh()), 2)), fn.dense(5))
     objective = fn.objective(model, fn.cross_entropy())
-    params, state = model.init(jax.random.key(0), BATCH[0])
+    params, state = objective.init(jax.random.key(0), BATCH)
     explanation = fn.explain(objective, params, state, BATCH)
     names = [step.name.split("/")[1:] for step in explanation.steps]
     assert names == [["0", "dense"], ["0", "tanh"], ["1", "dense"], ["1", "tanh"], []]
     (loss, _), _ = fn.value_and_grad(objective)(params, state, BATCH)
     np.testing.assert_allclose(explanation.loss, loss, rtol=1e-6)
-    deep = next(iter(params))
-    params[deep] = jax.tree.map(lambda p: p[:1], params[deep])
+    deep = next(iter(params["model"]))
+    params["model"][deep] = jax.tree.map(lambda p: p[:1], params["model"][deep])
     with pytest.raises(fn.InputError, match="a first axis of 2 layers"):
         fn.explain(objective, params, state, BATCH)
     with pytest.raises(fn.InputError, match=r"fn.objective\(model, loss\)"):
@@ -192,8 +193,9 @@ def test_a_layer_of_several_inputs_has_a_jacobian_for_each():
     )
     model = fn.serial(fn.parallel(fn.dense(5), fn.dense(5)), add)
     x = (BATCH[0], BATCH[0])
-    params, state = model.init(jax.random.key(0), x)
-    last = fn.explain(fn.objective(model, fn.cross_entropy()), params, state, (x, BATCH[1])).steps[-1]
+    objective = fn.objective(model, fn.cross_entropy())
+    params, state = objective.init(jax.random.key(0), (x, BATCH[1]))
+    last = fn.explain(objective, params, state, (x, BATCH[1])).steps[-1]
     assert last.jacobians == {"x0": "[4, 5, 4, 5]", "x1": "[4, 5, 4, 5]"}
     assert last.jacobian_bytes == 2 * 4 * 20 * 20
 

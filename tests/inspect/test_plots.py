@@ -18,7 +18,7 @@ def test_the_picture_is_written(layers, tmp_path):
     model = fn.serial(*[fn.dense(3)] * layers)
     objective = fn.objective(model, fn.mse())
     x = np.ones((2, 3), np.float32)
-    params, state = model.init(jax.random.key(0), x)
+    params, state = objective.init(jax.random.key(0), (x, x))
     fn.explain(objective, params, state, (x, x)).plot(tmp_path / "chain.png")
     header = (tmp_path / "chain.png").read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
@@ -29,7 +29,7 @@ def test_names_may_hold_dollars(tmp_path):
     model = fn.serial(**{"cost$_per_$": fn.dense(3)})
     objective = fn.objective(model, fn.mse())
     x = np.ones((2, 3), np.float32)
-    fn.explain(objective, *model.init(jax.random.key(0), x), (x, x)).plot(tmp_path / "chain.png")
+    fn.explain(objective, *objective.init(jax.random.key(0), (x, x)), (x, x)).plot(tmp_path / "chain.png")
 
 
 def a_step(name, gradient=None, marks=("", "")):

@@ -307,7 +307,8 @@ def test_in_a_model_it_trains_as_the_layer_by_hand():
     for layer in (fn.from_function(affine, affine_init), fn.serial(fn.dense(4), fn.tanh())):
         objective = fn.objective(fn.serial(odd=layer, last=fn.dense(4)), fn.cross_entropy())
         state = fn.init_train_state(objective, optax.sgd(0.5), KEY, images)
-        state.params["odd"].update(jax.tree.map(lambda leaf: 0.1 + 0 * leaf, state.params["odd"]))
+        odd = state.params["model"]["odd"]
+        odd.update(jax.tree.map(lambda leaf: 0.1 + 0 * leaf, odd))
         step = fn.train_step(objective, optax.sgd(0.5))
         for _ in range(3):
             state, metrics = step(state, images)

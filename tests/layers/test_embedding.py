@@ -120,11 +120,11 @@ def test_rows_under_jit_and_repeat_and_beside_other_factors():
 
 def test_rows_through_a_model_form_no_gradient_of_the_tables_size():
     model = fn.serial(fn.embedding(1000, 4), fn.flatten(), fn.dense(3))
-    run = fn.value_and_grad(fn.objective(model, fn.cross_entropy()))
-    params, state = model.init(KEY, jnp.asarray(IDS))
-    batch = jnp.asarray(IDS), jnp.array([0, 1, 2, 0])
-    grads = run(params, state, batch, None, contract=fn.rows)[1]
-    wanted = run(params, state, batch, None)[1]
+    objective, batch = fn.objective(model, fn.cross_entropy()), (jnp.asarray(IDS), jnp.array([0, 1, 2, 0]))
+    params, state = objective.init(KEY, batch)
+    run = fn.value_and_grad(objective)
+    grads = run(params, state, batch, None, contract=fn.rows)[1]["model"]
+    wanted = run(params, state, batch, None)[1]["model"]
     touched = grads["embedding"]["embedding"]
     assert isinstance(touched, fn.Rows)
     table = jnp.zeros((1000, 4)).at[touched.ids].add(touched.rows)

@@ -202,6 +202,7 @@ NEEDED = {  # what a constructor with flags wants beside them
     "avg_pool": (2,),
     "attention": (2,),
     "transformer_block": (4, 2),
+    "stateless": ("mine", None, None, None),
     "linear_cross_entropy": (5,),
 }
 NO_CONSTRUCTORS = {"check_layer", "check_vjp", "fit", "train_step"}

@@ -226,10 +226,13 @@ def test_weights_of_classes_are_those_of_pytorch(name, x64):
     of("mean").backward()
     objective = fn.objective(fn.dense(5, use_bias=False), loss)
     batch = LOGITS.reshape(*shape, 5), target
-    (mean, _), grads = fn.value_and_grad(objective)({"kernel": np.eye(5)}, (), batch)
+    params, state = {"model": {"kernel": np.eye(5)}, "loss": {}}, {"model": (), "loss": ()}
+    (mean, _), grads = fn.value_and_grad(objective)(params, state, batch)
     np.testing.assert_allclose(mean, of("mean").item(), rtol=1e-12)
-    np.testing.assert_allclose(grads["kernel"], LOGITS.T @ z.grad.numpy().reshape(6, 5), rtol=1e-10, atol=1e-14)
-    metrics = fn.evaluate(objective, {"kernel": np.eye(5)}, (), [batch])
+    np.testing.assert_allclose(
+        grads["model"]["kernel"], LOGITS.T @ z.grad.numpy().reshape(6, 5), rtol=1e-10, atol=1e-14
+    )
+    metrics = fn.evaluate(objective, params, state, [batch])
     np.testing.assert_allclose(metrics["loss"], of("mean").item(), rtol=1e-12)
     label = (target.argmax(-1) if soft else target).reshape(-1)
     right = (LOGITS.argmax(1) == label)[label != ignore]

@@ -168,9 +168,10 @@ def test_zero_infinity_is_that_of_pytorch(x64):
     wanted.backward(torch.tensor(WEIGHTS))
     np.testing.assert_allclose(loss.bwd({}, residuals, WEIGHTS)[1][0], z.grad.numpy(), rtol=1e-10, atol=1e-12)
     objective = fn.objective(fn.identity(), loss)
-    (mean, _), _ = jax.jit(fn.value_and_grad(objective))({}, (), (LOGITS, target))
+    params, state = objective.init(jax.random.key(0), (LOGITS, target))
+    (mean, _), _ = jax.jit(fn.value_and_grad(objective))(params, state, (LOGITS, target))
     np.testing.assert_allclose(mean, wanted.detach().numpy().mean(), rtol=1e-10)
-    np.testing.assert_allclose(fn.evaluate(objective, {}, (), [(LOGITS, target)])["loss"], mean, rtol=1e-10)
+    np.testing.assert_allclose(fn.evaluate(objective, params, state, [(LOGITS, target)])["loss"], mean, rtol=1e-10)
     with pytest.raises(fn.InputError, match="label 5 at index"):
         loss.check(LOGITS, target | {"labels": np.full_like(target["labels"], 5)})
 

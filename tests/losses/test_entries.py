@@ -187,16 +187,17 @@ def test_an_objective_takes_the_mean_over_the_examples_that_have_entries(name):
     batch = X, masked(BAD)
     params, state = objective.init(jax.random.key(0), batch)
     (got, _), grads = jax.jit(fn.value_and_grad(objective))(params, state, batch)
-    z = np.float64(X) @ np.float64(params["kernel"]) + np.float64(params["bias"])
+    kernel, bias = (np.float64(params["model"][name]) for name in ("kernel", "bias"))
+    z = np.float64(X) @ kernel + bias
     each = (f(z, T) * MASK).sum((1, 2)) / KEPT
     np.testing.assert_allclose(got, each.sum() / 4, rtol=1e-5)
     if name == "mse":
         _, grads = jax.jit(fn.value_and_grad(objective))(params, state, batch, weights=jnp.ones(5))
         each_grad = 2 * ((z - T) * MASK / KEPT[:, None, None]).sum(1)
-        np.testing.assert_allclose(grads["bias"], each_grad.sum(0), rtol=1e-5)
+        np.testing.assert_allclose(grads["model"]["bias"], each_grad.sum(0), rtol=1e-5)
         for contract, wanted in ((fn.per_example, each_grad), (fn.squared_norm, (each_grad**2).sum(1))):
             own = fn.value_and_grad(objective)(params, state, batch, weights=jnp.ones(5), contract=contract)[1]
-            np.testing.assert_allclose(own["bias"], wanted, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(own["model"]["bias"], wanted, rtol=1e-5, atol=1e-7)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
@@ -208,7 +209,7 @@ def test_a_training_step_and_evaluate_walk_masked_targets():
     (wanted, _), _ = fn.value_and_grad(objective)(params, state, batch)
     halves = [(X[a], masked(np.float32(T[a]), MASK[a])) for a in (slice(0, 2), slice(2, 5))]
     record = fn.evaluate(objective, params, state, halves)
-    right = ((X @ np.asarray(params["kernel"]) + np.asarray(params["bias"]) > 0) == (T > 0.5)) * MASK
+    right = ((np.asarray(fn.dense(4).apply(params["model"], (), X)) > 0) == (T > 0.5)) * MASK
     np.testing.assert_allclose(record["loss"], wanted, rtol=1e-5)
     np.testing.assert_allclose(record["accuracy"], (right.sum((1, 2)) / KEPT).sum() / 4, rtol=1e-5)
     for accumulate in (1, 5):

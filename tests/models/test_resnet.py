@@ -95,9 +95,10 @@ def test_everything_is_pytorchs(dtype, tolerance, x64):
 
     @jax.jit
     def ours(params, state):
-        (loss, moved), grads = fn.value_and_grad(objective)(params, state, (x, labels))
+        both = {"model": params, "loss": {}}, {"model": state, "loss": ()}
+        (loss, moved), grads = fn.value_and_grad(objective)(*both, (x, labels))
         logits = model.fwd(params, state, x, None)[0]
-        return logits, loss, grads, moved, model.apply(params, state, x)
+        return logits, loss, grads["model"], moved["model"], model.apply(params, state, x)
 
     logits, loss, grads, moved, evaluated = ours(params, state)
 

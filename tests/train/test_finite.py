@@ -33,9 +33,10 @@ def facts(batch=BATCH, objective=OBJECTIVE, state=STATE, optimizer=SGD, accumula
 def test_the_first_layer_that_is_not_finite_is_named_and_every_leaf():
     x = BATCH[0].copy()
     x[0] = 3e38
-    kernel = STATE.params["dense"]["kernel"] + np.float32(2)
-    params = STATE.params | {"dense": STATE.params["dense"] | {"kernel": kernel}}
-    first, leaves = facts((x, BATCH[1]), state=replace(STATE, params=params), loss=np.inf)
+    further = jax.tree_util.tree_map_with_path(
+        lambda path, p: p + np.float32(2) * ("['dense']['kernel']" in jax.tree_util.keystr(path)), STATE.params
+    )
+    first, leaves = facts((x, BATCH[1]), state=replace(STATE, params=further), loss=np.inf)
     assert first == "the first layer with an output that is not finite: dense"
     assert leaves.startswith("gradient leaves not finite: ")
     assert "['out']['kernel']" in leaves
@@ -48,8 +49,8 @@ def spoiled(path, value, state=STATE):
 
 
 def test_parameters_that_were_not_finite_before_are_named_first():
-    before, layer, leaves = facts(state=spoiled("['out']['bias']", np.nan), loss=np.nan)
-    assert before == "parameters not finite before this step: ['out']['bias']"
+    before, layer, leaves = facts(state=spoiled("['model']['out']['bias']", np.nan), loss=np.nan)
+    assert before == "parameters not finite before this step: ['model']['out']['bias']"
     assert layer == "the first layer with an output that is not finite: out"
     assert "gradient leaves not finite" in leaves
 
@@ -57,7 +58,7 @@ def test_parameters_that_were_not_finite_before_are_named_first():
 def test_a_repeat_counts_as_one_layer():
     objective = fn.objective(fn.serial(deep=fn.repeat(fn.dense(4), 2)), fn.cross_entropy())
     state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), BATCH)
-    lines = facts(objective=objective, state=spoiled("['deep']['kernel']", np.inf, state), loss=np.nan)
+    lines = facts(objective=objective, state=spoiled("['model']['deep']['kernel']", np.inf, state), loss=np.nan)
     assert lines[1] == "the first layer with an output that is not finite: deep"
 
 
@@ -68,9 +69,9 @@ def test_a_norm_that_overflows_is_blamed_on_the_largest_leaf():
     state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), BATCH)
     (line,) = facts((x, BATCH[1]), objective, state, grad_norm=np.inf)
     (_, _), grads = fn.value_and_grad(objective)(state.params, state.state, (x, BATCH[1]))
-    largest = np.abs(grads["dense"]["kernel"]).max()
+    largest = np.abs(grads["model"]["dense"]["kernel"]).max()
     assert largest**2 < np.finfo(np.float32).max
-    wanted = f"the largest is {largest:.3g} at ['dense']['kernel']"
+    wanted = f"the largest is {largest:.3g} at ['model']['dense']['kernel']"
     assert line == f"all entries of the gradients are finite, their norm overflows; {wanted}"
 
 
@@ -78,7 +79,7 @@ def test_an_update_whose_norm_overflows_is_told_from_one_that_is_not_finite():
     (line,) = facts(optimizer=optax.sgd(1e20), update_norm=np.inf)
     assert line.startswith("all entries of the update are finite, their norm overflows; the largest is ")
     (line,) = facts(optimizer=optax.sgd(float("inf")), update_norm=np.inf)
-    assert line.startswith("loss and gradients are finite, the optimizer's update is not: ['dense']['bias']")
+    assert line.startswith("loss and gradients are finite, the optimizer's update is not: ['model']['dense']['bias']")
 
 
 def test_parameters_without_entries_are_passed_over():
@@ -100,7 +101,7 @@ def test_the_step_is_made_again_as_it_was_made_in_micro_batches_too(accumulate):
     objective = fn.objective(fn.serial(fn.batch_norm()), fn.mse())
     state = fn.init_train_state(objective, SGD, jax.random.key(0), batch)
     said = facts(batch, objective, state, accumulate=accumulate)
-    assert ("state leaves not finite: ['batch_norm']['var']" in said) == (accumulate == 1)
+    assert ("state leaves not finite: ['model']['batch_norm']['var']" in said) == (accumulate == 1)
 
 
 def test_states_that_are_not_finite_are_named_with_their_layers():
@@ -109,11 +110,11 @@ def test_states_that_are_not_finite_are_named_with_their_layers():
     batch = BATCH[0] * np.float32(1e20), BATCH[1]
     state = fn.init_train_state(objective, SGD, jax.random.key(0), batch)
     *_, leaves, layers = facts(batch, objective, state)
-    assert leaves == "state leaves not finite: ['block']['batch_norm']['var']"
+    assert leaves == "state leaves not finite: ['model']['block']['batch_norm']['var']"
     assert layers == "the layers of these: block/batch_norm"
     bad = replace(state, state=jax.tree.map(lambda s: jnp.full_like(s, jnp.inf), state.state))
     first, *_ = facts(BATCH, objective, bad)
-    names = "['block']['batch_norm']['mean'], ['block']['batch_norm']['var']"
+    names = "['model']['block']['batch_norm']['mean'], ['model']['block']['batch_norm']['var']"
     assert first == f"state not finite before this step: {names}"
 
 
@@ -139,7 +140,9 @@ def test_the_step_s_own_key_is_used_again():
 
     layer = fn.Layer("draws", lambda key, x: ({}, ()), lambda p, s, x: x, fwd, lambda p, r, dy, c=fn.total: ({}, dy))
     objective = fn.objective(layer, fn.cross_entropy())
-    state = replace(STATE, params={}, state=(), step=jnp.asarray(3, STATE.step.dtype))
+    state = replace(
+        STATE, params={"model": {}, "loss": {}}, state={"model": (), "loss": ()}, step=jnp.asarray(3, STATE.step.dtype)
+    )
     facts((BATCH[0][:, :3], BATCH[1]), objective, state, loss=np.inf)
     wanted = jax.random.key_data(jax.random.fold_in(STATE.key, 3))
     np.testing.assert_array_equal(drawn[-1], wanted)

@@ -66,7 +66,7 @@ def test_records_are_means_and_are_written_as_json_lines(tmp_path, capsys):
     }  # fmt: skip
     _, each = fn.fit(OBJECTIVE, OPTIMIZER, fresh(), batches(), 4, log_every=1)
     np.testing.assert_allclose(history[0]["loss"], np.mean([record["loss"] for record in each]), rtol=1e-5)
-    predicted = np.argmax(MODEL.apply(state.params, state.state, INPUTS), 1)
+    predicted = np.argmax(MODEL.apply(state.params["model"], state.state["model"], INPUTS), 1)
     np.testing.assert_allclose(history[-1]["val_accuracy"], np.mean(predicted == LABELS))
     assert "step 4/10  loss" in capsys.readouterr().out
 
@@ -158,7 +158,7 @@ def test_evaluate_is_the_mean_over_examples_whatever_the_batches():
     whole = fn.evaluate(OBJECTIVE, state.params, state.state, [(INPUTS, LABELS)])
     parts = [(INPUTS[:7], LABELS[:7]), (INPUTS[7:], LABELS[7:])]
     assert fn.evaluate(OBJECTIVE, state.params, state.state, parts) == pytest.approx(whole, rel=1e-5)
-    predicted = np.argmax(MODEL.apply(state.params, state.state, INPUTS), 1)
+    predicted = np.argmax(MODEL.apply(state.params["model"], state.state["model"], INPUTS), 1)
     assert whole["accuracy"] == pytest.approx(np.mean(predicted == LABELS))
     with pytest.raises(fn.InputError, match="at least one batch"):
         fn.evaluate(OBJECTIVE, state.params, state.state, [])
@@ -228,7 +228,7 @@ def test_the_key_is_not_donated():
 
 def test_evaluate_and_steps_refuse_metrics_and_losses_of_another_shape():
     wrong_metric = fn.objective(MODEL, fn.cross_entropy(), {"right": lambda p, t: (p.argmax(-1) == t)[:, None]})
-    params, state = MODEL.init(jax.random.key(0), INPUTS)
+    params, state = OBJECTIVE.init(jax.random.key(0), (INPUTS, LABELS))
     with pytest.raises(fn.InputError, match=r"metric 'right' of shape \[40\]"):
         fn.evaluate(wrong_metric, params, state, [(INPUTS, LABELS)])
     with pytest.raises(fn.InputError, match=r"metric 'right' of shape \[8\]"):
@@ -310,14 +310,14 @@ def scaled_batches(sizes, weighted, seed=0):
 def test_records_and_scores_are_means_over_what_counts_whatever_the_batches(sizes, options, weighted):
     data, still = list(scaled_batches(SIZES[sizes], weighted)), optax.sgd(0.0)
     state = fn.init_train_state(SCALED, still, jax.random.key(0), data[0])
-    kernel = np.asarray(state.params["dense"]["kernel"], np.float64)
+    kernel = np.asarray(state.params["model"]["dense"]["kernel"], np.float64)
     x, t, c, *w = (
         np.concatenate(parts) for parts in zip(*((b[0], b[1]["t"], b[1]["c"], *b[2:]) for b in data), strict=True)
     )
     a = np.where(t < 0, 0.0, w[0] if weighted else 1.0)
     wanted = {"loss": np.sum(a * c * (x @ kernel[:, 0] - t) ** 2) / np.sum(a * c), "t": np.sum(a * t) / np.sum(a)}
     norms = [
-        np.linalg.norm(fn.value_and_grad(SCALED)(state.params, state.state, batch)[1]["dense"]["kernel"])
+        np.linalg.norm(fn.value_and_grad(SCALED)(state.params, state.state, batch)[1]["model"]["dense"]["kernel"])
         for batch in data
     ]
     scores = fn.evaluate(SCALED, state.params, state.state, data)
@@ -419,14 +419,14 @@ def test_what_a_mask_holds_back_may_be_anything(name, anything):
     batch = lambda t: (INPUTS[:8], {"target": t, "mask": mask})
     held, zeros = batch(np.where(mask, t, np.float32(anything))), batch(np.where(mask, t, np.float32(0)))
     state = lambda: fn.init_train_state(objective, OPTIMIZER, jax.random.key(0), held)
-    scores = [fn.evaluate(objective, state().params, (), [data]) for data in (held, zeros)]
+    scores = [fn.evaluate(objective, state().params, state().state, [data]) for data in (held, zeros)]
     assert scores[0] == scores[1]
     ends = [fn.fit(objective, OPTIMIZER, state(), [data] * 2, 2, validation=[data]) for data in (held, zeros)]
     chex.assert_trees_all_equal(ends[0][0].params, ends[1][0].params)
     assert ends[0][1] == ends[1][1]
     bad = np.where(np.arange(24).reshape(8, 3) == np.flatnonzero(mask)[3], np.float32(anything), t)
     with pytest.raises(fn.InputError, match=r"finite numbers\n.* of \['target'\]; 1 such of 24"):
-        fn.evaluate(objective, state().params, (), [batch(bad)])
+        fn.evaluate(objective, state().params, state().state, [batch(bad)])
 
 
 def test_booleans_as_weights_are_those_that_count():
@@ -582,7 +582,7 @@ def test_a_step_that_spoils_a_state_is_not_made_and_named(name, options):
         fn.fit(objective, optimizer, state, big_at(3, 1e20), 6, log_every=6, **options)
     said = str(caught.value).split("\n  ")
     layer = "own" if name == "alone" else f"own/{layer}"
-    assert [f"state leaves not finite: ['own']{leaf}", f"the layers of these: {layer}"] == said[-3:-1]
+    assert [f"state leaves not finite: ['model']['own']{leaf}", f"the layers of these: {layer}"] == said[-3:-1]
     assert int(caught.value.train_state.step) == 2
     chex.assert_tree_all_finite(caught.value.train_state.state)
     state = fn.init_train_state(objective, optimizer, jax.random.key(0), first)
@@ -606,7 +606,7 @@ def test_frozen_params_and_states_of_integers_are_passed_on_unwatched():
     batch = next(big_at(0, 1.0))
     state = fn.init_train_state(objective, optax.sgd(0.1), jax.random.key(0), batch)
     jaxpr = jax.make_jaxpr(lambda s, x: loop.changed(s, objective.model.fwd({"serial": {}}, s, x, None)[1]))
-    assert not jaxpr(state.state, batch[0]).out_avals
+    assert not jaxpr(state.state["model"], batch[0]).out_avals
 
 
 # What is kept

@@ -20,13 +20,15 @@ OBJECTIVE = fn.objective(MODEL, fn.cross_entropy(ignore_index=-1))
 def setup(seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     inputs = rng.standard_normal((6, 4)).astype(dtype)
-    params, state = MODEL.init(jax.random.key(seed), inputs)
-    return params, state, (inputs, rng.integers(0, 5, 6).astype(np.int32))
+    batch = inputs, rng.integers(0, 5, 6).astype(np.int32)
+    return *OBJECTIVE.init(jax.random.key(seed), batch), batch
 
 
 def plain_values(params, state, batch):
     """The loss of each example, by optax and the model's forward pass."""
-    return optax.softmax_cross_entropy_with_integer_labels(MODEL.apply(params, state, batch[0]), batch[1])
+    return optax.softmax_cross_entropy_with_integer_labels(
+        MODEL.apply(params["model"], state["model"], batch[0]), batch[1]
+    )
 
 
 def test_loss_and_gradients_are_those_of_jax_grad(standard_promotion):
@@ -97,7 +99,9 @@ def test_any_layer_over_prediction_and_target_is_a_loss():
     targets = np.zeros((6, 5), np.float32)
     objective = fn.objective(MODEL, squared)
     (loss, _), _ = fn.value_and_grad(objective)(params, state, (inputs, targets))
-    np.testing.assert_allclose(loss, np.mean(np.sum(np.square(MODEL.apply(params, state, inputs)), 1)), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss, np.mean(np.sum(np.square(MODEL.apply(params["model"], state["model"], inputs)), 1)), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,18 +134,41 @@ def test_weights_of_another_shape_are_refused():
 def test_state_of_another_model_is_refused():
     params, _, batch = setup()
     with pytest.raises(fn.InputError, match="state for the layers"):
-        fn.value_and_grad(OBJECTIVE)(params, (), batch)
+        fn.value_and_grad(OBJECTIVE)(params, {"model": (), "loss": ()}, batch)
 
 
 def test_params_of_another_model_are_refused():
     params, state, batch = setup()
-    other = {name: value for name, value in params.items() if name != "gelu"}
+    run, own = fn.value_and_grad(OBJECTIVE), params["model"]
+    other = {name: value for name, value in own.items() if name != "gelu"}
     with pytest.raises(fn.InputError, match="params for the layers"):
-        fn.value_and_grad(OBJECTIVE)(other, state, batch)
-    wrong = params | {"dense": {"kernel": params["dense"]["kernel"]}}
+        run({"model": other, "loss": {}}, state, batch)
+    wrong = own | {"dense": {"kernel": own["dense"]["kernel"]}}
     with pytest.raises(fn.InputError, match="bias") as caught:
-        fn.value_and_grad(OBJECTIVE)(wrong, state, batch)
+        run({"model": wrong, "loss": {}}, state, batch)
     assert caught.value.path == ("dense",)
+
+
+def test_params_of_the_model_alone_are_refused_with_a_remedy_and_the_other_way_round():
+    params, state, batch = setup()
+    optimizer = optax.sgd(0.1)
+    train_state = fn.TrainState(
+        params["model"], state["model"], optimizer.init({}), jax.random.key(0), jnp.zeros((), jnp.int32)
+    )
+    for run in (
+        lambda: fn.value_and_grad(OBJECTIVE)(params["model"], state, batch),
+        lambda: fn.evaluate(OBJECTIVE, params["model"], state, [batch]),
+        lambda: fn.explain(OBJECTIVE, params["model"], state, batch),
+        lambda: fn.train_step(OBJECTIVE, optimizer)(train_state, batch),
+        lambda: fn.layerwise_step(OBJECTIVE, optimizer)(train_state, batch),
+    ):
+        with pytest.raises(fn.InputError, match=r'(?s)params \{model, loss\}.*{"model": params, "loss": {}}'):
+            run()
+    with pytest.raises(fn.InputError, match=r'(?s)state \{model, loss\}.*{"model": state, "loss": \(\)}'):
+        fn.value_and_grad(OBJECTIVE)(params, state["model"], batch)
+    for layer in (MODEL, fn.dense(5)):
+        with pytest.raises(fn.InputError, match=r'pass params\["model"\]'):
+            layer.apply(params, state, batch[0])
 
 
 @pytest.mark.parametrize("name", ["loss", "weight", "step", "grad_norm", "update_norm", "skipped"])
@@ -154,7 +181,7 @@ def test_a_metric_may_not_take_the_name_of_a_steps_own_number(name):
 def test_what_does_not_count_has_no_weight_in_a_metric(weights, standard_promotion):
     params, state, (inputs, labels) = setup()
     labels = np.where(np.arange(6) < 4, labels, -1).astype(np.int32)
-    right = np.mean(np.asarray(MODEL.apply(params, state, inputs)).argmax(1)[:4] == labels[:4])
+    right = np.mean(np.asarray(MODEL.apply(params["model"], state["model"], inputs)).argmax(1)[:4] == labels[:4])
     optimizer = optax.sgd(0.1)
     train_state = fn.TrainState(params, state, optimizer.init(params), jax.random.key(0), jnp.zeros((), jnp.int32))
     _, metrics = fn.train_step(OBJECTIVE, optimizer)(train_state, (inputs, labels), weights)
@@ -173,16 +200,16 @@ def with_head(seed=0):
     _, _, batch = setup(seed)
     params, state = HEAD.init(jax.random.key(seed), batch)
     assert state == {"model": {"dense": (), "tanh": ()}, "loss": ()}
-    return params, state, batch, params["model"] | {"head": params["loss"]}
+    return params, state, batch, {"model": params["model"] | {"head": params["loss"]}, "loss": {}}
 
 
-def test_a_loss_with_parameters_makes_params_and_state_pairs():
+def test_params_and_state_are_the_models_and_the_losss():
     params, _, batch, _ = with_head()
     assert params.keys() == {"model", "loss"}
     assert params["loss"]["kernel"].shape == (6, 5)
     chex.assert_trees_all_equal(params["model"], BODY.init(jax.random.key(0), batch[0])[0])
-    alone, _ = OBJECTIVE.init(jax.random.key(0), batch)
-    chex.assert_trees_all_equal(alone, MODEL.init(jax.random.key(0), batch[0])[0])
+    plain, _ = OBJECTIVE.init(jax.random.key(0), batch)
+    chex.assert_trees_all_equal(plain, {"model": MODEL.init(jax.random.key(0), batch[0])[0], "loss": {}})
 
 
 @pytest.mark.parametrize("contract", [fn.total, fn.per_example, fn.squared_norm, fn.rows])
@@ -195,8 +222,8 @@ def test_loss_and_gradients_are_those_of_a_model_that_ends_with_the_head(contrac
     (wanted, _), wanted_grads = fn.value_and_grad(WHOLE)(whole, states, batch, weights=weights, contract=contract)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert new_state == state
-    head = wanted_grads.pop("head")
-    chex.assert_trees_all_close(grads, {"model": wanted_grads, "loss": head}, rtol=1e-4, atol=1e-6)
+    head = wanted_grads["model"].pop("head")
+    chex.assert_trees_all_close(grads, wanted_grads | {"loss": head}, rtol=1e-4, atol=1e-6)
 
 
 def test_with_total_the_passes_of_the_loss_are_made_at_once_and_else_one_by_one():
@@ -265,15 +292,17 @@ def test_a_losss_state_is_threaded_and_it_has_a_key_of_its_own():
 def test_params_without_the_losss_are_refused_by_the_loss():
     params, state, batch, _ = with_head()
     with pytest.raises(fn.InputError, match="kernel") as caught:
-        fn.value_and_grad(HEAD)(params["model"], state["model"], batch)
+        fn.value_and_grad(HEAD)({"model": params["model"], "loss": {}}, state, batch)
     assert caught.value.path == ("linear_cross_entropy",)
-    with pytest.raises(fn.InputError, match="state for the layers"):
-        fn.value_and_grad(HEAD)(params, state["model"], batch)
 
 
-def test_a_model_of_two_layers_called_model_and_loss_is_refused():
-    with pytest.raises(fn.InputError, match="not called model and loss"):
-        fn.objective(fn.serial(model=fn.dense(2), loss=fn.relu()), fn.mse())
+def test_a_model_may_have_layers_called_model_and_loss():
+    objective = fn.objective(fn.serial(model=fn.dense(2), loss=fn.relu()), fn.mse())
+    batch = np.ones((3, 4), np.float32), np.ones((3, 2), np.float32)
+    params, state = objective.init(jax.random.key(0), batch)
+    assert params["model"].keys() == {"model", "loss"}
+    _, grads = fn.value_and_grad(objective)(params, state, batch)
+    chex.assert_trees_all_equal_structs(grads, params)
 
 
 def test_mixed_around_a_head_and_its_loss(standard_promotion):
@@ -354,7 +383,7 @@ def test_weights_of_positions_have_the_shape_of_the_values():
     objective = fn.objective(fn.dense(5), fn.cross_entropy())
     params, state = objective.init(jax.random.key(0), (inputs, labels, np.ones((3, 4))))
     weights = rng.uniform(0, 1, (3, 4)).astype(np.float32)
-    values = optax.softmax_cross_entropy_with_integer_labels(fn.dense(5).apply(params, state, inputs), labels)
+    values = optax.softmax_cross_entropy_with_integer_labels(fn.dense(5).apply(params["model"], (), inputs), labels)
     loss = fn.value_and_grad(objective)(params, state, (inputs, labels, weights))[0][0]
     np.testing.assert_allclose(loss, np.average(values, weights=weights), rtol=1e-5)
     with pytest.raises(fn.InputError, match=r"weights \[3, 4\] in the batch"):
@@ -380,7 +409,9 @@ def test_weights_silence_an_infinite_loss(standard_promotion):
     objective = fn.objective(fn.identity(), fn.cross_entropy())
     of = fn.value_and_grad(objective)
     batch = logits, np.array([0, 1], np.int32), np.array([2.0, 0.0], np.float32)
-    np.testing.assert_allclose(of({}, (), batch)[0][0], np.log1p(np.e), rtol=1e-6)
+    np.testing.assert_allclose(
+        of({"model": {}, "loss": {}}, {"model": (), "loss": ()}, batch)[0][0], np.log1p(np.e), rtol=1e-6
+    )
 
 
 def test_summaries_and_explanations_take_a_batch_with_weights():
