@@ -126,6 +126,14 @@ def moe(
         """The shape of an expert's input."""
         return jax.ShapeDtypeStruct((x.shape[0], int(capacities(_steps(x))[-1]), x.shape[-1]), expect.dtype(x))
 
+    def by_expert(slots: Array) -> Array:
+        """[B, E C, n] as [E, B, C, n]."""
+        return jnp.moveaxis(slots.reshape(slots.shape[0], experts, slots.shape[1] // experts, slots.shape[-1]), 1, 0)
+
+    def by_example(slots: Array) -> Array:
+        """[E, B, C, n] as [B, E C, n]."""
+        return jnp.moveaxis(slots, 0, 1).reshape(slots.shape[1], experts * slots.shape[2], slots.shape[-1])
+
     def keys(key: Array | None) -> Any:
         key = child(key, 1)
         return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(experts))
@@ -154,10 +162,9 @@ def moe(
         rows = x.reshape(x.shape[0], _steps(x), x.shape[-1])
         logits = rows.astype(high) @ kernel.astype(high)
         routes = route(logits, lengths, top_k, capacities(rows.shape[1]))
-        given = jnp.moveaxis(pick(rows, routes.holds).reshape(x.shape[0], experts, -1, x.shape[-1]), 1, 0)
         with at("experts"):
-            outputs, state, saved = experts_of(given)
-        outputs = jnp.moveaxis(outputs, 0, 1).reshape(x.shape[0], -1, outputs.shape[-1])
+            outputs, state, saved = experts_of(by_expert(pick(rows, routes.holds)))
+        outputs = by_example(outputs)
         weights, _ = gates(jax.nn.softmax(logits), routes.chosen)
         y = jnp.einsum("btk,btkf->btf", weights, pick(outputs, routes.slots).astype(high)).astype(outputs.dtype)
         y = y.reshape(*x.shape[:-1], outputs.shape[-1])
@@ -197,29 +204,17 @@ def moe(
         dtotals = dy["router"] if "router" in parts else None
         dy = expect.cotangent(dy["x"] if "router" in parts else dy, (*x.shape[:-1], outputs.shape[-1]), outputs.dtype)
         dy = dy.reshape(*logits.shape[:2], outputs.shape[-1]).astype(high)
-        p = jax.nn.softmax(logits)
-        weights, mass = gates(p, chosen)
 
-        held = pick(dy, holds)
-        gate_of_slot = scattered(weights, slots, holds.shape[1])
-        dslots = (held * gate_of_slot[..., None]).astype(outputs.dtype)
-        dslots = jnp.moveaxis(dslots.reshape(dslots.shape[0], experts, -1, dslots.shape[-1]), 1, 0)
+        held, (weights, _) = pick(dy, holds), gates(jax.nn.softmax(logits), chosen)
+        dslots = (held * scattered(weights, slots, holds.shape[1])[..., None]).astype(outputs.dtype)
         one = lambda p, r, dy: expert.bwd(p, r, dy, contract.of_one_layer)
         with at("experts"):
-            answers, dgiven = jax.vmap(one)(params["experts"], saved, dslots)
+            answers, dgiven = jax.vmap(one)(params["experts"], saved, by_expert(dslots))
             dexperts = contract.stack(params["experts"], answers)
-        dgiven = jnp.moveaxis(dgiven, 0, 1).reshape(*holds.shape, x.shape[-1])
 
-        dgates = pick(jnp.sum(held * outputs.astype(high), axis=-1), slots)
-        if top_k > 1:
-            dgates = (dgates - jnp.sum(dgates * weights, axis=-1, keepdims=True)) / mass
-        dp = jnp.sum(jax.nn.one_hot(chosen, experts, dtype=high) * dgates[..., None], axis=2)
-        dz = dlogits(p, logits, dp, dtotals, chosen, lengths)
-
-        rows = x.reshape(*logits.shape[:2], x.shape[-1])
-        dkernel = contract(Outer(rows, dz), kernel)
-        dx = dz @ kernel.astype(high).T
-        dx = dx + jnp.sum(pick(dgiven, slots).astype(high), axis=2)
+        dz = dlogits(logits, pick(jnp.sum(held * outputs.astype(high), axis=-1), slots), dtotals, chosen, lengths)
+        dkernel = contract(Outer(x.reshape(*logits.shape[:2], x.shape[-1]), dz), kernel)
+        dx = dz @ kernel.astype(high).T + jnp.sum(pick(by_example(dgiven), slots).astype(high), axis=2)
         dx = dx.astype(x.dtype).reshape(x.shape)
         dparams = {"router": {"kernel": dkernel}, "experts": dexperts}
         if not isinstance(inputs, dict):

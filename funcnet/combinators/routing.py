@@ -98,15 +98,20 @@ def balance_and_z(logits: Array, chosen: Array, lengths: Array | None) -> tuple[
     return balance, jnp.sum(jnp.square(lse), axis=1) / count[:, 0]
 
 
-def dlogits(
-    p: Array, logits: Array, dp: Array, dtotals: RouterTotals | None, chosen: Array, lengths: Array | None
-) -> Array:
-    """The cotangent of the logits, from that of the gates' probabilities and those of the two losses."""
+def dlogits(logits: Array, dgates: Array, dtotals: RouterTotals | None, chosen: Array, lengths: Array | None) -> Array:
+    """The cotangent of the logits, from those of the gates [B, T, K] and of the two losses."""
+    p = jax.nn.softmax(logits)
     valid, share, count = _shares(logits, chosen, lengths)
+    if chosen.shape[-1] > 1:
+        weights, mass = gates(p, chosen)
+        dgates = (dgates - jnp.sum(dgates * weights, axis=-1, keepdims=True)) / mass
+    dp = jnp.sum(jax.nn.one_hot(chosen, p.shape[-1], dtype=p.dtype) * dgates[..., None], axis=2)
     wide = lambda d: d.astype(p.dtype)[:, None, None]
     if dtotals is not None:
         dp = dp + wide(dtotals.balance) * p.shape[-1] * (share / count)[:, None]
-    dlogits = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True))
+    for _ in range(2):  # the second removes the error of the first
+        dp = dp - jnp.sum(dp * p, axis=-1, keepdims=True)
+    dlogits = p * dp
     if dtotals is not None:
         lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         dlogits = dlogits + wide(dtotals.z) * 2 * lse * p / count[:, None]
