@@ -573,10 +573,10 @@ CASES: tuple[Case, ...] = (
     Case("sinusoidal_positions/segments", sinusoidal_positions(), _SEGMENTS),
     Case(
         "packed",
-        packed(serial(position_embedding(5), repeat(_ATTENDING, 2), weight_norm(dense(3)), select()), 1, longest=5),
-        {"x": "f32[3,5,4]", "segments": "i32[3,5]>1<2"},
+        packed(serial(position_embedding(5), repeat(_ATTENDING, 2), weight_norm(dense(3)), select()), 2, longest=5),
+        {"x": "f32[3,5,4]", "segments": "i32[3,5]<3 sorted"},
     ),
-    Case("packed/all of it pads", packed(serial(_ATTENDING, dense(3)), 1), {**_SEGMENTS, "segments": "i32[2,5]<1"}),
+    Case("packed/all of it pads", packed(serial(_ATTENDING, dense(3)), 2), {**_SEGMENTS, "segments": "i32[2,5]<1"}),
     Case("moe", moe(dense(3), 3), "f32[2,5,4]"),
     Case("moe/two of four, some dropped", moe(mlp(5, 3), 4, top_k=2, capacity_factor=0.8), "f32[2,7,4]"),
     Case(

@@ -12,6 +12,7 @@ from funcnet.check.judge import as_float64, leaves_of, measure, tolerance
 from funcnet.check.plain import jaxpr_of
 from funcnet.check.report import Failure, said, values_failure
 from funcnet.check.subject import Point, Values, host, quickly, sharded_like
+from funcnet.combinators.packed import Packed
 from funcnet.gradients.contraction import (
     Rows,
     contraction,
@@ -153,8 +154,7 @@ def _contractions(point: Point) -> list[Failure]:
     if not jax.tree.leaves(params) or any(path.startswith("params") for path in point.broken):
         return []
     dy = host(point.dys[0])
-    examples = {v.shape[0] for v in dy.values() if v.ndim}
-    count = examples.pop() if len(examples) == 1 else 0
+    count, last = _examples(point, dy)
 
     refused: dict[str, InputError] = {}
 
@@ -184,7 +184,6 @@ def _contractions(point: Point) -> list[Failure]:
     except Exception as error:
         message = f"bwd raises for other contractions than total: {said(error)}"
         return [Failure("", "laws", "contractions", message)]
-    last = {k: np.concatenate([np.zeros_like(v[:-1]), v[-1:]]) if v.ndim else v for k, v in dy.items()}
     of_last = point.gradients({k: sharded_like(v, point.outputs[k]) for k, v in last.items()})
     failures = _refusals(point, refused, of_last, count)
     for path, wanted in {k: v for k, v in point.rule[0].items() if k.startswith("params")}.items():
@@ -194,6 +193,19 @@ def _contractions(point: Point) -> list[Failure]:
         if count and "per_example" in of:
             failures += _by_example(point, path, of, wanted, of_last[path], count)
     return failures
+
+
+def _examples(point: Point, dy: Values) -> tuple[int, Values]:
+    """The number of examples, 0 where it cannot be told, and dy with zeros for all but the last example."""
+    sizes = {v.shape[0] for v in dy.values() if v.ndim}
+    count = sizes.pop() if len(sizes) == 1 else 0
+    last = {k: np.concatenate([np.zeros_like(v[:-1]), v[-1:]]) if v.ndim else v for k, v in dy.items()}
+    if not isinstance(made := point.subject.layer.structure, Packed):
+        return count, last
+    own = np.asarray(point.subject.args[1]["segments"])[-1] == made.segments
+    for v in last.values():
+        v[-1][~own] = 0
+    return count * made.segments, last
 
 
 def _by_example(

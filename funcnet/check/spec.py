@@ -3,6 +3,7 @@
 dtype[sizes]    f64 f32 f16 bf16, c64 c128, i8 .. i64, u8 .. u64, bool: normal numbers, or True and False
 [n,m]           a letter stands for a size from 1 to 7, drawn from the seed; the same letter for the same size
 <high  >low     integers need `<high`, and start at 0; floating numbers are drawn between both, or beyond one
+sorted          ascending along the last axis: "i32[8]<100 sorted"
 key             a random key
 """
 
@@ -30,27 +31,34 @@ DTYPES = {
 SHORT = {long: short for short, long in DTYPES.items()}
 SIZE = r"\s*(?:[0-9]+|[A-Za-z]+)\s*"
 BOUND = r"\s*([<>])\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*"
-FORM = re.compile(rf"(?P<dtype>\w+?)\s*\[(?P<sizes>{SIZE}(?:,{SIZE})*|\s*)\](?P<bounds>(?:{BOUND})*)")
+FORM = re.compile(
+    rf"(?P<dtype>\w+?)\s*\[(?P<sizes>{SIZE}(?:,{SIZE})*|\s*)\](?P<bounds>(?:{BOUND})*)(?P<sorted> sorted)?"
+)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An array to be drawn: dtype, sizes (a letter is drawn too), and bounds of its values, or None."""
+    """An array to be drawn: dtype, sizes (a letter is drawn too), bounds of its values or None, whether they ascend."""
 
     dtype: str
     sizes: tuple[int | str, ...]
     low: float | None = None
     high: float | None = None
+    ascending: bool = False
 
     def __str__(self) -> str:
         if self.dtype == "key":
             return "key"
         text = f"{SHORT.get(self.dtype, self.dtype)}[{','.join(map(str, self.sizes))}]"
         low = "" if self.low is None else f">{self.low:g}"
-        return text + low + ("" if self.high is None else f"<{self.high:g}")
+        return text + low + ("" if self.high is None else f"<{self.high:g}") + " sorted" * self.ascending
 
     def draw(self, rng: np.random.Generator) -> Any:
         """Values that fit the spec."""
+        values = self._unordered(rng)
+        return np.sort(values, axis=-1) if self.ascending else values
+
+    def _unordered(self, rng: np.random.Generator) -> Any:
         shape = tuple(int(size) for size in self.sizes)
         if self.dtype == "key":
             return jax.random.key(int(rng.integers(2**31)))
@@ -90,8 +98,11 @@ def parse(text: str) -> Spec:
     low, high = ([float(number) for sign, number in bounds if sign == side] for side in "><")
     if len(low) > 1 or len(high) > 1:
         raise InputError("one lower and one upper bound", repr(text), "leave the others out")
-    spec = Spec(dtype, sizes, *(low or [None]), *(high or [None]))
+    spec = Spec(dtype, sizes, *(low or [None]), *(high or [None]), ascending=bool(found["sorted"]))
     _bounded(spec, text)
+    ordered = any(jnp.issubdtype(spec.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if spec.ascending and not (ordered and sizes):
+        raise InputError("integers or floating numbers along an axis, to be sorted", repr(text), "leave sorted out")
     return spec
 
 

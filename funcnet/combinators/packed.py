@@ -14,7 +14,7 @@ Residuals: the model's, and the segments.
 Source: Krell et al. 2021, "Efficient sequence packing without cross-contamination", arXiv:2107.02027.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -44,8 +44,11 @@ class PackedResiduals(NamedTuple):
     segments: Array
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Packed(Transparent):
-    """A layer whose examples are sequences, several in a row."""
+    """A layer whose examples are sequences, up to `segments` of them in a row."""
+
+    segments: int
 
 
 @constructor
@@ -53,9 +56,9 @@ def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
     """The same layer for rows of several sequences, each of which counts as an example.
 
     The input is a dict of x [B, T, ..] and `segments`, integers [B, T]: 1 for the positions of a row's first sequence,
-    2 for those of its second one, .., 0 for what pads the row. The output at position t is that of its sequence alone,
-    and 0 where the segment is 0. Attention, `position_embedding` and `sinusoidal_positions` read the segments; layers
-    that mix positions and do not read them are refused. `dropout` draws as for any row.
+    2 for those of its second one, .., 0 for what pads the row; a number may be left out. The output at position t is
+    that of its sequence alone, and 0 where the segment is 0. Attention, `position_embedding` and `sinusoidal_positions`
+    read the segments; layers that mix positions and do not read them are refused. `dropout` draws as for any row.
 
     To a contraction that is about examples, sequence s of row b is example b S + s - 1: `fn.per_example` is [B S, ..],
     zero for sequences that are not there. So are those of the layer's parameters; those of a loss are of rows.
@@ -67,8 +70,9 @@ def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
             positions a row.
 
     Raises:
-        InputError: for an input without segments, segments that are not 0, or 1, 2, .. up to S, each one behind the
-            other, or longer than L; under `jit`, where they cannot be read, their output is NaN.
+        InputError: for an input without segments, numbers above S or below 0, numbers that do not ascend along a row
+            or come back after they have ended, and segments longer than L; under `jit`, where they cannot be read, the
+            output there is NaN.
     """
     a_layer(layer)
     segments = expect.count(segments, "segments")
@@ -88,7 +92,7 @@ def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
         with jax.ensure_compile_time_eval():
             fits = np.asarray(_fit(given, segments, longest))
         if not fits.all():
-            wanted = f"segments 1, 2, .. up to {segments}, one behind the other, at most {longest or x.shape[1]} long"
+            wanted = f"segments that ascend from 1 to {segments}, each at most {longest or x.shape[1]} long, or 0"
             row = int(np.argmin(fits.all(axis=1)))
             received = f"row {row}: {np.asarray(given)[row].tolist()}"
             raise InputError(wanted, received, "sort each row by its sequences, what pads it last")
@@ -130,15 +134,15 @@ def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
         apart = contract.after(lambda factor, param: (_by_sequence(factor, ids, holds), param))
         return inside.bwd(params, saved.residuals, dy, apart)
 
-    made = Packed(layer, lambda layer: packed(layer, segments, longest=longest))
+    made = Packed(layer, lambda layer: packed(layer, segments, longest=longest), segments=segments)
     return replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd, made=made, passes=True)
 
 
 def _fit(ids: Any, segments: int, longest: int | None) -> Array:
-    """Whether each position's segment is 0, or goes on, or is the first of the next number; and is not too long."""
+    """Whether each position's segment is 0, or goes on, or begins with a larger number; and is not too long."""
     ids = jnp.asarray(ids).astype(jnp.int32)
     before = jnp.concatenate([jnp.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
-    goes_on = (ids == before) | (ids == lax.cummax(before, axis=1) + 1)
+    goes_on = (ids == before) | (ids > lax.cummax(before, axis=1))
     short = positions_in(ids, ids.shape[1]) < (longest or ids.shape[1])
     return (ids == 0) | ((ids > 0) & (ids <= segments) & goes_on & short)
 

@@ -22,6 +22,8 @@ from funcnet.check.spec import Spec, drawn, parse, resized, settled, sizes_of, s
         ("f32[4]<1e-3>-.5", Spec("float32", (4,), -0.5, 1e-3)),
         ("bool[0,2]", Spec("bool", (0, 2))),
         ("c64[2]", Spec("complex64", (2,))),
+        ("i32[2,8]<5 sorted", Spec("int32", (2, 8), None, 5, True)),
+        ("f32[n]>0 sorted", Spec("float32", ("n",), 0, None, True)),
         ("key", Spec("key", ())),
     ],
 )
@@ -56,6 +58,9 @@ def test_a_text_is_read_and_written_again(text, spec):
         "i32[8]<2.5",
         "c64[3]>0",
         "bool[8]<3",
+        "bool[8] sorted",
+        "c64[3] sorted",
+        "f32[] sorted",
     ],
 )
 def test_what_cannot_be_read_is_refused_with_the_text(text):

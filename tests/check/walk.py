@@ -24,6 +24,7 @@ def dtype_of(case: Case) -> str:
 
 def inputs(case: Case, seed: int = 0, batch: int | None = None) -> Tree:
     """Its input as NumPy arrays, where wanted with another first axis."""
+
     resized = lambda spec: spec if batch is None else replace(spec, sizes=(batch, *spec.sizes[1:]))
     given = jax.tree.map(resized, specs(case.x), is_leaf=lambda leaf: isinstance(leaf, Spec))
     return cast(jax.tree.map(np.asarray, drawn(given, seed)), dtype_of(case))
