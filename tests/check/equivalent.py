@@ -148,7 +148,7 @@ _BY_REASON = {
         "cross_entropy: g = jnp.where(factor == 0, 0.0, (dy))",
         "cross_entropy: g = jnp.where(factor == 0, 0.0, (dy / silenced(dy, factor)))",
     ],
-    "without a mesh there is one sharding; test_factor.py has meshes": [
+    "without a mesh there is one sharding; test_meshes.py has several devices": [
         "_cotangents: zero = (jnp.zeros(shape, sum_dtype(y.dtype)))",
         "_cotangents: zero = jnp.zeros(shape, sum_dtype(y.dtype), out_sharding=sharded_as(y, 0))",
         "_cotangents: zero = jnp.zeros(shape, sum_dtype(y.dtype), out_sharding=sharded_as(y, 2))",
@@ -178,7 +178,7 @@ _BY_REASON = {
         "Use: return (self._pulled(param, self.x, self.dy))",
         "Mapped: return (self.pull(self.saved, self.factor.total(self.kernel)))",
     ],
-    "few terms in half precision are summed as well as half precision can tell; test_factor.py has long sums": [
+    "few terms in half precision are summed as well as half precision can tell; test_common_factors.py has long sums": [
         "correlation_by_taps: lambda a: (regrouped(a, (-1, groups, a.shape[-1] // groups)))",
         "_pull: dy = (dy)",
     ],
@@ -289,7 +289,7 @@ _BY_REASON = {
         "_by_channels: missing = (rows * count)",
         "_by_channels: missing = rows * count - windows.outputs[-1]",
     ],
-    "no case has ids out of range, or a head whose kernel is looked up afterwards; test_embedding.py and test_factor.py have": [
+    "no case has ids out of range, or a head whose kernel is looked up afterwards; test_embedding.py and test_common_factors.py have": [
         "_table: return (zeros.at[ids].add(dy.astype(zeros.dtype), out_sharding=sharded_as(dy, 0)))",
     ],
     "the axis is the last of two, the last of all from either end, or one of size 1": [

@@ -1,4 +1,4 @@
-"""batch_norm: against NumPy and PyTorch, its state, what it refuses; tests/test_factors.py has it under meshes."""
+"""batch_norm: against NumPy and PyTorch, its state, what it refuses (under meshes: tests/gradients/test_meshes.py)."""
 
 import jax
 import jax.numpy as jnp

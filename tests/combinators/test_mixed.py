@@ -1,122 +1,20 @@
-"""What `remat`, `mixed`, `freeze` and `named` change, and what they leave alone."""
+"""`mixed` computes in another dtype: what is rounded, and what is not."""
 
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import funcnet as fn
 from funcnet._internal.casting import cast
 from funcnet.layer import no_params
-from tests.trees import normal
+from tests.trees import assert_same, draw, dtypes, normal
 
 S = jax.ShapeDtypeStruct
 KEY = jax.random.key(0)
 BLOCK = fn.serial(fn.dense(5), fn.gelu(), fn.dropout(0.2))
-
-
-def draw(model, shape, dtype=jnp.float32):
-    """Params, state and input."""
-    x = jax.ShapeDtypeStruct(shape, dtype)
-    params, state = jax.eval_shape(model.init, KEY, x)
-    return normal(1, params), normal(2, state), normal(3, x)
-
-
-def assert_equal(got, wanted):
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
-
-
-def dtypes(tree):
-    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
-
-
-# remat
-
-
-def test_remat_is_transparent_and_saves_its_input_alone():
-    model = fn.remat(BLOCK)
-    assert (model.name, model.parts) == (BLOCK.name, BLOCK.parts)
-    params, state, x = draw(model, (3, 5))
-    y, _, saved = model.fwd(params, state, x, KEY)
-    assert_equal(y, BLOCK.fwd(params, state, x, KEY)[0])
-    arrays = [leaf for leaf in jax.tree.leaves(saved) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    assert [leaf.shape for leaf in arrays] == [(3, 5)]
-
-
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_remat_pulls_back_what_the_layer_does_and_spreads_no_bad_cotangent(jit):
-    """One example's cotangent is infinite or NaN: the others' dx must not notice."""
-    params, state, x = draw(BLOCK, (4, 5))
-
-    def pull(layer):
-        bwd = jax.jit(layer.bwd) if jit else layer.bwd
-        residuals = layer.fwd(params, state, x, KEY)[2]
-        return [bwd(params, residuals, x.at[1, 2].set(bad)) for bad in (0.5, jnp.inf, -jnp.inf, jnp.nan)]
-
-    plain, again = pull(BLOCK), pull(fn.remat(BLOCK))
-    if jit:  # compiled apart, the two may round differently
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, plain)
-    else:
-        assert_equal(again, plain)
-    assert all(np.isfinite(dx[np.array([0, 2, 3])]).all() for _, dx in again)
-
-
-def probe():
-    """y = x; its bwd answers with the input that it is run again on."""
-    return fn.stateless("probe", no_params, lambda params, x: (x, x), lambda params, x, dy, contract: ({}, x))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16, jnp.int8, jnp.uint32, jnp.bool_])
-def test_remat_runs_again_on_its_input_bit_for_bit_whatever_the_cotangent(dtype):
-    special = [0.0, -0.0, 1.0, -1.5, jnp.inf, -jnp.inf, jnp.nan] if jnp.issubdtype(dtype, jnp.floating) else [0, 1, 100]
-    x = jnp.array(special, dtype)
-    layer = fn.remat(probe())
-    saved = layer.fwd({}, (), x, None)[2]
-    for dy in (0.0, -3.0, 3e38, jnp.inf, -jnp.inf, jnp.nan):
-        for bwd in (layer.bwd, jax.jit(layer.bwd)):
-            again = bwd({}, saved, jnp.full(x.shape, dy))[1]
-            assert (again.dtype, np.asarray(again).tobytes()) == (dtype, np.asarray(x).tobytes())
-
-
-def test_remat_of_an_integer_input_passes_its_missing_cotangent_on():
-    layer = fn.remat(fn.flatten())
-    saved = layer.fwd({}, (), jnp.arange(6).reshape(1, 2, 3), None)[2]
-    assert layer.bwd({}, saved, None) == ({}, None)
-
-
-def temp_bytes(wrap, width=128, batch=512, layers=8):
-    """Temporary memory of a compiled forward and backward pass through gelu blocks."""
-    block = wrap(fn.serial(fn.dense(2 * width), fn.gelu(), fn.dense(width)))
-    model = fn.serial(**{f"block{i}": block for i in range(layers)})
-    x = S((batch, width), jnp.float32)
-    params, state = jax.eval_shape(model.init, KEY, x)
-
-    def gradients(params, x):
-        y, _, residuals = model.fwd(params, state, x, None)
-        return model.bwd(params, residuals, y)
-
-    return jax.jit(gradients).lower(params, x).compile().memory_analysis().temp_size_in_bytes
-
-
-def test_remat_under_jit_takes_less_than_half_the_memory():
-    assert temp_bytes(fn.remat) < temp_bytes(lambda layer: layer) / 2
-
-
-def test_remat_contracts_like_the_layer():
-    layer = fn.serial(fn.dense(5), fn.gelu())
-    params, state, x = draw(layer, (3, 2, 5))
-
-    def norms(layer):
-        return layer.bwd(params, layer.fwd(params, state, x, None)[2], jnp.cos(x), fn.squared_norm)[0]
-
-    assert_equal(norms(fn.remat(layer)), norms(layer))
-
-
-# mixed
 
 
 @pytest.mark.parametrize(
@@ -134,7 +32,7 @@ def test_remat_contracts_like_the_layer():
 )
 def test_params_and_gradients_are_float32_and_near_those_of_float32(compute, wrap):
     model, exact = wrap(BLOCK, compute=compute), wrap(BLOCK, compute="float32")
-    params, state, x = draw(exact, (4, 5))
+    params, state, x = draw(exact, S((4, 5), jnp.float32))
     assert dtypes(jax.eval_shape(model.init, KEY, x)[0]) == {"float32"}
 
     @jax.jit
@@ -152,19 +50,19 @@ def test_params_and_gradients_are_float32_and_near_those_of_float32(compute, wra
 def test_mixed_initialises_from_shapes_alone(shape):
     model = fn.mixed(BLOCK)
     by_shape, by_value = (model.init(KEY, x)[0] for x in (S(shape, jnp.float32), jnp.ones(shape)))
-    assert_equal(by_shape, by_value)
+    assert_same(by_shape, by_value)
 
 
 def test_mixed_residuals_are_in_the_compute_dtype():
     model = fn.mixed(fn.serial(fn.dense(7), fn.gelu(), fn.dense(5)))
-    params, state, x = draw(model, (4, 5))
+    params, state, x = draw(model, S((4, 5), jnp.float32))
     y, _, residuals = model.fwd(params, state, x, None)
     assert y.dtype == jnp.float32
     assert dtypes(residuals) == {"bfloat16"}
 
 
 def test_mixed_computes_what_casting_by_hand_does():
-    params, state, x = draw(fn.dense(7), (4, 5))
+    params, state, x = draw(fn.dense(7), S((4, 5), jnp.float32))
     half = cast((params, x), jnp.bfloat16)
     wanted = (half[1] @ half[0]["kernel"] + half[0]["bias"][None]).astype(jnp.float32)
     np.testing.assert_array_equal(fn.mixed(fn.dense(7)).apply(params, state, x), wanted)
@@ -174,7 +72,7 @@ def test_mixed_computes_what_casting_by_hand_does():
 def test_mixed_gradients_are_not_rounded_to_the_compute_dtype():
     """They are the float32 contraction of bfloat16 factors, and most of their digits do not fit bfloat16."""
     model = fn.mixed(fn.dense(7))
-    params, state, x = draw(model, (64, 5))
+    params, state, x = draw(model, S((64, 5), jnp.float32))
     dy = normal(3, S((64, 7), jnp.float32))
     got = model.bwd(params, model.fwd(params, state, x, None)[2], dy)[0]
     x, dy = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, dy))
@@ -192,7 +90,7 @@ def test_mixed_sums_a_bias_gradient_in_float32():
 
 def test_factors_kept_by_mixed_contract_later_as_at_once():
     model = fn.mixed(fn.repeat(fn.dense(5), 2))
-    params, state, x = draw(model, (4, 5))
+    params, state, x = draw(model, S((4, 5), jnp.float32))
     hows = fn.total, fn.per_example, fn.squared_norm
 
     @jax.jit
@@ -293,155 +191,12 @@ def test_cast_changes_floating_arrays_only():
     assert all(out[name] is tree[name] for name in ("ids", "mask", "key", "none"))
 
 
-# freeze
-
-
-def test_frozen_params_are_state_and_the_rest_is_as_before(x64):
-    layer = fn.serial(fn.dense(4), fn.tanh(), fn.dense(3))
-    params, state, x = draw(layer, (5, 2), jnp.float64)
-    frozen = fn.freeze(layer)
-    assert (frozen.name, frozen.parts) == (layer.name, layer.parts)
-    assert_equal(frozen.init(KEY, x), ({}, fn.Frozen(*layer.init(KEY, x))))
-    y, _, residuals = layer.fwd(params, state, x, None)
-    z, new, frozen_residuals = frozen.fwd({}, fn.Frozen(params, state), x, None)
-    assert_equal((z, frozen.apply({}, new, x)), (y, y))
-    assert_equal(new, fn.Frozen(params, state))
-    for contract in (fn.total, fn.per_example, fn.squared_norm, fn.keep):
-        assert_equal(frozen.bwd({}, frozen_residuals, y, contract), ({}, layer.bwd(params, residuals, y)[1]))
-
-
-def test_nothing_moves_frozen_params_not_even_weight_decay_and_the_others_move_as_they_would(standard_promotion):
-    """Against the same model in which optax masks them, with a decay that would move them."""
-    base, head = fn.serial(fn.dense(4), fn.tanh()), fn.dense(3)
-    x = normal(3, S((6, 2), jnp.float32)), jnp.arange(6) % 3
-    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-1, weight_decay=0.5))
-    runs = []
-    for first in (fn.freeze(base), base):
-        objective = fn.objective(fn.serial(first, head), fn.cross_entropy())
-        chosen = optimizer
-        if first is base:
-            kind = lambda path, _: "frozen" if "['serial']" in jax.tree_util.keystr(path) else "trained"
-            labels = lambda params, kind=kind: jax.tree_util.tree_map_with_path(kind, params)
-            chosen = optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
-        state = fn.init_train_state(objective, chosen, KEY, x)
-        before = jax.tree.map(np.array, state.state["model"])
-        step = fn.train_step(objective, chosen, accumulate=2)
-        for _ in range(3):
-            state, _ = step(state, x)
-        runs.append((before, state.params["model"], state.state["model"]))
-    (before, params, state), (_, masked, _) = runs
-    assert_equal(state["serial"], before["serial"])
-    assert_equal(state["serial"].params, masked["serial"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params["dense"], masked["dense"])
-    assert params["serial"] == {}
-
-
-def test_a_frozen_layers_own_state_goes_on():
-    counting = fn.Layer(
-        "counting",
-        lambda key, x: ({}, jnp.zeros(())),
-        lambda params, n, x: x,
-        lambda params, n, x, key: (x, n + 1, ()),
-        lambda params, residuals, dy, contract=fn.total: ({}, dy),
-    )
-    layer = fn.freeze(fn.serial(fn.dense(2), counting))
-    params, state = layer.init(KEY, S((3, 2), jnp.float32))
-    new = layer.fwd(params, state, jnp.ones((3, 2)), None)[1]
-    assert_equal(new, fn.Frozen(state.params, {"dense": (), "counting": jnp.ones(())}))
-
-
-def test_mixed_casts_frozen_params_for_the_computation_and_keeps_them_as_they_are():
-    model = fn.mixed(fn.serial(fn.freeze(fn.serial(fn.dense(4), fn.freeze(fn.dense(3)))), fn.dense(2)))
-    params, state, x = draw(model, (5, 2))
-    assert dtypes(state) == {"float32"}
-    y, new, residuals = model.fwd(params, state, x, None)
-    assert_equal(new, state)
-    assert dtypes(residuals) == {"bfloat16"}
-    assert_equal(model.apply(params, state, x), y)
-    wanted = fn.serial(fn.serial(fn.dense(4), fn.dense(3)), fn.dense(2))
-    halved = cast(
-        params | {"serial": state["serial"].params | {"dense_1": state["serial"].state["dense_1"].params}}, "bfloat16"
-    )
-    leafless = jax.eval_shape(wanted.init, KEY, x)[1]
-    assert_equal(y, wanted.apply(halved, leafless, x.astype("bfloat16")).astype("float32"))
-
-
-def test_layerwise_and_explain_pass_a_frozen_layer_and_a_named_one():
-    model = fn.serial(fn.dense(4), fn.freeze(fn.dense(4)), fn.named("middle", fn.serial(fn.tanh(), fn.dense(3))))
-    objective = fn.objective(model, fn.cross_entropy())
-    batch, optimizer = (normal(3, S((6, 2), jnp.float32)), jnp.arange(6) % 3), optax.sgd(0.1, momentum=0.9)
-    fresh = lambda: fn.init_train_state(objective, optimizer, KEY, batch)
-    wanted = fn.train_step(objective, optimizer)(fresh(), batch)[0]
-    got = fn.layerwise_step(objective, optimizer)(fresh(), batch)[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got.params, wanted.params)
-    steps = fn.explain(objective, wanted.params, wanted.state, batch).steps
-    gradients = {step.name: step.gradient for step in steps}
-    assert list(gradients) == ["dense", "dense_1", "middle/tanh", "middle/dense"]
-    assert gradients["dense_1"] is None
-    assert gradients["dense"] > 0
-
-
-@pytest.mark.parametrize(
-    ("params", "state", "message"),
-    [
-        ({"kernel": 1.0}, None, "no params, {}"),
-        ({}, (), "a state Frozen"),
-        ({}, {"params": {}}, r"fn.Frozen\(params, state\)"),
-    ],
-)
-def test_freeze_refuses_params_and_another_state(params, state, message):
-    layer = fn.freeze(fn.dense(3))
-    x = jnp.ones((2, 3))
-    state = layer.init(KEY, x)[1] if state is None else state
-    for call in (lambda: layer.apply(params, state, x), lambda: layer.fwd(params, state, x, None)):
-        with pytest.raises(fn.InputError, match=message):
-            call()
-
-
-# named
-
-
-def test_named_changes_the_name_alone():
-    layer = fn.dense(3)
-    other = fn.named("middle", layer)
-    assert (other.name, other.fwd, other.bwd, other.init, other.apply) == (
-        "middle",
-        layer.fwd,
-        layer.bwd,
-        layer.init,
-        layer.apply,
-    )
-    model = fn.serial(fn.relu(), other, fn.named("middle", fn.tanh()), last=layer)
-    assert list(model.parts) == ["relu", "middle", "middle_1", "last"]
-    params, state = model.init(KEY, S((2, 3), jnp.float32))
-    with pytest.raises(fn.InputError, match=r"middle \(dense\)"):
-        model.apply(params, state, jnp.ones((2, 4)))
-
-
-@pytest.mark.parametrize("name", ["", "a/b", None, fn.relu()])
-def test_what_is_no_name_is_refused(name):
-    with pytest.raises(fn.InputError, match="a name without"):
-        fn.named(name, fn.relu())
-
-
-def test_a_frozen_head_and_loss_gives_the_gradient_of_what_is_below():
-    objective = fn.objective(fn.dense(6), fn.freeze(fn.linear_cross_entropy(8)))
-    batch = jnp.ones((3, 4)), jnp.array([0, 3, 7])
-    params, state = objective.init(jax.random.key(0), batch)
-    (loss, _), grads = fn.value_and_grad(objective)(params, state, batch)
-    assert np.isfinite(loss)
-    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads["model"]))
-
-
 def test_a_cotangent_of_another_dtype_is_refused():
     layer = fn.mixed(fn.dense(3))
     params, state = layer.init(jax.random.key(0), jnp.ones((2, 4)))
     y, _, residuals = layer.fwd(params, state, jnp.ones((2, 4)), None)
     with pytest.raises(fn.InputError, match="a cotangent of dtype float32"):
         layer.bwd(params, residuals, y.astype(jnp.float16))
-
-
-# mixed: what it leaves alone
 
 
 def relative(got, wanted):
@@ -519,6 +274,8 @@ def test_an_lru_of_half_precision_has_its_logarithms_in_float32():
     }
 
 
+# Layers that are kept
+
 KEEPING = fn.serial(
     fn.dense(4), fn.repeat(fn.serial(fn.layer_norm(), fn.dense(4)), 2), fn.dropout(0.2), head=fn.dense(3)
 )
@@ -526,9 +283,9 @@ KEEPING = fn.serial(
 
 def test_layers_that_are_kept_compute_in_the_dtype_of_params():
     model = fn.mixed(KEEPING, keep=("repeat/layer_norm", "head"))
-    params, state, x = draw(KEEPING, (5, 4))
+    params, state, x = draw(KEEPING, S((5, 4), jnp.float32))
     assert list(model.parts) == list(KEEPING.parts)
-    assert_equal(model.init(KEY, x), fn.mixed(KEEPING).init(KEY, x))
+    assert_same(model.init(KEY, x), fn.mixed(KEEPING).init(KEY, x))
 
     def by_hand(params, x):
         low = lambda tree: cast(tree, jnp.bfloat16)
