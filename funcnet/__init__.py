@@ -85,9 +85,10 @@ from funcnet.losses.regression import huber, mae, mse
 from funcnet.losses.router import router_losses
 from funcnet.losses.similarity import contrastive, cosine
 from funcnet.structure import Composed, Wrapped, constructor
+from funcnet.train.evaluate import evaluate
 from funcnet.train.finite import NotFiniteError
 from funcnet.train.layerwise import layerwise_step
-from funcnet.train.loop import evaluate, fit
+from funcnet.train.loop import fit
 from funcnet.train.objective import Objective, objective, value_and_grad
 from funcnet.train.step import TrainState, TrainStep, init_train_state, train_step
 

@@ -25,7 +25,8 @@ from funcnet.gradients.contraction import total
 from funcnet.gradients.factor import is_factor
 from funcnet.layer import Layer, a_layer
 from funcnet.structure import Composed, Wrapped
-from funcnet.train.objective import Batch, Objective, an_objective, both, entered, start
+from funcnet.train.batch import Batch
+from funcnet.train.objective import Objective, an_objective, both, entered, start
 
 Tree = Any
 LARGEST = 2**28  # bytes of the Jacobians that `layer_jacobians` forms, at most

@@ -9,7 +9,8 @@ from jax import Array
 
 from funcnet._internal.expect import is_concrete, is_floating
 from funcnet.combinators.hooks import observe
-from funcnet.train.objective import Batch, Objective
+from funcnet.train.batch import Batch
+from funcnet.train.objective import Objective
 from funcnet.train.step import TrainState, one_move
 
 Tree = Any

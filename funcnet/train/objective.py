@@ -9,8 +9,7 @@ and so is every metric:
 
     a_i = w_i c_i / sum_j w_j m_j        c_i = 1 if l_i counts, else 0        m_i = c_i, or the loss's own mass
 
-Only ratios of the weights matter: they are first scaled by the power of two that brings the largest below 1, so that no
-sum of them overflows. Where no value counts, or all weights are 0, a = 0: loss and gradients are 0.
+Only ratios of the weights matter. Where no value counts, or all weights are 0, a = 0: loss and gradients are 0.
 
 Params, state and gradients are dicts {"model": .., "loss": ..}, the loss's {} and () for most losses: it is
 `fn.linear_cross_entropy` that has parameters. Since a is known before the forward pass, a loss may make both of its
@@ -24,19 +23,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, at, describe, is_array, is_floating, native_order
+from funcnet._internal.expect import InputError, at, describe, is_array, is_floating
 from funcnet.gradients.contraction import Contraction, a_contraction, total
 from funcnet.layer import Layer, a_layer
 from funcnet.losses.loss import Loss, as_loss
 from funcnet.structure import Composed, tree
+from funcnet.train.batch import Batch, Pair, check_batch, no_shapes
+from funcnet.train.weights import weighed, weighted
 
 Tree = Any
-Pair = tuple[Any, Any]  # (inputs, targets)
-Batch = Pair | tuple[Any, Any, Any]  # (inputs, targets, weights)
 PARTS = ("model", "loss")
 LAST = 2**32 - 1  # folded into the key for the loss, as `serial` folds in i for its layer i
 OWN_NAMES = frozenset(("loss", "weight", "step", "grad_norm", "update_norm", "skipped"))  # of a record's own numbers
@@ -138,72 +136,6 @@ def _numbers(given: Any) -> Array | None:
         return jnp.asarray(given)
     except (TypeError, ValueError):
         return None
-
-
-def weighed(loss: Loss, targets: Any, weights: Any = None) -> tuple[Array, Array, Array]:
-    """Each value's weight in the sum of the loss, w c, and what it adds to the divisor, w m, both times 2^-e; and e.
-
-    If a weight is negative or not finite, both are NaN. e is the exponent of the largest weight of a value that counts.
-    """
-    counted = loss.counted(targets)
-    each = mass(loss, targets).astype(jnp.result_type(float))
-    if weights is None:
-        return counted.astype(each.dtype), each, jnp.zeros((), jnp.int32)
-    check_weights(counted.shape, weights)
-    weights = jnp.asarray(weights).astype(each.dtype)
-    fit, weights = jnp.all(may_weigh(weights)), jnp.where(counted, weights, 0.0)
-    e = jnp.frexp(jnp.max(weights))[1]
-    weights = jnp.where(fit, _times_power_of_two(weights, -e), jnp.nan)
-    return weights * counted.astype(each.dtype), weights * each, e
-
-
-def may_weigh(weights: Any) -> Any:
-    """Which of these numbers can be a weight of a mean."""
-    return (weights >= 0) & (weights < np.inf)
-
-
-def _times_power_of_two(a: Array, n: Array) -> Array:
-    """a 2^n: products, since `jnp.ldexp` has a wrong derivative at a = 0, and two, since one factor may overflow."""
-    one = jnp.ones((), a.dtype)
-    return a * jnp.ldexp(one, n // 2) * jnp.ldexp(one, n - n // 2)
-
-
-def mass(loss: Loss, targets: Any) -> Array:
-    """What each value of the loss adds to the divisor of a mean, where all weights are 1."""
-    return loss.counted(targets) if loss.mass is None else loss.mass(targets)
-
-
-def check_weights(shape: tuple[int, ...], weights: Any) -> None:
-    """Refuse weights of a batch that are not floating or boolean, or not one for each value of the loss."""
-    boolean = is_array(weights) and weights.dtype == bool
-    if weights.shape != shape or not (boolean or is_floating(weights)):
-        wanted = f"weights {list(shape)} in the batch, floating or boolean, one for each value of the loss"
-        remedy = "give each value its own weight; convert integers with weights.astype(jnp.float32)"
-        raise InputError(wanted, describe(weights), remedy)
-
-
-class Share(NamedTuple):
-    """How much the means of a batch count in means over several batches: the loss by its mass, metrics by its weight.
-
-    Both are scaled by 2^-e.
-    """
-
-    mass: Any
-    weight: Any
-    e: Any
-
-
-def share(objective: Objective, batch: Batch) -> Share:
-    """sum(w m) and sum(w c) of a batch, scaled as its weights are."""
-    _, targets, weights = check_batch(batch)
-    counting, each, e = weighed(objective.loss, targets, weights)
-    return Share(jnp.sum(each), jnp.sum(counting), e)
-
-
-def weighted(weights: Array, values: Array) -> Array:
-    """sum(weights * values), where a weight of 0 silences any value, also one that is not finite."""
-    weights = weights.astype(values.dtype)
-    return jnp.sum(weights * jnp.where((weights == 0) & ~jnp.isfinite(values), 0.0, values))
 
 
 def both(params: Tree, state: Tree) -> None:
@@ -368,41 +300,3 @@ def value_and_grad(objective: Objective) -> Callable[..., tuple[tuple[Array, Tre
         return (result.sums["loss"], result.state), result.grads
 
     return with_grads
-
-
-def check_batch(batch: Any) -> tuple[Any, Any, Any]:
-    """(inputs, targets, weights or None) of arrays with the same, positive number of examples."""
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        wanted = "a batch (inputs, targets) or (inputs, targets, weights)"
-        raise InputError(wanted, describe(batch), "pair the inputs with their targets")
-    parts = dict(zip(("inputs", "targets", "weights"), batch, strict=False))
-    leaves = jax.tree_util.tree_leaves_with_path(parts)
-    for path, leaf in leaves:
-        with at(path[0].key):
-            fits = is_array(leaf) and leaf.ndim > 0
-        if not fits:
-            received = f"{describe(leaf)} at {jax.tree_util.keystr(path)}"
-            raise InputError(
-                "arrays with the batch axis first",
-                received,
-                "give arrays, not lists or numbers: (np.asarray(inputs), np.asarray(targets))",
-            )
-        with at(path[0].key):
-            native_order(leaf)
-    sizes = {jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in leaves}
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        received = ", ".join(f"{n} in {path}" for path, n in sizes.items()) or "none"
-        raise InputError(
-            "as many inputs as targets, at least one", received, "cut the batch along its first axis alike"
-        )
-    weights = parts.get("weights")
-    if weights is not None and not is_array(weights):
-        raise InputError("weights in the batch as one array", describe(weights), "give one for each value of the loss")
-    return batch[0], batch[1], weights
-
-
-def no_shapes(*trees: Any) -> None:
-    """Refuse shapes in place of arrays, where values are needed."""
-    if shapes := [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.ShapeDtypeStruct)]:
-        remedy = "give the data, or trace the call with jax.eval_shape"
-        raise InputError("a batch of arrays", f"only the shape of one: {describe(shapes[0])}", remedy)

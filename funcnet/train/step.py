@@ -22,20 +22,9 @@ from funcnet._internal.expect import InputError, describe, is_array
 from funcnet._internal.numerics import sum_dtype
 from funcnet._internal.sharding import scan
 from funcnet.gradients.contraction import total
-from funcnet.train.objective import (
-    Batch,
-    Objective,
-    Pair,
-    Pass,
-    an_objective,
-    averages,
-    check_batch,
-    entered,
-    forward,
-    no_shapes,
-    run,
-    weighted,
-)
+from funcnet.train.batch import Batch, Pair, check_batch, no_shapes
+from funcnet.train.objective import Objective, Pass, an_objective, averages, entered, forward, run
+from funcnet.train.weights import weighted
 
 Tree = Any
 Metrics = dict[str, Array]
