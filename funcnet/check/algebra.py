@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet.check.judge import as_float64, leaves_of, measure, mismatch, tolerance
-from funcnet.check.numerical import Numerical
 from funcnet.check.plain import Program, is_inexact, jaxpr_of
 from funcnet.check.report import Failure, said, values_failure
+from funcnet.check.slopes import Numerical
 from funcnet.check.subject import Point, Values, host, quickly, sharded_like
 
 Tree = Any

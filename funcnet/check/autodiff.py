@@ -3,8 +3,8 @@
 import numpy as np
 
 from funcnet.check.judge import Leaf, as_float64
-from funcnet.check.numerical import Numerical, slope_of
 from funcnet.check.report import Failure, values_failure
+from funcnet.check.slopes import Numerical, slope_of
 from funcnet.check.subject import Point
 
 

@@ -16,9 +16,10 @@ from funcnet.check.diagnosis.wrong_leaf import Context
 from funcnet.check.function import function
 from funcnet.check.judge import Leaf, as_float64, blank, leaves_of
 from funcnet.check.layer import layer_at
-from funcnet.check.numerical import Numerical, numerical
+from funcnet.check.numerical import numerical
 from funcnet.check.report import Report
 from funcnet.check.shrink import as_code, smallest
+from funcnet.check.slopes import Numerical
 from funcnet.check.spec import settled, specs
 from funcnet.check.subject import Point, Subject
 from funcnet.layer import Layer, a_layer

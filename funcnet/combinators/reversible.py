@@ -42,14 +42,15 @@ Tree = Any
 Pair = tuple[Any, Any]
 
 
-class Undone(NamedTuple):
+class ReversibleResiduals(NamedTuple):
     """Residuals of a reversible layer: its output y, and in `kept` what it was called with besides params and input."""
 
     kept: Any
     y: Any
 
 
-Undo = Callable[[Any, Undone, Any, Contraction], tuple[Any, Any, Any]]  # params, residuals, dy -> dparams, x, dx
+# (params, residuals, dy, contract) -> (dparams, x, dx)
+Undo = Callable[[Any, ReversibleResiduals, Any, Contraction], tuple[Any, Any, Any]]
 
 
 class Reversible(Composed):
@@ -64,7 +65,7 @@ class Called(NamedTuple):
 
 
 @constructor
-def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
+def reversible(f: Layer, g: Layer) -> Layer[dict, dict, ReversibleResiduals]:
     """y1 = x1 + f(x2), y2 = x2 + g(y1) on the halves of x [.., 2D] or a pair x; params {"f": .., "g": ..}.
 
     `repeat(reversible(f, g), L)` keeps one output for all L blocks, and f and g run twice. Batch statistics in them are
@@ -125,7 +126,7 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, Undone]:
             v, state_g, _ = g.fwd(params["g"], state["g"], y1, child(key, 1))
         check_output("g", v, x2)
         y = _like(x, y1, x2 + v)
-        return y, {"f": state_f, "g": state_g}, Undone(Called(state, key), y)
+        return y, {"f": state_f, "g": state_g}, ReversibleResiduals(Called(state, key), y)
 
     def undo(params, residuals, dy, contract):
         check(params=params)
@@ -167,7 +168,7 @@ def in_series(whole: Layer, made: Composed) -> Layer:
 
     def fwd(params, state, x, key):
         y, state, residuals = whole.fwd(params, state, x, key)
-        return y, state, Undone({name: each.kept for name, each in residuals.items()}, y)
+        return y, state, ReversibleResiduals({name: each.kept for name, each in residuals.items()}, y)
 
     def undo(params, residuals, dy, contract):
         with expect.by("serial"):
@@ -176,7 +177,9 @@ def in_series(whole: Layer, made: Composed) -> Layer:
         dparams, x = {}, residuals.y
         for name, undo_part in reversed(parts.items()):
             with at(name):
-                dparams[name], x, dy = undo_part(params[name], Undone(residuals.kept[name], x), dy, contract)
+                dparams[name], x, dy = undo_part(
+                    params[name], ReversibleResiduals(residuals.kept[name], x), dy, contract
+                )
         return dparams, x, dy
 
     return replace(whole, fwd=fwd, bwd=_without_x(undo), made=replace(made, undo=undo))
@@ -196,14 +199,14 @@ def in_turns(whole: Layer, made: Wrapped, times: int, check: Callable, keys: Cal
             return y, (state, residuals.kept)
 
         y, (state, kept) = scan(body, x, (params, state, keys(key)), length=times)
-        return y, state, Undone(kept, y)
+        return y, state, ReversibleResiduals(kept, y)
 
     def undo(params, residuals, dy, contract):
         check(params)
 
         def body(carry, layers):
             (y, dy), (params, kept) = carry, layers
-            dparams, x, dx = undo_turn(params, Undone(kept, y), dy, contract.of_one_layer)
+            dparams, x, dx = undo_turn(params, ReversibleResiduals(kept, y), dy, contract.of_one_layer)
             return (x, dx), dparams
 
         carry, layers = (residuals.y, dy), (params, residuals.kept)

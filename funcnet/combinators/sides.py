@@ -112,7 +112,7 @@ def unheard(sides: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(lambda side: jnp.zeros_like(side) if is_floating(side) else None, dict(sides))
 
 
-class Selected(NamedTuple):
+class SelectingResiduals(NamedTuple):
     """Residuals of `selecting`: the layer's, and the sides of its output, None where it is no dict."""
 
     residuals: Tree
@@ -131,8 +131,8 @@ def selecting(layer: Layer) -> Layer:
     def fwd(params, state, inputs, key):
         y, state, residuals = layer.fwd(params, state, inputs, key)
         if not has_sides(y):
-            return y, state, Selected(residuals, None)
-        return y["x"], state, Selected(residuals, {name: side for name, side in y.items() if name != "x"})
+            return y, state, SelectingResiduals(residuals, None)
+        return y["x"], state, SelectingResiduals(residuals, {name: side for name, side in y.items() if name != "x"})
 
     def bwd(params, saved, dy, contract=total):
         dy = dy if saved.sides is None else {**unheard(saved.sides), "x": dy}

@@ -44,7 +44,7 @@ from funcnet.structure import constructor
 Tree = Any
 
 
-class Divided(NamedTuple):
+class SpectralNormResiduals(NamedTuple):
     """Residuals of `spectral_norm`: the layer's, and the vectors by kernel."""
 
     layer: Tree
@@ -52,7 +52,9 @@ class Divided(NamedTuple):
 
 
 @constructor
-def spectral_norm(layer: Layer, names: tuple[str, ...] = ("kernel",), iterations: int = 1) -> Layer[Any, dict, Divided]:
+def spectral_norm(
+    layer: Layer, names: tuple[str, ...] = ("kernel",), iterations: int = 1
+) -> Layer[Any, dict, SpectralNormResiduals]:
     """The same layer with every kernel divided by its largest singular value, as far as power iteration knows it.
 
     Params are the layer's own; state is {"layer": its state, "vectors": {.., kernel: {"left": [F], "right": [N]}}}, in
@@ -132,7 +134,7 @@ def spectral_norm(layer: Layer, names: tuple[str, ...] = ("kernel",), iterations
         y, inner, residuals = layer.fwd(made(params, vectors), state["layer"], x, key)
         move = lambda kernel, v: each_layer(depth(v), partial(iterated, times=iterations))(kernel, v)
         moved = only_kernels(names, move, params, vectors)
-        return y, {"layer": inner, "vectors": moved}, Divided(residuals, vectors)
+        return y, {"layer": inner, "vectors": moved}, SpectralNormResiduals(residuals, vectors)
 
     def bwd(params, residuals, dy, contract=total):
         def answer(param, kernel, factor, vectors):

@@ -44,14 +44,14 @@ from funcnet.gradients.common_factors import Scale, Shift
 from funcnet.gradients.contraction import refuse_single_examples, total
 from funcnet.gradients.factor import Mixing
 from funcnet.layer import Layer
-from funcnet.layers.norm import Statistics, centre, statistics
+from funcnet.layers.norm import NormResiduals, centre, statistics
 from funcnet.structure import constructor
 
 
 @constructor
 def batch_norm(
     *, momentum: float = 0.9, eps: float = 1e-5, use_scale: bool = True, use_bias: bool = True
-) -> Layer[dict[str, Array], dict[str, Array], Statistics]:
+) -> Layer[dict[str, Array], dict[str, Array], NormResiduals]:
     """y = scale * (x - mean) * rstd + bias for each feature of x [B, .., C]; params scale [C] (ones), bias [C] (zeros).
 
     `fwd` takes mean and variance from the batch, over all axes but the last, and returns the updated state; `apply`
@@ -127,7 +127,7 @@ def batch_norm(
         return line(params, high, saved.rstd).astype(x.dtype), moved, saved
 
     @expect.by("batch_norm")
-    def bwd(params: dict[str, Array], residuals: Statistics, dy: Any, contract=total):
+    def bwd(params: dict[str, Array], residuals: NormResiduals, dy: Any, contract=total):
         x, rstd = residuals.x, residuals.rstd
         refuse_single_examples(contract)
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))

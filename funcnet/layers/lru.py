@@ -50,7 +50,7 @@ LOGARITHMS = ("nu", "theta")
 KERNELS = ("kernel_real", "kernel_imag", "out_real", "out_imag")
 
 
-class Driven(NamedTuple):
+class LruResiduals(NamedTuple):
     """Residuals of `lru`: x [B, T, D] and the states h [B, T, N], complex."""
 
     x: Array
@@ -69,7 +69,7 @@ class Turning(NamedTuple):
 @constructor
 def lru(
     features: int, states: int, *, r_min: float = 0.0, r_max: float = 1.0, max_phase: float = 6.28
-) -> Layer[dict[str, Array], tuple[()], Driven]:
+) -> Layer[dict[str, Array], tuple[()], LruResiduals]:
     """The linear recurrent unit over [B, T, D], to [B, T, F], with N complex states; h begins at 0.
 
     Params nu and theta [N], kernel_real and kernel_imag [D, N], out_real and out_imag [N, F]: a, b, K, L, P, Q above;
@@ -123,13 +123,13 @@ def lru(
         a, b, gain = (each.astype(sum_dtype(x.dtype)) for each in (a, b, jnp.sqrt(square)))
         return Turning(a, b, gain, lax.complex(real, imag))
 
-    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Driven]:
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, LruResiduals]:
         fits(params, x)
         turn = turning(params, x)
         v = lax.complex(*(contract_last(x, params[name], 0) for name in KERNELS[:2]))
         h = _recurrence(turn.factor, v * in_front(turn.gain, 3).astype(v.dtype), reverse=False)
         real, imag = (contract_last(part.astype(x.dtype), params[name], 0) for part, name in _parts(h, KERNELS[2:]))
-        return (real - imag).astype(x.dtype), Driven(x, h)
+        return (real - imag).astype(x.dtype), LruResiduals(x, h)
 
     def bwd(params, residuals, dy, contract):
         x, h = residuals

@@ -49,7 +49,7 @@ from funcnet.layer import Layer, stateless
 from funcnet.structure import constructor
 
 
-class Statistics(NamedTuple):
+class NormResiduals(NamedTuple):
     """Residuals of a norm: x, and the power of two p that it is multiplied by, 1 if it is not large.
 
     Of p x: the means to subtract, one after the other; the mean square of what they leave; rstd_p, from it and p^2 eps.
@@ -63,7 +63,7 @@ class Statistics(NamedTuple):
 
 
 @constructor
-def layer_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
+def layer_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], NormResiduals]:
     """y = scale * (x - mean) * rstd + bias over the last axis of x [.., D]; params scale [D] (ones), bias [D] (zeros).
 
     Args:
@@ -76,7 +76,7 @@ def layer_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Stati
 
 
 @constructor
-def rms_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
+def rms_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], NormResiduals]:
     """y = scale * x * rstd over the last axis of x [.., D], rstd = 1 / sqrt(mean(x^2) + eps); params scale [D] (ones).
 
     Args:
@@ -97,7 +97,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
         fill = {"scale": jnp.ones, "bias": jnp.zeros}
         return {name: fill[name](x.shape[-1], expect.dtype(x)) for name in names}
 
-    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Statistics]:
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, NormResiduals]:
         expect.float_array(x, features=expect.size(params, "scale"))
         expect.fields(params, x.dtype, dict.fromkeys(names, x.shape[-1:]))
         high, saved = statistics(x, x, 2 * centred, eps, _mean)
@@ -131,7 +131,7 @@ def _norm(name: str, eps: float, centred: bool) -> Layer:
 
 def statistics(
     x: Array, values: Array, centrings: int, eps: float, mean: Callable[[Array], Array], sparing: bool = False
-) -> tuple[Array, Statistics]:
+) -> tuple[Array, NormResiduals]:
     """p x centred, in the accumulation dtype and the shape of `values` (x, or x regrouped for `mean`); its statistics.
 
     Args:
@@ -143,7 +143,7 @@ def statistics(
         sparing: leave the second mean 0 where the first is within 8 standard deviations of 0.
     """
     power, means, square = _moments(values, centrings, mean, sparing)
-    saved = Statistics(x, power, means, square, lax.rsqrt(square + eps * power * power))
+    saved = NormResiduals(x, power, means, square, lax.rsqrt(square + eps * power * power))
     return centre(values, saved), saved
 
 
@@ -197,17 +197,17 @@ def _power(high: Array, mean: Callable[[Array], Array]) -> Array:
     return lax.reduce_precision(jnp.maximum(2.0**-32 / size, 4 * float(info.tiny)), info.nexp, 0)
 
 
-def centre(values: Array, saved: Statistics) -> Array:
+def centre(values: Array, saved: NormResiduals) -> Array:
     """p x minus the means, one after the other, in the shape of `values`."""
     return reduce(jnp.subtract, saved.means, values.astype(saved.power.dtype) * saved.power)
 
 
-def unshared(saved: Statistics) -> Statistics:
+def unshared(saved: NormResiduals) -> NormResiduals:
     """The same behind a barrier, else the compiler takes x_hat from the forward pass and keeps it in addition to x."""
-    return Statistics(saved.x, *lax.optimization_barrier(saved[1:]))
+    return NormResiduals(saved.x, *lax.optimization_barrier(saved[1:]))
 
 
-def pulled(g: Array, high: Array, inner: Array, saved: Statistics, eps: float) -> Array:
+def pulled(g: Array, high: Array, inner: Array, saved: NormResiduals, eps: float) -> Array:
     """d(p x) = rstd_p * (g - x_hat * mean(g * x_hat)), x_hat = high * rstd_p.
 
     `high` is p x centred, `inner` mean(g * high). Written as rstd_p^3 * (g * p^2 eps + (g * square - high * inner)): no

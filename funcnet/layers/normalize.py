@@ -33,11 +33,11 @@ from funcnet._internal.numerics import in_front, sum_dtype
 from funcnet._internal.sharding import placed, regrouped
 from funcnet.gradients.common_factors import Scale, Shift
 from funcnet.layer import Layer, no_params, stateless
-from funcnet.layers.norm import Statistics, centre, pulled, statistics, unshared
+from funcnet.layers.norm import NormResiduals, centre, pulled, statistics, unshared
 from funcnet.structure import constructor
 
 
-class Direction(NamedTuple):
+class L2NormalizeResiduals(NamedTuple):
     """Residuals of `l2_normalize`: y [.., D] and |x| [.., 1]."""
 
     y: Array
@@ -45,7 +45,7 @@ class Direction(NamedTuple):
 
 
 @constructor
-def group_norm(groups: int, *, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
+def group_norm(groups: int, *, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], NormResiduals]:
     """Normalise groups of adjacent channels over all positions of an example: x [B, .., C] with params scale, bias [C].
 
     Args:
@@ -60,7 +60,7 @@ def group_norm(groups: int, *, eps: float = 1e-6) -> Layer[dict[str, Array], tup
 
 
 @constructor
-def instance_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], Statistics]:
+def instance_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], NormResiduals]:
     """Normalise each channel of an example over its positions: x [B, .., C] with params scale, bias [C].
 
     Without positions, or with one, every value is its own mean: y = bias, and dx = 0.
@@ -93,7 +93,7 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
         check(x)
         return {"scale": jnp.ones(x.shape[-1], expect.dtype(x)), "bias": jnp.zeros(x.shape[-1], expect.dtype(x))}
 
-    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Statistics]:
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, NormResiduals]:
         check(x, expect.size(params, "scale"))
         expect.fields(params, x.dtype, dict.fromkeys(("scale", "bias"), x.shape[-1:]))
         high, saved = statistics(x, grouped(x), 2, eps, _mean)
@@ -121,18 +121,18 @@ def _group_norm(name: str, groups: int | None, eps: float) -> Layer:
 
 
 @constructor
-def l2_normalize() -> Layer[dict, tuple[()], Direction]:
+def l2_normalize() -> Layer[dict, tuple[()], L2NormalizeResiduals]:
     """y = x / |x| over the last axis of x [.., D], |x| the Euclidean length; 0 with gradient 0 where x is 0.
 
     Raises:
         expect.InputError: if x is not floating.
     """
 
-    def fwd(params: dict, x: Array) -> tuple[Array, Direction]:
+    def fwd(params: dict, x: Array) -> tuple[Array, L2NormalizeResiduals]:
         expect.float_array(x)
         y, length = unit(x)
         y = y.astype(x.dtype)
-        return y, Direction(y, length)
+        return y, L2NormalizeResiduals(y, length)
 
     def bwd(params, residuals, dy, contract):
         y, length = residuals

@@ -41,7 +41,7 @@ from funcnet.layer import Layer, no_params, stateless
 from funcnet.structure import constructor
 
 
-class Winners(NamedTuple):
+class MaxPoolResiduals(NamedTuple):
     """Residuals of max_pool: offset [B, *outputs, C], counted in each window row by row, and like [*x.shape, 0].
 
     For global_max_pool offset is [B, C].
@@ -54,7 +54,7 @@ class Winners(NamedTuple):
 @constructor
 def max_pool(
     window: Sizes, strides: Sizes | None = None, padding: Padding = "VALID"
-) -> Layer[dict[str, Array], tuple[()], Winners]:
+) -> Layer[dict[str, Array], tuple[()], MaxPoolResiduals]:
     """The maximum of each window of x [B, *spatial, C], for 1, 2, 3 or more spatial axes.
 
     The loop over a window's entries is unrolled: for hundreds of them take `global_max_pool`, if it covers the input.
@@ -70,7 +70,7 @@ def max_pool(
     """
     over = _windows(window, strides, padding)
 
-    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Winners]:
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, MaxPoolResiduals]:
         windows = over(x)
         kind = np.min_scalar_type(prod(windows.window))
         first, *others = entries(windows, x, -jnp.inf)
@@ -78,7 +78,7 @@ def max_pool(
         for o, entry in enumerate(others, start=1):
             better = ~(entry <= y) & (y == y)  # true for a NaN unless one came before
             y, offset = jnp.where(better, entry, y), jnp.where(better, kind.type(o), offset)
-        return y, Winners(offset, _like(x))
+        return y, MaxPoolResiduals(offset, _like(x))
 
     def bwd(params, residuals, dy, contract):
         windows = over(_template(residuals.like))
@@ -127,19 +127,19 @@ def avg_pool(
 
 
 @constructor
-def global_max_pool() -> Layer[dict[str, Array], tuple[()], Winners]:
+def global_max_pool() -> Layer[dict[str, Array], tuple[()], MaxPoolResiduals]:
     """[B, *spatial, C] -> [B, C]: the maximum over all spatial axes.
 
     Raises:
         expect.InputError: if x is not floating or has no spatial axis.
     """
 
-    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Winners]:
+    def fwd(params: dict[str, Array], x: Array) -> tuple[Array, MaxPoolResiduals]:
         expect.float_array(x, rank=3)
         positions = x.reshape(x.shape[0], -1, x.shape[-1])
         offset = lax.argmax(positions, 1, jnp.int32)
         y = jnp.take_along_axis(positions, offset[:, None], axis=1)[:, 0]
-        return y, Winners(offset, _like(x))
+        return y, MaxPoolResiduals(offset, _like(x))
 
     def bwd(params, residuals, dy, contract):
         shape, dtype = residuals.like.shape[:-1], residuals.like.dtype

@@ -26,7 +26,7 @@ from funcnet.layer import Layer, no_params, stateless
 from funcnet.structure import constructor
 
 
-class LogSoftmax(NamedTuple):
+class LogSoftmaxResiduals(NamedTuple):
     """Residuals of `log_softmax`: x [.., V]; top = max(x) and log_total = log(sum(e^(x - top))), both [.., 1]."""
 
     x: Array
@@ -59,19 +59,19 @@ def softmax() -> Layer[dict, tuple[()], Array]:
 
 
 @constructor
-def log_softmax() -> Layer[dict, tuple[()], LogSoftmax]:
+def log_softmax() -> Layer[dict, tuple[()], LogSoftmaxResiduals]:
     """y = x - log(sum(e^x)) over the last axis of x [.., V].
 
     Raises:
         expect.InputError: if x is not floating.
     """
 
-    def fwd(params: dict, x: Array) -> tuple[Array, LogSoftmax]:
+    def fwd(params: dict, x: Array) -> tuple[Array, LogSoftmaxResiduals]:
         expect.float_array(x)
         top = _top(x)
         shifted = x.astype(top.dtype) - top
         log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
-        return (shifted - log_total).astype(x.dtype), LogSoftmax(x, top, log_total)
+        return (shifted - log_total).astype(x.dtype), LogSoftmaxResiduals(x, top, log_total)
 
     def bwd(params, residuals, dy, contract):
         x, top, log_total = residuals

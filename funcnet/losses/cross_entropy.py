@@ -28,7 +28,7 @@ from funcnet.losses.loss import Loss, silenced, stateless_loss
 from funcnet.structure import constructor
 
 
-class Softmax(NamedTuple):
+class CrossEntropyResiduals(NamedTuple):
     """Residuals of `cross_entropy`: softmax = exp(logits - top) / total; top and total are [.., 1]."""
 
     logits: Array
@@ -112,7 +112,7 @@ def cross_entropy(
         q, factor = distribution(logits, target)
         terms = q * _finite_where_zero(jnp.log(total) - shifted, q)
         loss = jnp.where(factor == 0, 0.0, factor * jnp.sum(terms, axis=-1, keepdims=True))
-        return loss[..., 0], Softmax(logits, top, total, target)
+        return loss[..., 0], CrossEntropyResiduals(logits, top, total, target)
 
     def bwd(params, residuals, dy, contract):
         logits, top, total, target = residuals

@@ -42,7 +42,7 @@ from funcnet.structure import constructor
 TARGET = ("labels", "label_lengths", "logit_lengths")
 
 
-class Alignments(NamedTuple):
+class CtcResiduals(NamedTuple):
     """Residuals of `ctc`: logits [B, T, V]; top and log_total [B, T, 1], a [T, B, 2N + 1], l [B], the target."""
 
     logits: Array
@@ -148,7 +148,7 @@ def ctc(*, blank: int = 0, zero_infinity: bool = False) -> Loss:
         # Where several alignments together have likelihood 1, the rounding of log p may bring it above 1.
         loss = jnp.where(of.fits, jnp.where(loss < 0, 0.0, loss), jnp.nan)
         value = jnp.where(jnp.isposinf(loss), 0.0, loss) if zero_infinity else loss
-        return value, Alignments(logits, top, log_total, log_a, loss, target)
+        return value, CtcResiduals(logits, top, log_total, log_a, loss, target)
 
     def bwd(params, residuals, dy, contract):
         logits, top, log_total, log_a, loss, target = residuals

@@ -26,8 +26,9 @@ from funcnet.check.autodiff import autodiff
 from funcnet.check.cases import CASES, DTYPES, Case
 from funcnet.check.judge import as_float64, leaves_of
 from funcnet.check.layer import layer_at, moved
-from funcnet.check.numerical import Numerical, numerical
+from funcnet.check.numerical import numerical
 from funcnet.check.report import Failure
+from funcnet.check.slopes import Numerical
 from funcnet.check.spec import drawn, settled, specs
 from funcnet.check.subject import Point
 from funcnet.layer import unrounded

@@ -38,7 +38,7 @@ from funcnet.check.autodiff import autodiff
 from funcnet.check.cases import Case
 from funcnet.check.laws import fisher_diagonal
 from funcnet.check.layer import pulling
-from funcnet.check.numerical import Numerical
+from funcnet.check.slopes import Numerical
 from funcnet.check.spec import drawn, settled, specs
 from funcnet.check.subject import Point, quickly
 from tests.check.equivalent import CHOICES, EQUIVALENT

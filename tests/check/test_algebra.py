@@ -13,7 +13,7 @@ import pytest
 
 import funcnet as fn
 from funcnet.check import algebra
-from funcnet.check.numerical import Numerical
+from funcnet.check.slopes import Numerical
 from tests.check.points import layer_point, point_of, ruled
 
 FEW = {"oracles": ("autodiff",), "shrink": False}

@@ -6,7 +6,7 @@ import numpy as np
 
 import funcnet as fn
 from funcnet.check.autodiff import _mended, autodiff
-from funcnet.check.numerical import Numerical
+from funcnet.check.slopes import Numerical
 from tests.check.points import point_of, ruled
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import funcnet as fn
-from funcnet.check.numerical import KINKS, STEPS, Numerical, _listed, _sides, extrapolated, numerical, slope_of
+from funcnet.check.numerical import _listed, numerical
+from funcnet.check.slopes import KINKS, STEPS, Numerical, _sides, extrapolated, slope_of
 from tests.check.points import point_of, ruled
 
 NONE = np.zeros_like(STEPS)
