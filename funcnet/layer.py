@@ -74,6 +74,10 @@ class Layer(Generic[Params, State, Residuals]):
     positionwise: bool = False
 
     def __post_init__(self) -> None:
+        for what in ("unrounded", "reads", "writes"):
+            names = getattr(self, what)
+            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+                raise InputError(f"{what} as a tuple of names", repr(names), 'write ("name",), with the comma')
         if self.made is not None and not isinstance(self.made, Structure):
             raise InputError(
                 "made as fn.Composed(parts, again) or fn.Wrapped(inner, again)", describe(self.made), "use one"
@@ -133,13 +137,13 @@ def stateless(
     bwd: Callable[[Params, Residuals, Any, Contraction], tuple[Any, Any]],
     *,
     reads: tuple[str, ...] = (),
+    writes: tuple[str, ...] = (),
     positionwise: bool = False,
 ) -> Layer[Params, tuple[()], Residuals]:
     """A layer without state or randomness: `init(key, x) -> params`, `fwd(params, x) -> (y, residuals)`, `bwd`.
 
-    `reads` and `positionwise` are as for `Layer`.
+    `reads`, `writes` and `positionwise` are as for `Layer`.
     """
-
     expect.flags(positionwise=positionwise)
 
     def init_with_state(key, x):
@@ -160,7 +164,8 @@ def stateless(
         with expect.by(name):
             return bwd(params, residuals, dy, a_contraction(contract))
 
-    return Layer(name, init_with_state, apply, with_state, pullback, reads=reads, positionwise=positionwise)
+    functions = init_with_state, apply, with_state, pullback
+    return Layer(name, *functions, reads=reads, writes=writes, positionwise=positionwise)
 
 
 def _as_jax(leaf: Any) -> Array:

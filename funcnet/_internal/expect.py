@@ -273,6 +273,8 @@ def segments(given: Any, examples: int, steps: int) -> None:
     if not is_array(given) or given.shape != (examples, steps) or not jnp.issubdtype(given.dtype, jnp.integer):
         wanted = f"segments as integers [{examples}, {steps}], one for each position"
         raise InputError(wanted, describe(given), "number the sequences of a row 1, 2, .., and what pads it 0")
+    if isinstance(given, np.ndarray) and given.size and int(given.max()) > np.iinfo(np.int32).max:
+        raise InputError("segments that fit int32", f"{given.max()}", "number the sequences of a row 1, 2, ..")
 
 
 def dtype(x: Any) -> Any:
@@ -321,6 +323,13 @@ def keys(tree: Tree, names: Any, what: str) -> None:
     if not isinstance(tree, Mapping) or set(tree) != set(names):
         received = f"keys {list(tree)}" if isinstance(tree, Mapping) else describe(tree)
         raise InputError(f"{what} for the layers {list(names)}", received, _own(tree, what, "model"))
+
+
+def stacked(tree: Tree, count: int, what: str, kind: str = "layers") -> None:
+    """Refuse params or state that are not stacked along a first axis of `count` layers (or what `kind` calls them)."""
+    if any(jnp.shape(leaf)[:1] != (count,) for leaf in jax.tree.leaves(tree)):
+        wanted = f"{what} stacked along a first axis of {count} {kind}"
+        raise InputError(wanted, describe(tree), f"pass the {what} that this model's init returned")
 
 
 def _own(tree: Tree, what: str, whose: str) -> str:

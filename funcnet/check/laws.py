@@ -136,7 +136,24 @@ def _apply(point: Point) -> list[Failure]:
             leaf = measure(path, got, wanted, allowed, point.baseline_output_error[path])
         if not leaf.within:
             failures.append(values_failure(leaf, "laws", "apply", "by apply, the output"))
-    return failures
+    return failures or _positionwise(point, run, both)
+
+
+def _positionwise(point: Point, run: Values, both: Any) -> list[Failure]:
+    """Of a layer that looks at each position alone: whether the output at the last one is the same beside others."""
+    (params, x), layer = point.subject.args, point.subject.layer
+    of_features = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    if not layer.positionwise or any(leaf.ndim < 2 + of_features(leaf) for leaf in jax.tree.leaves(x)):
+        return []
+    moved = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=1).at[:, -1].set(leaf[:, -1]), x)
+    beside = host(leaves_of(both(params, point.subject.state, moved)[1], "y"))
+    for path in point.outputs:
+        got, wanted = beside[path], run[path]
+        if got.ndim < 2 or measure(path, got[:, -1], wanted[:, -1], 4 * tolerance(wanted.dtype, point.terms)).within:
+            continue
+        message = "Layer.positionwise is True, but the output at a position depends on x at others"
+        return [Failure(path, "laws", "positionwise", message)]
+    return []
 
 
 def _draws(point: Point) -> bool:

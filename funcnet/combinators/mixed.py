@@ -12,6 +12,7 @@ from funcnet._internal import expect
 from funcnet._internal.casting import cast
 from funcnet._internal.expect import InputError, describe, is_floating
 from funcnet.combinators.freeze import frozen_as, refrozen
+from funcnet.combinators.sides import has_sides
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, a_layer, unrounded
 from funcnet.structure import Transparent, constructor
@@ -46,9 +47,10 @@ def mixed(
     wider. Gradients are contracted in float32 and returned in the params' own dtype, not rounded to `compute` first.
     Residuals are in `compute`. Names and params are the layer's own; frozen params (`freeze`) are treated likewise.
 
-    There are two exceptions. Params that a layer says may be wider than its input (`Layer.unrounded`: nu and theta of
-    an `lru`, the logarithms of its decay and angle) are given to it in `param`. And the layers named in `keep` compute
-    in `param` as a whole, from an input in `compute` to an output in `compute`:
+    There are three exceptions. Params that a layer says may be wider than its input (`Layer.unrounded`: nu and theta of
+    an `lru`, the logarithms of its decay and angle) are given to it in `param`. Side inputs that the layer does not
+    read, or that it writes, stay as they are. And the layers named in `keep` compute in `param` as a whole, from an
+    input in `compute` to an output in `compute`:
 
         mixed(serial(embedding(V, D), layer_norm(), blocks, head=dense(V)), keep=("layer_norm", "head"))
 
@@ -98,31 +100,39 @@ def _mixed(layer: Layer, first: Layer, param: Any, compute: Any, output: Any, ke
     `first` is the layer before those parts were wrapped, which is the one that is initialised, all of it in `param`.
     """
     kept = (*keep, *unrounded(layer))
+    rounded = {"x", *layer.reads} - {*layer.writes}
 
     def computing(params, state):
         return cast(params, compute, kept), frozen_as(compute, state, kept)
 
+    def cast_x(x, dtype):
+        """x and what is read beside it in another dtype; other sides, and totals that are written, are not rounded."""
+        if not has_sides(x):
+            return cast(x, dtype)
+        return {name: cast(side, dtype) if name in rounded else side for name, side in x.items()}
+
     @expect.by("mixed")
     def check(x, what="an input"):
-        if any(is_floating(leaf) and expect.dtype(leaf) != output for leaf in jax.tree.leaves(x)):
+        own = {name: side for name, side in x.items() if name in rounded} if has_sides(x) else x
+        if any(is_floating(leaf) and expect.dtype(leaf) != output for leaf in jax.tree.leaves(own)):
             raise InputError(f"{what} of dtype {output}", describe(x), "convert it, or give mixed another output dtype")
 
     def enter(x):
         check(x)
-        return cast(jax.tree.map(jnp.asarray, x), compute)
+        return cast_x(jax.tree.map(jnp.asarray, x), compute)
 
     def init(key, x):
         check(x)
-        params, state = first.init(key, jax.eval_shape(lambda x: cast(x, param), x))
+        params, state = first.init(key, jax.eval_shape(lambda x: cast_x(x, param), x))
         return cast(params, param), frozen_as(param, state)
 
     def apply(params, state, x):
-        return cast(layer.apply(*computing(params, state), enter(x)), output)
+        return cast_x(layer.apply(*computing(params, state), enter(x)), output)
 
     def fwd(params, state, x, key):
         y, new_state, residuals = layer.fwd(*computing(params, state), enter(x), key)
         outputs = jax.tree.map(lambda leaf: jnp.zeros((0,), leaf.dtype), y)
-        return cast(y, output), refrozen(state, new_state), MixedResiduals(residuals, outputs)
+        return cast_x(y, output), refrozen(state, new_state), MixedResiduals(residuals, outputs)
 
     def bwd(params, saved, dy, contract=total):
         in_param_dtype = contract.after(lambda factor, p: (factor, p.astype(param)))
@@ -131,7 +141,7 @@ def _mixed(layer: Layer, first: Layer, param: Any, compute: Any, output: Any, ke
             check(dy, "a cotangent")
             dy = jax.tree.map(lambda like, leaf: cast(jax.tree.map(jnp.asarray, leaf), like.dtype), saved.outputs, dy)
         dparams, dx = layer.bwd(cast(params, compute, kept), saved.residuals, dy, in_param_dtype)
-        return dparams, cast(dx, output)
+        return dparams, cast_x(dx, output)
 
     def again(layer):
         return _mixed(layer, first if keep else layer, param, compute, output, keep)

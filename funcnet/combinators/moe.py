@@ -46,6 +46,7 @@ from funcnet._internal.defaults import LECUN_NORMAL, Initializer
 from funcnet._internal.expect import InputError, at, describe
 from funcnet._internal.numerics import pick, sum_dtype
 from funcnet.combinators.routing import RouterTotals, balance_and_z, dlogits, gates, route, scattered
+from funcnet.combinators.sides import alone, passing
 from funcnet.gradients.common_factors import Outer
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, a_layer, child, output
@@ -96,8 +97,8 @@ def moe(
     and have y = 0; T is then the length. A side input `router` has the totals added (`router_totals`).
 
     Args:
-        expert: maps [B, C, D] to [B, C, F], each row by itself, such as `fn.mlp(4 * D, D)`. A slot that is empty is a
-            row of zeros, whose output is not used.
+        expert: maps [B, C, D] to [B, C, F] of layers that look at each position alone (`Layer.positionwise`), such as
+            `fn.mlp(4 * D, D)`. A slot that is empty is a row of zeros, whose output is not used.
         experts: E, how many.
         top_k: K, how many each position goes to: 1 as in Switch, 2 as in GShard.
         capacity_factor: the slots of an expert, as a multiple of those that are used where all experts have equally
@@ -105,8 +106,8 @@ def moe(
         kernel_init: of the router, as in `jax.nn.initializers`.
 
     Raises:
-        InputError: for more choices than experts, an expert that does not keep the shape [B, C, ..], and x without a
-            feature axis or of another dtype than the params.
+        InputError: for more choices than experts, an expert that mixes positions or does not keep the shape [B, C, ..],
+            and x without a feature axis or of another dtype than the params.
     """
     a_layer(expert)
     experts, top_k = expect.count(experts, "experts"), expect.count(top_k, "top_k")
@@ -114,13 +115,15 @@ def moe(
         raise InputError("top_k of at most the number of experts", f"{top_k} of {experts}", "choose fewer")
     if capacity_factor is not None:
         capacity_factor = expect.positive(capacity_factor, "capacity_factor", "use the default, 1.25, or None")
+    inside = passing(expert)
 
     def capacities(steps: int) -> np.ndarray:
         """The slots of an expert for an example of each length from 0 to `steps`."""
         lengths = np.arange(steps + 1)
         if capacity_factor is None:
             return lengths
-        return np.minimum(lengths, np.ceil(capacity_factor * top_k * lengths / experts)).astype(int)
+        wanted = np.round(capacity_factor * top_k * lengths / experts, 9)  # 1.1 * 2 * 100 / 4 is a little above 55
+        return np.minimum(lengths, np.maximum(np.ceil(wanted), 1)).astype(int)
 
     def in_slots(x: Any) -> jax.ShapeDtypeStruct:
         """The shape of an expert's input."""
@@ -143,26 +146,27 @@ def moe(
         x = _parts(inputs)["x"]
         slots = in_slots(x)
         router = {"kernel": kernel_init(child(key, 0), (x.shape[-1], experts), expect.dtype(x))}
-        with at("experts"):
-            params, state = jax.vmap(lambda key: expert.init(key, slots))(keys(expect.key(key)))
+        with at("experts"), alone("moe"):
+            params, state = jax.vmap(lambda key: inside.init(key, slots))(keys(expect.key(key)))
             first_params, first_state = jax.tree.map(lambda leaf: leaf[0], (params, state))
-            y = output(expert, first_params, first_state, slots)
+            y = output(inside, first_params, first_state, slots)
             if not expect.is_floating(y) or y.shape[:-1] != slots.shape[:-1]:
                 wanted = f"an expert's output [{slots.shape[0]}, {slots.shape[1]}, F] for {describe(slots)}"
                 raise InputError(wanted, describe(y), "let it map each row to a row, such as fn.mlp(64, 16)")
         return {"router": router, "experts": params}, {"experts": state}
 
-    def run(params: dict, inputs: Tree, experts_of: Any) -> tuple[Any, Any, MoeResiduals]:
+    def run(params: dict, state: dict, inputs: Tree, experts_of: Any) -> tuple[Any, Any, MoeResiduals]:
         """y or the dict of it and the totals, the experts' new state, residuals; `experts_of` runs the experts."""
         parts = _parts(inputs)
         x = jnp.asarray(parts["x"])
-        expect.keys(params, ("router", "experts"), "params")
+        expect.keys(state, ("experts",), "state")
+        expect.stacked(state["experts"], experts, "state", "experts")
         kernel = _kernel(params, x, experts)
         high, lengths = sum_dtype(x.dtype), parts.get("lengths")
         rows = x.reshape(x.shape[0], _steps(x), x.shape[-1])
         logits = rows.astype(high) @ kernel.astype(high)
         routes = route(logits, lengths, top_k, capacities(rows.shape[1]))
-        with at("experts"):
+        with at("experts"), alone("moe"):
             outputs, state, saved = experts_of(by_expert(pick(rows, routes.holds)))
         outputs = by_example(outputs)
         weights, _ = gates(jax.nn.softmax(logits), routes.chosen)
@@ -181,18 +185,18 @@ def moe(
     @expect.by("moe")
     def apply(params, state, inputs):
         def experts_of(given):
-            return jax.vmap(expert.apply)(params["experts"], state["experts"], given), None, None
+            return jax.vmap(inside.apply)(params["experts"], state["experts"], given), None, None
 
-        return run(params, inputs, experts_of)[0]
+        return run(params, state, inputs, experts_of)[0]
 
     @expect.by("moe")
     def fwd(params, state, inputs, key):
         def experts_of(given):
             own = keys(key)
             axes = 0, 0, 0, None if own is None else 0
-            return jax.vmap(expert.fwd, axes)(params["experts"], state["experts"], given, own)
+            return jax.vmap(inside.fwd, axes)(params["experts"], state["experts"], given, own)
 
-        y, new_state, residuals = run(params, inputs, experts_of)
+        y, new_state, residuals = run(params, state, inputs, experts_of)
         return y, {"experts": new_state}, residuals
 
     @expect.by("moe")
@@ -201,13 +205,13 @@ def moe(
         parts = inputs if isinstance(inputs, dict) else {"x": inputs}
         x, lengths = parts["x"], parts.get("lengths")
         kernel, high = _kernel(params, x, experts), logits.dtype
-        dtotals = dy["router"] if "router" in parts else None
-        dy = expect.cotangent(dy["x"] if "router" in parts else dy, (*x.shape[:-1], outputs.shape[-1]), outputs.dtype)
+        dy, dtotals = _cotangents(dy) if "router" in parts else (dy, None)
+        dy = expect.cotangent(dy, (*x.shape[:-1], outputs.shape[-1]), outputs.dtype)
         dy = dy.reshape(*logits.shape[:2], outputs.shape[-1]).astype(high)
 
         held, (weights, _) = pick(dy, holds), gates(jax.nn.softmax(logits), chosen)
         dslots = (held * scattered(weights, slots, holds.shape[1])[..., None]).astype(outputs.dtype)
-        one = lambda p, r, dy: expert.bwd(p, r, dy, contract.of_one_layer)
+        one = lambda p, r, dy: inside.bwd(p, r, dy, contract.of_one_layer)
         with at("experts"):
             answers, dgiven = jax.vmap(one)(params["experts"], saved, by_expert(dslots))
             dexperts = contract.stack(params["experts"], answers)
@@ -219,7 +223,7 @@ def moe(
         dparams = {"router": {"kernel": dkernel}, "experts": dexperts}
         if not isinstance(inputs, dict):
             return dparams, dx
-        return dparams, {**dict.fromkeys(inputs), **({"router": dtotals} if dtotals else {}), "x": dx}
+        return dparams, {**dict.fromkeys(inputs), **({"router": dtotals} if "router" in parts else {}), "x": dx}
 
     def again(parts):
         options = {"top_k": top_k, "capacity_factor": capacity_factor, "kernel_init": kernel_init}
@@ -253,7 +257,17 @@ def _parts(inputs: Tree) -> dict[str, Any]:
     return parts
 
 
+def _cotangents(dy: Any) -> tuple[Any, RouterTotals]:
+    """Those of y and of the totals."""
+    if not isinstance(dy, dict) or dy.keys() != {"x", "router"} or not isinstance(dy["router"], RouterTotals):
+        remedy = "give bwd a dict like fwd's output"
+        raise InputError("a dict with the cotangents of x and router, fn.RouterTotals", describe(dy), remedy)
+    return dy["x"], dy["router"]
+
+
 def _kernel(params: dict, x: Any, experts: int) -> Array:
+    expect.keys(params, ("router", "experts"), "params")
+    expect.stacked(params["experts"], experts, "params", "experts")
     with at("router"):
         shapes = {"kernel": (x.shape[-1], experts)}
         expect.fields(params["router"], x.dtype, shapes, may_be_wider=("kernel",))

@@ -26,8 +26,8 @@ from funcnet._internal import expect
 from funcnet._internal.expect import InputError, describe
 from funcnet._internal.numerics import pick
 from funcnet._internal.sharding import regrouped
-from funcnet.combinators.sides import has_sides, passing
-from funcnet.gradients.common_factors import Sum
+from funcnet.combinators.sides import alone, has_sides, passing
+from funcnet.gradients.common_factors import Gather, Sum
 from funcnet.gradients.contraction import total
 from funcnet.gradients.factor import Blocks, Factor, Mapped, Mixing, Pulled, Stacked
 from funcnet.layer import Layer, a_layer
@@ -55,10 +55,11 @@ class Packed(Transparent):
 def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
     """The same layer for rows of several sequences, each of which counts as an example.
 
-    The input is a dict of x [B, T, ..] and `segments`, integers [B, T]: 1 for the positions of a row's first sequence,
-    2 for those of its second one, .., 0 for what pads the row; a number may be left out. The output at position t is
-    that of its sequence alone, and 0 where the segment is 0. Attention, `position_embedding` and `sinusoidal_positions`
-    read the segments; layers that mix positions and do not read them are refused. `dropout` draws as for any row.
+    The input is a dict of x, [B, T, D] or integers [B, T], and `segments`, integers [B, T]: 1 for the positions of a
+    row's first sequence, 2 for those of its second one, .., 0 for what pads the row; a number may be left out. The
+    output at position t is that of its sequence alone, and 0 where the segment is 0. Attention, `position_embedding`
+    and `sinusoidal_positions` read the segments; layers that mix positions and do not read them are refused. `dropout`
+    draws as for any row.
 
     To a contraction that is about examples, sequence s of row b is example b S + s - 1: `fn.per_example` is [B S, ..],
     zero for sequences that are not there. So are those of the layer's parameters; those of a loss are of rows.
@@ -72,7 +73,8 @@ def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
     Raises:
         InputError: for an input without segments, numbers above S or below 0, numbers that do not ascend along a row
             or come back after they have ended, and segments longer than L; under `jit`, where they cannot be read, the
-            output there is NaN.
+            output there is NaN, and so are the gradients of that row. NaN in one sequence is in all of its row where
+            there is attention: 0 times NaN is NaN.
     """
     a_layer(layer)
     segments = expect.count(segments, "segments")
@@ -85,8 +87,15 @@ def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
             remedy = 'write {"x": x, "segments": segments}'
             raise InputError("a dict of x and segments", describe(inputs), remedy)
         given = inputs["segments"]
-        x = jax.tree.leaves(inputs["x"])[0]
-        expect.segments(given, *(x.shape[:2] if x.ndim > 1 else (x.shape[0], 0)))
+        leaves = jax.tree.leaves(expect.shapes(inputs["x"]))
+        if not leaves or leaves[0].ndim < 2:
+            raise InputError("x [B, T, ..]", describe(inputs["x"]), "give rows of positions")
+        for leaf in leaves:
+            if expect.is_floating(leaf) and leaf.ndim < 3:
+                remedy = "give positions an axis of features, x[..., None]: layers look along the last axis"
+                raise InputError("x [B, T, ..] with an axis of features", describe(leaf), remedy)
+        x = leaves[0]
+        expect.segments(given, *x.shape[:2])
         if not expect.is_concrete(given):
             return given
         with jax.ensure_compile_time_eval():
@@ -113,20 +122,30 @@ def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
 
     def init(key, inputs):
         numbers(inputs)
-        return inside.init(key, inputs)
+        with alone("packed"):
+            return inside.init(key, inputs)
 
     def apply(params, state, inputs):
-        return masked(inside.apply(params, state, inputs), jnp.asarray(numbers(inputs)))
+        ids = jnp.asarray(numbers(inputs))
+        with alone("packed"):
+            return masked(inside.apply(params, state, inputs), ids)
 
     def fwd(params, state, inputs, key):
         ids = jnp.asarray(numbers(inputs))
-        y, state, residuals = inside.fwd(params, state, inputs, key)
+        with alone("packed"):
+            y, state, residuals = inside.fwd(params, state, inputs, key)
         return masked(y, ids), state, PackedResiduals(residuals, ids)
 
     def bwd(params, saved, dy, contract=total):
         ids = saved.segments
-        counts = lambda leaf: jnp.where((ids > 0).reshape(*ids.shape, *(1,) * (leaf.ndim - 2)), leaf, 0)
-        silent = jax.tree.map(counts, dy["x"] if has_sides(dy) else dy)
+        fits = True if expect.is_concrete(ids) else jnp.all(_fit(ids, segments, longest), axis=1)
+
+        def heard(leaf):
+            """dy where there are sequences; NaN in a row whose segments do not fit, of which no share is right."""
+            wide = lambda a: jnp.reshape(a, (*jnp.shape(a), *(1,) * (leaf.ndim - jnp.ndim(a))))
+            return jnp.where(wide(fits), jnp.where(wide(ids > 0), leaf, 0), jnp.nan)
+
+        silent = jax.tree.map(heard, dy["x"] if has_sides(dy) else dy)
         dy = {**dy, "x": silent} if has_sides(dy) else silent
         if contract.reads == "sum":
             return inside.bwd(params, saved.residuals, dy, contract)
@@ -179,4 +198,7 @@ def _by_sequence(factor: Factor, ids: Array, holds: Array) -> Factor:
         count, longest = holds.shape[1:]
         return regrouped(pick(leaf, holds), (ids.shape[0] * count, longest, *leaf.shape[2:]))
 
+    if isinstance(factor, Gather):  # no row of the table is touched where there is no position
+        own = jnp.where(sequences(jnp.ones_like(ids)) > 0, sequences(factor.ids), factor.size)
+        return Gather(own, sequences(factor.dy), factor.size)
     return jax.tree.map(sequences, factor)

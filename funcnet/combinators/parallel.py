@@ -9,7 +9,7 @@ from funcnet._internal import expect
 from funcnet._internal.expect import InputError, at, describe
 from funcnet._internal.numerics import added
 from funcnet.combinators.serial import by_name
-from funcnet.combinators.sides import has_sides, passing, reading, writing
+from funcnet.combinators.sides import has_sides, known, passing, reading, writing
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, child
 from funcnet.structure import Composed, constructor
@@ -90,31 +90,39 @@ def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     `concat()` or `add()` after it makes its outputs one array again.
 
     Raises:
-        InputError: for no layers at all, for input that one of them refuses, and for two layers that write side inputs.
+        InputError: for no layers at all, for input that one of them refuses, and for side inputs that two layers
+            write.
     """
     parts = by_name(layers, named)
-    writers = [name for name, layer in parts.items() if layer.writes]
-    if len(writers) > 1:
-        wanted, remedy = "at most one layer that writes side inputs", "put them one after the other, with serial"
-        raise InputError(wanted, f"{writers}", remedy)
-    writer = list(parts).index(writers[0]) if writers else 0
+    reads = reading(*parts.values())
     each = parallel(**{name: passing(layer) for name, layer in parts.items()})
 
     def copies(x):
         return (x,) * len(parts)
 
+    def writer(sides):
+        """Which layer writes any of these sides; the first if none does."""
+        writers = [i for i, layer in enumerate(parts.values()) if not sides.keys().isdisjoint(layer.writes)]
+        if len(writers) > 1:
+            wanted, remedy = "at most one layer that writes side inputs", "put them one after the other, with serial"
+            raise InputError(wanted, f"{[list(parts)[i] for i in writers]}", remedy)
+        return writers[0] if writers else 0
+
     def beside(x, ys):
         """The outputs, beside the sides, which are those of the input but for what one of the layers writes."""
-        return {**ys[writer], "x": tuple(y["x"] for y in ys)} if has_sides(x) else ys
+        return {**ys[writer(x)], "x": tuple(y["x"] for y in ys)} if has_sides(x) else ys
 
     def init(key, x):
-        return each.init(key, copies(x))
+        with known(x, reads):
+            return each.init(key, copies(x))
 
     def apply(params, state, x):
-        return beside(x, each.apply(params, state, copies(x)))
+        with known(x, reads):
+            return beside(x, each.apply(params, state, copies(x)))
 
     def fwd(params, state, x, key):
-        ys, state, residuals = each.fwd(params, state, copies(x), key)
+        with known(x, reads):
+            ys, state, residuals = each.fwd(params, state, copies(x), key)
         return beside(x, ys), state, residuals
 
     def bwd(params, residuals, dys, contract=total):
@@ -123,11 +131,11 @@ def branch(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
             return dparams, jax.tree.map(added, *dxs)
         given = {name: side for name, side in dys.items() if name != "x"}
         none = jax.tree.map(jnp.zeros_like, given)
-        own = [{**(given if i == writer else none), "x": dy} for i, dy in enumerate(dys["x"])]
+        own = [{**(given if i == writer(given) else none), "x": dy} for i, dy in enumerate(dys["x"])]
         dparams, dxs = each.bwd(params, residuals, tuple(own), contract)
         sides = {name: jax.tree.map(added, *(dx[name] for dx in dxs)) for name in given}
         return dparams, {**sides, "x": jax.tree.map(added, *(dx["x"] for dx in dxs))}
 
     made = Branch(parts, lambda parts: branch(**parts))
-    reads, writes = reading(*parts.values()), writing(*parts.values())
+    writes = writing(*parts.values())
     return Layer("branch", init, apply, fwd, bwd, made, reads=reads, writes=writes, passes=True)

@@ -67,14 +67,11 @@ def repeat(layer: Layer, times: int) -> Layer:
     @expect.by("repeat")
     def check(params, state=(), x=()):
         expect.shapes(x)  # refuses leaves that are not arrays
-        for what, tree in {"params": params, "state": state}.items():
-            if any(jnp.shape(leaf)[:1] != (times,) for leaf in jax.tree.leaves(tree)):
-                wanted = f"{what} stacked along a first axis of {times} layers"
-                raise InputError(wanted, describe(tree), f"pass the {what} that this model's init returned")
+        expect.stacked(params, times, "params")
+        expect.stacked(state, times, "state")
 
     def apply(params, state, x):
         check(params, state, x)
-
         x, whole = apart(x, layer.writes)
 
         def body(x, layers):
@@ -85,7 +82,6 @@ def repeat(layer: Layer, times: int) -> Layer:
 
     def fwd(params, state, x, key):
         check(params, state, x)
-
         x, whole = apart(x, layer.writes)
 
         def body(x, layers):

@@ -34,6 +34,7 @@ from funcnet._internal.expect import InputError, at, describe
 from funcnet._internal.numerics import sum_dtype
 from funcnet._internal.sharding import scan
 from funcnet.combinators.named import Named
+from funcnet.combinators.sides import passing
 from funcnet.gradients.contraction import Contraction, total
 from funcnet.layer import Layer, a_layer, child, output
 from funcnet.structure import Composed, Wrapped, constructor
@@ -80,6 +81,7 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, ReversibleResiduals]:
             init and fwd also if x is in half precision.
     """
     parts = {"f": a_layer(f), "g": a_layer(g)}
+    f, g = passing(f), passing(g)
 
     @expect.by("reversible")
     def check(**trees):
@@ -95,7 +97,7 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, ReversibleResiduals]:
     def init(key, x):
         halves = jax.eval_shape(_stream, x)
         params, state = {}, {}
-        for i, (name, layer) in enumerate(parts.items()):
+        for i, (name, layer) in enumerate({"f": f, "g": g}.items()):
             given, half = halves[1 - i], halves[i]
             with at(name):
                 params[name], state[name] = layer.init(child(key, i), given)

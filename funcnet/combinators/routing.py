@@ -18,7 +18,7 @@ from funcnet.structure import constructor
 
 
 class RouterTotals(NamedTuple):
-    """The side input `router`: what the routers of a model's mixtures have to lose, summed, a number for each example.
+    """The side input `router`: the losses of all routers of a model, summed, a number for each example.
 
     Attributes:
         balance: [B], the load-balancing losses, 1 for each mixture where all experts are chosen equally often.
@@ -44,7 +44,8 @@ class Routes(NamedTuple):
 def router_totals() -> Layer[dict, tuple[()], Any]:
     """x -> {"x": x, "router": RouterTotals of zeros}: in front of a model, it lets the mixtures in it count.
 
-    x may also be a dict of x and sides. `fn.router_losses` takes the totals behind the model.
+    x may also be a dict of x and sides. A mixture in front of it is not counted. `fn.router_losses` takes the totals
+    behind the model.
     """
 
     def fwd(params, inputs):
@@ -60,7 +61,7 @@ def router_totals() -> Layer[dict, tuple[()], Any]:
     def bwd(params, names, dy, contract):
         return {}, dy["x"] if names is None else {name: dy[name] for name in names}
 
-    return replace(stateless("router_totals", no_params, fwd, bwd), passes=True)
+    return replace(stateless("router_totals", no_params, fwd, bwd, positionwise=True), passes=True)
 
 
 def route(logits: Array, lengths: Array | None, top_k: int, capacities: np.ndarray) -> Routes:

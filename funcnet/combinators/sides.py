@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from funcnet._internal.expect import InputError, describe, is_floating
+from funcnet._internal.expect import InputError, describe, is_floating, same
 from funcnet._internal.numerics import added
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, no_params, stateless
@@ -46,22 +46,22 @@ def passing(layer: Layer) -> Layer:
         return layer
 
     def given(inputs: Any) -> Any:
+        keep_apart(layer, inputs)
         if not has_sides(inputs):
             return inputs
-        if "segments" in inputs and "segments" not in layer.reads and not layer.positionwise:
-            wanted = "layers that keep the segments of a row apart, as attention does, or look at each position alone"
-            remedy = "leave segments out of the input; of a layer of your own, say Layer.positionwise=True"
-            raise InputError(wanted, layer.name, remedy)
-        read = {name: side for name, side in inputs.items() if name in layer.reads}
+        with known(inputs, layer.reads):
+            read = {name: side for name, side in inputs.items() if name in layer.reads}
         return {**read, "x": inputs["x"]} if read else inputs["x"]
-
-    def written(tree: Any) -> dict[str, Any]:
-        return {name: tree[name] for name in layer.writes if has_sides(tree) and name in tree}
 
     def passed(inputs: Any, y: Any) -> Any:
         if not has_sides(inputs):
             return y
-        return {**inputs, **y} if written(inputs) else {**inputs, "x": y}
+        written = _own(y, [name for name in layer.writes if name in inputs], layer.name)
+        for name in written.keys() - {"x"}:
+            if not same(written[name], inputs[name]):
+                wanted, remedy = f"{name} like the input's, {describe(inputs[name])}", "return that shape and dtype"
+                raise InputError(wanted, describe(written[name]), remedy)
+        return {**inputs, **written}
 
     def init(key, inputs):
         return layer.init(key, given(inputs))
@@ -74,15 +74,62 @@ def passing(layer: Layer) -> Layer:
         return passed(inputs, y), state, residuals
 
     def bwd(params, residuals, dy, contract=total):
-        own = {**written(dy), "x": dy["x"]} if written(dy) else dy["x"] if has_sides(dy) else dy
-        dparams, dx = layer.bwd(params, residuals, own, contract)
-        if has_sides(dx) and not (has_sides(dy) and dx.keys() <= dy.keys()):
-            wanted = f"a dict with the cotangents of x and of the sides, {sorted(dx)}"
-            remedy = "give bwd a dict like fwd's output, None for integers, or end the model with fn.select()"
-            raise InputError(wanted, describe(dy), remedy)
-        return dparams, with_sides(dy, dx, layer.writes) if has_sides(dy) else dx
+        given = {name: dy[name] for name in ("x", *layer.writes) if name in dy} if has_sides(dy) else dy
+        lone = has_sides(given) and len(given) == 1
+        dparams, dx = layer.bwd(params, residuals, given["x"] if lone else given, contract)
+        return dparams, _pulled_sides(layer, dy, dx)
 
     return replace(layer, init=init, apply=apply, fwd=fwd, bwd=bwd, passes=True)
+
+
+def _own(returned: Any, names: list[str], whose: str) -> dict[str, Any]:
+    """What a layer returned as a dict of x and the sides of these names, which are x alone where there are none."""
+    if not names and not has_sides(returned):
+        return {"x": returned}
+    if not names:
+        remedy = "return x alone, or say in Layer.writes what is returned beside it"
+        raise InputError(f"{whose} to return x alone", describe(returned), remedy)
+    if not has_sides(returned) or set(returned) != {"x", *names}:
+        remedy = 'return {"x": .., name: ..} of all sides that it writes; of bwd, all that it reads, None for integers'
+        raise InputError(f"{whose} to return a dict of x and {', '.join(names)}", describe(returned), remedy)
+    return dict(returned)
+
+
+def _pulled_sides(layer: Layer, dy: Any, dx: Any) -> Any:
+    """The cotangent of the whole input of a layer, from those of the whole output and of what the layer was given."""
+    own = {"x", *layer.reads}.intersection(dx) if has_sides(dx) else set()
+    if own and not (has_sides(dy) and own <= dy.keys()):
+        remedy = "give bwd a dict like fwd's output, None for integers, or end the model with fn.select()"
+        raise InputError(f"a dict with the cotangents of x and of the sides, {sorted(own)}", describe(dy), remedy)
+    if not has_sides(dy):
+        return dx
+    sides = [name for name in layer.reads if name in dy]
+    dx = _own(dx, sides, f"bwd of {layer.name}")
+    for name in sides:
+        if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(dy[name])):
+            raise InputError(f"None as the cotangent of {name}, integers", describe(dy[name]), "give bwd None for it")
+        if describe(dx[name]) != describe(dy[name]):
+            wanted = f"bwd of {layer.name} to return a cotangent of {name} like dy's, {describe(dy[name])}"
+            remedy = "return an array of that shape and dtype, zeros where nothing depends on it, None for integers"
+            raise InputError(wanted, describe(dx[name]), remedy)
+    return with_sides(dy, dx, layer.writes)
+
+
+def given_all(layer: Layer) -> Layer:
+    """The same layer, which is given the whole input; if it mixes positions, it is refused where segments are lost."""
+
+    def seen(inputs: Any) -> Any:
+        if not (has_sides(inputs) and "segments" in inputs):
+            keep_apart(layer, inputs)
+        return inputs
+
+    return replace(
+        layer,
+        passes=True,
+        init=lambda key, inputs: layer.init(key, seen(inputs)),
+        apply=lambda params, state, inputs: layer.apply(params, state, seen(inputs)),
+        fwd=lambda params, state, inputs, key: layer.fwd(params, state, seen(inputs), key),
+    )
 
 
 @constructor
@@ -104,7 +151,7 @@ def select(name: str = "x") -> Layer[dict, tuple[()], Any]:
     def bwd(params, others, dy, contract):
         return {}, {**unheard(others), name: dy}
 
-    return replace(stateless("select", no_params, fwd, bwd), passes=True)
+    return replace(stateless("select", no_params, fwd, bwd, positionwise=True), passes=True)
 
 
 def unheard(sides: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,11 +198,10 @@ def apart(inputs: Any, writes: tuple[str, ...]) -> tuple[Any, Callable[[Any], An
     }
 
 
-def with_sides(dy: Mapping[str, Any], dx: Any, writes: tuple[str, ...]) -> dict[str, Any]:
+def with_sides(dy: Mapping[str, Any], dx: Mapping[str, Any], writes: tuple[str, ...]) -> dict[str, Any]:
     """The cotangents of a layer's input: its own of x and of what it writes, of another side the sum with dy's."""
-    own = dx if has_sides(dx) else {"x": dx}
     kept = ("x", *writes)
-    return {**dy, **{name: d if name in kept else jax.tree.map(added, dy[name], d) for name, d in own.items()}}
+    return {**dy, **{name: d if name in kept else jax.tree.map(added, dy[name], d) for name, d in dx.items()}}
 
 
 def reading(*layers: Layer) -> tuple[str, ...]:
@@ -166,6 +212,38 @@ def reading(*layers: Layer) -> tuple[str, ...]:
 def writing(*layers: Layer) -> tuple[str, ...]:
     """The sides that any of these layers writes."""
     return tuple(sorted({name for layer in layers for name in layer.writes}))
+
+
+_ALONE: ContextVar[str | None] = ContextVar("whose layers are to keep what is in a row apart", default=None)
+
+
+@contextmanager
+def alone(whose: str) -> Iterator[None]:
+    """Inside, layers that mix what is in a row are refused, also where an input has no segments, or no more."""
+    token = _ALONE.set(whose)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def keep_apart(layer: Layer, inputs: Any) -> None:
+    """Refuse a layer that would mix the sequences of a row, or the slots of an expert."""
+    told, whose = has_sides(inputs) and "segments" in inputs, _ALONE.get()
+    if not (told or whose) or layer.positionwise:
+        return
+    if not told and "segments" in layer.reads and whose == "packed":
+        remedy = "move fn.select() behind the last layer that reads the segments"
+        raise InputError(f"segments beside x, which {layer.name} keeps apart", describe(inputs), remedy)
+    if not told or "segments" not in layer.reads:
+        wanted, remedy = (
+            "layers that look at each position alone",
+            "of a layer of your own, say Layer.positionwise=True",
+        )
+        if whose == "moe":
+            raise InputError(f"an expert of {wanted}", layer.name, f"put the others around the mixture; {remedy}")
+        wanted += ", or keep the segments of a row apart, as attention does"
+        raise InputError(wanted, layer.name, f"leave segments out of the input; {remedy}")
 
 
 _READ: ContextVar[frozenset[str] | None] = ContextVar("sides that are read", default=frozenset())  # None: unchecked
@@ -179,7 +257,7 @@ def known(inputs: Any, reads: tuple[str, ...]) -> Iterator[None]:
     for name in inputs if names and has_sides(inputs) else ():
         near = difflib.get_close_matches(name, names or (), 1, 0.8)
         if name != "x" and name not in (names or ()) and near:
-            remedy = "correct it; what no layer reads passes through a model, but under a name of its own"
+            remedy = "correct it; a side that no layer reads needs a name that is not nearly one that is read"
             raise InputError(f"a side input named {near[0]}", f"one named {name}", remedy)
     token = _READ.set(names)
     try:

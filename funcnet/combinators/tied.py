@@ -120,7 +120,8 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
         return model.fwd(whole(params), state, x, key)
 
     def bwd(params, residuals, dy, contract=total):
-        dparams, dx = keeping.bwd(whole(params), residuals, dy, contract)
+        inside = replace(contract, changes=())  # what is around this layer changes the sum, not each use
+        dparams, dx = keeping.bwd(whole(params), residuals, dy, inside)
         with expect.by("tied"):
             for source in sources:
                 uses = [_factor(_get(dparams, source), source)]
@@ -171,7 +172,9 @@ def _keeping(layer: Layer, paths: Sequence[Path]) -> Layer:
 
         def one(path, param, factor):
             kept = tuple(entry.key for entry in path) in paths
-            return factor if kept or not is_factor(factor) else contract(factor, param)
+            if not is_factor(factor):
+                return factor
+            return contract.changed(factor, param) if kept else contract(factor, param)
 
         return jax.tree_util.tree_map_with_path(one, params, factors), dx
 

@@ -67,6 +67,7 @@ class Contraction:
             if there is no such function: the layers' factors are then kept, and read together.
         joined: (answers, param) -> the answer for a parameter from those for the blocks of its last axis, stacked in
             front. None if there is no such function: a factor in blocks is then read as a whole.
+        changes: what combinators make of factors before they are read, (factor, param) -> both, in this order.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Contraction:
     by_example: bool = True
     stacked: Callable[[Any], Any] | None = None
     joined: Callable[[Any, Array], Any] | None = None
+    changes: tuple[Callable[[Factor, Array], tuple[Factor, Array]], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.of.__doc__)
@@ -117,7 +119,14 @@ class Contraction:
 
     def after(self, change: Callable[[Factor, Array], tuple[Factor, Array]]) -> "Contraction":
         """This contraction of `change(factor, param)`, for a combinator that wraps factors."""
-        return replace(self, of=lambda factor, param: self(*change(factor, param)), reads="factors")
+        of = lambda factor, param: self(*change(factor, param))
+        return replace(self, of=of, reads="factors", changes=(change, *self.changes))
+
+    def changed(self, factor: Factor, param: Array) -> Factor:
+        """The factor that is read, for a combinator that takes it out of what others have wrapped around."""
+        for change in self.changes:
+            factor, param = change(factor, param)
+        return factor
 
 
 def contraction(

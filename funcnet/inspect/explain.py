@@ -47,7 +47,7 @@ class LayerJacobians(NamedTuple):
 def layer_jacobians(layer: Layer, params: Tree, state: Tree, x: Any, key: jax.Array | None = None) -> LayerJacobians:
     """The two full Jacobians of a layer's `fwd` at a point, by automatic differentiation: step 3.1 as it is written.
 
-    A cotangent dy contracted with them over the axes of y gives what `bwd` gives.
+    A cotangent dy contracted with them over the axes of y gives what `bwd` gives. An integer input or output has None.
 
     Raises:
         InputError: if they would take more than 256 MiB: a Jacobian's size is that of the output times the input's.
@@ -58,7 +58,8 @@ def layer_jacobians(layer: Layer, params: Tree, state: Tree, x: Any, key: jax.Ar
 
     def output(params, floating):
         whole = jax.tree.unflatten(structure, [floating.get(i, leaf) for i, leaf in enumerate(leaves)])
-        return layer.fwd(params, state, whole, key)[0]
+        y = layer.fwd(params, state, whole, key)[0]
+        return jax.tree.map(lambda leaf: leaf if is_floating(leaf) else None, y)
 
     y = jax.eval_shape(output, params, floating)
     if not jax.tree.leaves((params, floating)):

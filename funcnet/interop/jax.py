@@ -13,7 +13,6 @@ Numerics: in `from_function` all sums are accumulated and rounded as in JAX's ow
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jax import Array, lax
 from funcnet._internal import expect
 from funcnet._internal.expect import InputError, describe, is_array, is_floating
 from funcnet._internal.sharding import varies, varying
+from funcnet.combinators.sides import given_all
 from funcnet.gradients.factor import Pulled
 from funcnet.layer import Layer, a_layer, no_params, stateless
 from funcnet.structure import constructor
@@ -88,7 +88,7 @@ def _empty_state(layer: Layer, x: Any) -> Tree:
 
 @constructor
 def from_function(
-    f: Callable[[Any, Any], Any], init: Callable[[Array, Any], Any] | None = None
+    f: Callable[[Any, Any], Any], init: Callable[[Array, Any], Any] | None = None, *, positionwise: bool = False
 ) -> Layer[Any, tuple[()], Any]:
     """The layer y = f(params, x), by `jax.vjp`, for the one odd layer in a model; `summary` marks it as such.
 
@@ -99,6 +99,7 @@ def from_function(
     Args:
         f: differentiable by JAX, without state or randomness; inputs and outputs are pytrees of arrays.
         init: (key, x) -> params, floating arrays in a dict; None for no params, in which case f gets {}.
+        positionwise: whether f looks at each position of x [B, T, ..] alone, as an expert of `moe` has to.
 
     Raises:
         InputError: if f or init is no function, init gives other params, or f gives no arrays.
@@ -149,7 +150,7 @@ def from_function(
     def _gradients(params: Any, x: Any, dy: Any) -> list[Array]:
         return pull(params, x, dy)[0]
 
-    return replace(stateless(name, start, fwd, bwd), passes=True)
+    return given_all(stateless(name, start, fwd, bwd, positionwise=positionwise))
 
 
 def _without_float0(cotangents: Tree) -> Tree:

@@ -115,7 +115,7 @@ def bilinear(
             dparams["bias"] = contract(Shift(dy), params["bias"])
         return dparams, (dx.astype(x.dtype).reshape(x.shape), dz.astype(z.dtype).reshape(z.shape))
 
-    return stateless("bilinear", init, fwd, bwd)
+    return stateless("bilinear", init, fwd, bwd, positionwise=True)
 
 
 def _a_pair(pair: Any) -> tuple[Array, Array]:

@@ -101,6 +101,7 @@ def sinusoidal_positions(base: float = 1e4) -> Layer[dict, tuple[()], tuple[()]]
     """x [.., T, D] plus the fixed waves of each position: D / 2 sines, then the D / 2 cosines of the same angles.
 
     Sines and cosines fill one half each, as in `rotary`; in the paper they alternate, the same features reordered.
+    Where the input is a dict of x and `segments`, integers [B, T], positions are counted from 0 in each segment.
 
     Args:
         base: the longest wave spans 2 pi * base^((D - 2) / D) positions.

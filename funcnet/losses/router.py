@@ -3,7 +3,8 @@
     l = loss(prediction, target) + a balance + b z        d balance = a sum_t dl_t        d z = b sum_t dl_t
 
 The totals of an example (`fn.RouterTotals`, a side input that the model's mixtures wrote) are added to each value of
-its loss, one an example or one a position: so in a mean over values each counts as its example does.
+its loss, one an example or one a position: so in the mean an example's totals weigh as much as its values that count,
+and those of an example whose targets are all ignored weigh nothing.
 """
 
 from dataclasses import replace
@@ -35,7 +36,7 @@ def router_losses(loss: Any, *, balance: float = 0.01, z: float = 0.001) -> Loss
 
     Args:
         loss: a loss, such as `fn.cross_entropy()`.
-        balance: a, the weight of the load-balancing loss, whose least value is 1 for each mixture.
+        balance: a, the weight of the load-balancing loss, which is 1 for each mixture whose experts are chosen equally.
         z: b, the weight of the mean squared log of the routers' partition functions.
 
     Raises:

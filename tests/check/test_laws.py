@@ -273,3 +273,19 @@ def test_apply_may_be_off_by_what_rounding_makes_of_cancelling_terms(off, holds)
     x = np.float32([[2, 3e8 + 32, -3e8], [1, 7e8, -7e8 - 64]])
     report = fn.check_layer(layer, x, dtype="float32", oracles=("laws",))
     assert [failure.kind for failure in report.failures] == ([] if holds else ["apply"])
+
+
+def summing(positionwise):
+    """y_t = x_1 + .. + x_t, which is another thing at each position alone."""
+    return fn.stateless(
+        "summing",
+        lambda key, x: {},
+        lambda params, x: (jnp.cumsum(x, axis=1), ()),
+        lambda params, saved, dy, contract: ({}, jnp.flip(jnp.cumsum(jnp.flip(dy, 1), axis=1), 1)),
+        positionwise=positionwise,
+    )
+
+
+def test_a_layer_that_looks_at_other_positions_may_not_say_that_it_does_not():
+    assert laws.laws(layer_point(summing(False), X)) == laws.laws(layer_point(summing(True), X[:, 0])) == []
+    assert found(laws.laws(layer_point(summing(True), X))) == [("y", "laws", "positionwise")]

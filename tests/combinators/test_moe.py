@@ -109,7 +109,7 @@ MODELS = {
     "freeze": fn.freeze(BLOCK),
     "shortcut": fn.skip(fn.moe(fn.dense(D), E), fn.dense(D)),
     "tied": fn.tied(fn.serial(a=BLOCK, b=BLOCK), {"b/moe/experts/out/kernel": "a/moe/experts/out/kernel"}),
-    "stateful": fn.moe(fn.serial(fn.dense(D), fn.batch_norm(eps=0.5), fn.dropout(0.2)), 2, capacity_factor=None),
+    "stateful": fn.moe(fn.spectral_norm(fn.serial(fn.dense(D), fn.dropout(0.2))), 2, capacity_factor=None),
 }
 
 
@@ -183,17 +183,90 @@ def test_training_evens_the_load():
     assert losses[-1]["router_balance"] < losses[0]["router_balance"]
 
 
+TWO = fn.branch(fn.moe(fn.dense(3), 2), fn.moe(fn.dense(3), 2))
+
+
+def test_two_mixtures_of_one_input_are_fine_where_nothing_is_counted():
+    params, state = TWO.init(KEY, X)
+    a, b = TWO.fwd(params, state, X, None)[0]
+    for y, name in ((a, "moe"), (b, "moe_1")):
+        np.testing.assert_array_equal(y, TWO.parts[name].apply(params[name], state[name], X))
+
+
+def test_slots_are_counted_from_the_factor_as_it_is_written():
+    """1.1 * 2 * 100 / 4 is 55, and in floats a little more."""
+    layer = fn.moe(fn.dense(3), 4, top_k=2, capacity_factor=1.1)
+    x = jax.ShapeDtypeStruct((1, 100, 5), np.float32)
+    params, state = jax.eval_shape(layer.init, KEY, x)
+    assert jax.eval_shape(layer.fwd, params, state, x, None)[2].holds.shape == (1, 4 * 55)
+    least = fn.moe(fn.dense(3), 4, capacity_factor=1e-10)
+    assert jax.eval_shape(least.fwd, params, state, x, None)[2].holds.shape == (1, 4 * 1)
+
+
+@pytest.mark.parametrize("wrap", [fn.mixed, lambda layer: fn.mixed(layer, keep=("repeat/skip/moe",))], ids=["", "keep"])
+def test_mixed_does_not_round_the_totals(wrap):
+    model = fn.serial(fn.router_totals(), wrap(fn.serial(fn.repeat(fn.serial(BLOCK), 2))))
+    params, state = model.init(KEY, X)
+    y, _, residuals = model.fwd(params, state, X, None)
+    totals = y["router"]
+    assert totals.balance.dtype == np.float32
+    assert (totals.balance != totals.balance.astype("bfloat16").astype(np.float32)).all()
+    dy = {
+        "x": np.zeros_like(X),
+        "router": fn.RouterTotals(np.full(3, 1 / 3, np.float32), np.zeros(3, np.float32), None),
+    }
+    dparams, dx = model.bwd(params, residuals, dy)
+    assert dx.dtype == np.float32
+    kernel = dparams["serial"]["repeat"]["skip"]["moe"]["router"]["kernel"]
+    assert np.abs(kernel).max() > 0
+
+
+STATES = {
+    "no state": (lambda p, s: (p, ()), r"state for the layers \['experts'\]"),
+    "no params": (lambda p, s: ({}, s), "params for the layers"),
+    "fewer experts": (
+        lambda p, s: ({**p, "experts": jax.tree.map(lambda leaf: leaf[:2], p["experts"])}, s),
+        "stacked along a first axis of 3 experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_params_and_state_of_another_mixture_are_refused(name):
+    change, message = STATES[name]
+    layer = fn.moe(fn.dense(D), E)
+    params, state = change(*layer.init(KEY, X))
+    for call in (lambda: layer.apply(params, state, X), lambda: layer.fwd(params, state, X, None)):
+        with pytest.raises(fn.InputError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dy", [X, {"x": X}, {"x": X, "router": 0.0}], ids=["an array", "no totals", "a number"])
+def test_a_cotangent_without_those_of_the_totals_is_refused(dy):
+    layer = fn.moe(fn.dense(D), E)
+    params, state = layer.init(KEY, X)
+    residuals = layer.fwd(params, state, {"x": X, "router": TOTALS}, None)[2]
+    with pytest.raises(fn.InputError, match="the cotangents of x and router"):
+        layer.bwd(params, residuals, dy)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: fn.moe(fn.dense(3), 2, top_k=3), "top_k of at most"),
         (lambda: fn.moe(fn.dense(3), 0), "experts"),
         (lambda: fn.moe(fn.dense(3), 2, capacity_factor=0), "capacity_factor"),
-        (lambda: fn.moe(fn.flatten(), 2).init(KEY, X), r"(?s)experts.*an expert's output \[3, 4, F\]"),
+        (lambda: fn.moe(fn.flatten(), 2).init(KEY, X), r"(?s)experts.*an expert of layers that look at each position"),
+        (lambda: fn.moe(fn.attention(1), 2).init(KEY, X), "an expert of layers that look at each position"),
+        (lambda: fn.moe(fn.skip(fn.serial(fn.gru(5))), 2).init(KEY, X), "an expert of layers that look"),
+        (lambda: fn.moe(fn.moe(fn.dense(5), 2), 2).init(KEY, X), "an expert of layers that look"),
+        (lambda: fn.moe(fn.batch_norm(), 2).init(KEY, X), "an expert of layers that look"),
+        (lambda: fn.moe(fn.reversible(fn.gru(2), fn.dense(2)), 2).init(KEY, X), "an expert of layers that look"),
+        (lambda: fn.moe(fn.from_function(lambda p, x: x), 2).init(KEY, X), "an expert of layers that look"),
         (lambda: fn.moe(fn.dense(3), 2).init(KEY, np.float32([1, 2])), "moe"),
         (lambda: fn.moe(fn.dense(3), 2).init(KEY, {"x": X, "router": 3}), r"fn.router_totals\(\) in front"),
         (lambda: fn.moe(fn.dense(3), 2).init(KEY, {"x": X, "mask": X}), "lengths and router"),
-        (lambda: fn.branch(fn.moe(fn.dense(3), 2), fn.moe(fn.dense(3), 2)), "at most one layer that writes"),
+        (lambda: fn.serial(fn.router_totals(), TWO).init(KEY, X), "at most one layer that writes"),
         (lambda: fn.serial(fn.router_totals(), fn.router_totals()).init(KEY, X), "once"),
         (
             lambda: fn.objective(fn.moe(fn.dense(3), 2), fn.router_losses(fn.cross_entropy())).init(

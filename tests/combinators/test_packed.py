@@ -138,6 +138,55 @@ def test_layers_that_would_mix_sequences_are_refused(layer):
         fn.repeat(fn.skip(fn.serial(layer)), 2).init(KEY, x)
 
 
+def test_segments_may_not_be_lost_in_front_of_what_reads_them():
+    x = {"x": np.ones((2, 3, 4), np.float32), "segments": np.int32([[1, 1, 2], [1, 2, 2]])}
+    lost = fn.skip(fn.serial(fn.select(), fn.attention(2)))
+    for model in (fn.serial(fn.select(), fn.attention(2)), fn.repeat(fn.serial(fn.skip(lost), fn.select()), 1)):
+        with pytest.raises(fn.InputError, match="segments beside x, which attention keeps apart"):
+            fn.packed(model, 2).init(KEY, x)
+    summing = lambda params, x: jnp.cumsum(x, axis=1)
+    for mixing in (fn.gru(4), fn.reversible(fn.gru(2), fn.dense(2)), fn.from_function(summing)):
+        with pytest.raises(fn.InputError, match="keep the segments of a row apart"):
+            fn.packed(fn.serial(fn.select(), mixing), 2).init(KEY, x)
+    fn.packed(fn.serial(fn.select(), fn.from_function(lambda params, x: 2 * x, positionwise=True)), 2).init(KEY, x)
+    after = fn.packed(fn.serial(fn.attention(2), fn.select(), fn.dense(2)), 2)
+    assert after.apply(*after.init(KEY, x), x).shape == (2, 3, 2)
+    fn.serial(fn.select(), fn.attention(2)).init(KEY, x)  # outside of packed it is as it is written
+
+
+def test_positions_have_an_axis_of_features():
+    x = {"x": np.ones((2, 3), np.float32), "segments": np.int32([[1, 1, 2], [1, 2, 2]])}
+    with pytest.raises(fn.InputError, match="an axis of features"):
+        fn.packed(fn.softmax(), 2).init(KEY, x)
+    for given in ({}, np.float32(1), np.ones(3, np.float32), [[1.0]]):
+        with pytest.raises(fn.InputError):
+            fn.packed(fn.softmax(), 2).init(KEY, {**x, "x": given})
+
+
+def test_rows_that_are_touched_are_those_of_the_sequences():
+    layer = fn.packed(fn.embedding(11, 3), 2)
+    params, state = layer.init(KEY, X)
+    dy = RNG.standard_normal((*IDS.shape, 3)).astype(np.float32)
+    y, _, residuals = layer.fwd(params, state, X, None)
+    rows = layer.bwd(params, residuals, {**y, "x": dy, "segments": None}, fn.rows)[0]["embedding"]
+    assert set(np.asarray(rows.ids)) - {11} == set(IDS[SEGMENTS > 0])
+
+
+def test_tied_around_packed_is_packed_around_tied():
+    model = fn.serial(fn.embedding(11, 8), fn.attention(2), fn.select(), head=fn.dense(11, use_bias=False))
+    ties = {"head/kernel": "embedding/embedding.T"}
+    dy = RNG.standard_normal((*IDS.shape, 11)).astype(np.float32)
+    params, state = fn.tied(model, ties).init(KEY, X)
+    answers = []
+    for layer in (fn.packed(fn.tied(model, ties), 2), fn.tied(fn.packed(model, 2), ties)):
+        residuals = layer.fwd(params, state, X, None)[2]
+        answers.append(
+            [layer.bwd(params, residuals, dy, how)[0] for how in (fn.total, fn.per_example, fn.squared_norm)]
+        )
+    assert answers[0][1]["embedding"]["embedding"].shape == (8, 11, 8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *answers)
+
+
 @pytest.mark.parametrize(
     ("segments", "received"),
     [
@@ -156,13 +205,24 @@ def test_segments_that_are_none_are_refused_or_nan(segments, received):
     with pytest.raises(fn.InputError, match=received):
         layer.init(KEY, x)
     params, state = fn.dense(2).init(KEY, x["x"])
-    y = jax.jit(layer.apply)(params, state, x)["x"]
-    assert np.isnan(y).any()
+
+    @jax.jit
+    def run(x, dy):
+        y, _, residuals = layer.fwd(params, state, x, None)
+        return y["x"], [layer.bwd(params, residuals, {**y, "x": dy}, how)[0] for how in (fn.total, fn.squared_norm)]
+
+    y, (gradients, norms) = run(x, np.ones((*segments.shape, 2), np.float32))
+    bad = np.isnan(y).any(axis=(1, 2))
+    assert bad.any()
+    assert np.isnan(gradients["kernel"]).all()
+    assert np.isnan(norms["kernel"].reshape(-1, 2)).any(axis=1)[bad].all()
 
 
 def test_what_does_not_fit_is_refused():
     x = {"x": np.ones((2, 3, 4), np.float32), "segments": np.int32([[1, 1, 2], [1, 2, 2]])}
     layer = fn.packed(fn.dense(2), 2)
+    with pytest.raises(fn.InputError, match="segments that fit int32"):
+        layer.init(KEY, {**x, "segments": x["segments"].astype(np.int64) + 2**32})
     for given in (x["x"], {"x": x["x"]}, {**x, "segments": x["segments"][0]}, {**x, "segments": x["x"][..., 0]}):
         with pytest.raises(fn.InputError, match="segments"):
             layer.init(KEY, given)

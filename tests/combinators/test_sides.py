@@ -160,3 +160,93 @@ def test_names_are_looked_at_again_after_what_is_run_anew_in_a_backward_pass():
     model.bwd(params, residuals, y)
     with pytest.raises(fn.InputError, match="named lengths"):
         model.apply(params, state, {"x": IDS, "lenghts": PADDED["lengths"]})
+
+
+# A layer of one's own that reads and writes a side
+
+COUNTED = {"x": np.ones((2, 3, 4), np.float32), "count": np.float32([1, 2])}
+
+
+def counting(fwd=lambda x: {"x": 2 * x["x"], "count": x["count"] + 1}, bwd=None, **sides):
+    """y = 2 x, and 1 is added to the count."""
+    back = bwd or (lambda dy: {**dy, "x": 2 * dy["x"]})
+    functions = lambda key, x: {}, lambda p, x: (fwd(x), ()), lambda p, saved, dy, contract: ({}, back(dy))
+    return fn.stateless("counting", *functions, **{"reads": ("count",), "writes": ("count",)} | sides)
+
+
+def scaling(bwd=lambda x, dy: {"x": dy * x["count"][:, None, None], "count": jnp.sum(dy * x["x"], axis=(1, 2))}):
+    """y = count x, which only reads it."""
+    fwd = lambda params, x: (x["x"] * x["count"][:, None, None], x)
+    return fn.stateless("scaling", lambda key, x: {}, fwd, lambda p, x, dy, c: ({}, bwd(x, dy)), reads=("count",))
+
+
+def test_a_layer_of_ones_own_reads_and_writes_a_side(x64):
+    model = fn.serial(fn.dense(4), counting(), fn.repeat(fn.serial(fn.dense(4), counting()), 2), scaling(), fn.tanh())
+    x = {name: side.astype(np.float64) for name, side in COUNTED.items()}
+    params, state = model.init(KEY, x)
+    np.testing.assert_array_equal(model.apply(params, state, x)["count"], [4, 5])
+    fn.check_layer(model, x, params=params, state=state).raise_for_failure()
+
+
+X, COUNT = COUNTED["x"], COUNTED["count"]
+WRONG_FORWARD = {
+    "x alone": (counting(lambda x: x["x"]), "counting to return a dict of x and count"),
+    "no x": (counting(lambda x: {"count": x["count"]}), "counting to return a dict of x and count"),
+    "one more": (counting(lambda x: {**x, "other": x["count"]}), "counting to return a dict of x and count"),
+    "not said": (counting(lambda x: dict(x), writes=()), "counting to return x alone"),
+    "shape": (counting(lambda x: {**x, "count": x["count"][:1]}), r"count like the input's, float32\[2\]"),
+    "dtype": (counting(lambda x: {**x, "count": x["count"].astype(int)}), r"count like the input's, float32\[2\]"),
+}
+
+
+@pytest.mark.parametrize("wrap", [fn.serial, fn.skip, lambda layer: fn.repeat(layer, 2)], ids=["serial", "skip", "2"])
+@pytest.mark.parametrize("name", WRONG_FORWARD)
+def test_what_a_layer_returns_beside_x_is_what_it_says(name, wrap):
+    layer, message = WRONG_FORWARD[name]
+    model = wrap(fn.serial(layer))
+    with pytest.raises(fn.InputError, match=message):
+        jax.eval_shape(lambda x: model.fwd(*model.init(KEY, x), x, None), COUNTED)
+
+
+WRONG_BACKWARD = {
+    "x alone": scaling(lambda x, dy: dy),
+    "no count": scaling(lambda x, dy: {"x": dy}),
+    "another": scaling(lambda x, dy: {"x": dy, "other": dy}),
+    "of a writer": counting(bwd=lambda dy: dy["x"]),
+    "None": scaling(lambda x, dy: {"x": dy, "count": None}),
+    "shape": scaling(lambda x, dy: {"x": dy, "count": x["count"][:1]}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BACKWARD)
+def test_bwd_returns_the_cotangents_of_what_is_read(name):
+    model = fn.serial(fn.dense(4), WRONG_BACKWARD[name])
+    params, state = model.init(KEY, COUNTED)
+    y, _, residuals = model.fwd(params, state, COUNTED, None)
+    with pytest.raises(fn.InputError, match=r"bwd of \w+ to return a (dict of x and count|cotangent of count)"):
+        model.bwd(params, residuals, y)
+
+
+def test_integers_have_the_cotangent_none():
+    model, x = fn.serial(fn.attention(2)), {"x": X, "lengths": np.int32([3, 1])}
+    params, state = model.init(KEY, x)
+    y, _, residuals = model.fwd(params, state, x, None)
+    with pytest.raises(fn.InputError, match="None as the cotangent of lengths"):
+        model.bwd(params, residuals, y)
+
+
+@pytest.mark.parametrize("option", ["reads", "writes"])
+@pytest.mark.parametrize("names", ["count", ["count"], None, (1,)])
+def test_names_of_sides_are_a_tuple(option, names):
+    with pytest.raises(fn.InputError, match=f"{option} as a tuple of names"):
+        counting(**{option: names})
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [fn.serial, fn.skip, fn.branch, lambda layer: fn.repeat(layer, 2), lambda layer: fn.skip(layer, fn.dense(4))],
+    ids=["serial", "skip", "branch", "repeat", "shortcut"],
+)
+def test_nearly_a_sides_name_is_refused_in_every_combinator(wrap):
+    with pytest.raises(fn.InputError, match="a side input named lengths"):
+        wrap(fn.attention(2)).init(KEY, {"x": X, "length": np.int32([3, 1])})

@@ -7,6 +7,7 @@ import pytest
 
 import funcnet as fn
 from funcnet._internal.casting import cast
+from funcnet._internal.expect import is_floating
 from funcnet.check.cases import CASES
 from funcnet.check.spec import drawn, settled, specs
 
@@ -31,7 +32,8 @@ def test_the_jacobians_multiplied_by_the_cotangent_are_what_bwd_returns(name):
         x = cast(drawn(settled(specs(x), 0), 0), "float64")
         params, state = cast(jax.jit(layer.init)(key, x), "float64")
         y = jax.eval_shape(layer.fwd, params, state, x, key)[0]
-        dy = jax.tree.map(lambda leaf: jnp.asarray(RNG.standard_normal(leaf.shape), leaf.dtype), y)
+        draw = lambda leaf: jnp.asarray(RNG.standard_normal(leaf.shape), leaf.dtype) if is_floating(leaf) else None
+        dy = jax.tree.map(draw, y)
 
         @jax.jit
         def both(params, state, x, dy):
@@ -44,7 +46,7 @@ def test_the_jacobians_multiplied_by_the_cotangent_are_what_bwd_returns(name):
             return np.tensordot(cotangent, jacobian, axes=cotangent.ndim)
 
         def products(of):
-            outer = jax.tree.structure(y).flatten_up_to(of)  # the tree of the output is the outer one
+            outer = jax.tree.structure(dy).flatten_up_to(of)  # the tree of the output is the outer one
             parts = [
                 jax.tree.map(lambda j, cotangent=cotangent: product(cotangent, j), jacobian)
                 for cotangent, jacobian in zip(jax.tree.leaves(dy), outer, strict=True)
@@ -212,3 +214,13 @@ def test_a_loss_with_parameters_is_the_last_layer():
         wanted = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(own)))
         np.testing.assert_allclose(step.gradient, wanted, rtol=1e-5)
     assert "linear_cross_entropy  [4]" in str(explanation)
+
+
+def test_jacobians_of_an_output_with_integers_are_those_of_its_floats():
+    x = {"x": np.ones((1, 2, 2), np.float32), "lengths": np.int32([2])}
+    layer = fn.serial(fn.dense(3))
+    params, state = layer.init(jax.random.key(0), x)
+    found = fn.layer_jacobians(layer, params, state, x)
+    assert found.x["lengths"] is None
+    assert found.x["x"]["x"].shape == (1, 2, 3, 1, 2, 2)
+    assert found.x["x"]["lengths"] is None
