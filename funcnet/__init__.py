@@ -1,6 +1,6 @@
 """funcnet: networks trained by an explicit, hand-written backward pass."""
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.calculus.derivatives import ChainRule, chain, derivative, gradient, jacobian, matrix_derivative
 from funcnet.calculus.worked_examples import WORKED, Worked
 from funcnet.check.checker import check_layer, check_vjp
@@ -28,7 +28,8 @@ from funcnet.compositions import mlp, residual_block, separable_conv, transforme
 from funcnet.gradients.common_factors import Gather, Outer, Scale, Shift, Sum, Window
 from funcnet.gradients.contraction import Contraction, Rows, contraction, keep, per_example, rows, squared_norm, total
 from funcnet.gradients.factor import Blocks, Factor, Mapped, Mixing, Pulled, Stacked, Use, is_factor
-from funcnet.inspect.explain import Explanation, LayerJacobians, explain, layer_jacobians
+from funcnet.inspect.explain import Explanation, explain
+from funcnet.inspect.jacobians import LayerJacobians, layer_jacobians
 from funcnet.inspect.summary import Row, Summary, summary
 from funcnet.interop.jax import differentiable, from_function
 from funcnet.interop.safetensors import load_params, save_params

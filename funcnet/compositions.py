@@ -53,7 +53,7 @@ def mlp(
         use_bias: whether both dense layers have biases.
 
     Raises:
-        expect.InputError: for sizes that are not positive, a rate out of range, or anything that `dense` refuses.
+        InputError: for sizes that are not positive, a rate out of range, or anything that `dense` refuses.
     """
     hidden = expect.count(hidden, "hidden")
     expect.flags(gated=gated)
@@ -98,7 +98,7 @@ def transformer_block(
         use_bias: whether attention and mlp have biases.
 
     Raises:
-        expect.InputError: for what `attention`, `mlp`, `dropout` or `skip` refuses, such as an x without D features.
+        InputError: for what `attention`, `mlp`, `dropout` or `skip` refuses, such as an x without D features.
     """
     features = expect.count(features, "features")
     attend = attention(
@@ -144,7 +144,7 @@ def separable_conv(
         use_bias: whether to add a bias, after the pointwise convolution.
 
     Raises:
-        expect.InputError: as `conv`.
+        InputError: as `conv`.
     """
     depthwise = depthwise_conv(kernel_size, strides, padding, dilation=dilation, multiplier=multiplier, use_bias=False)
     parts = serial(depthwise=depthwise, pointwise=conv(features, 1, use_bias=use_bias))
@@ -176,7 +176,7 @@ def residual_block(
         kernel_init: by default He's normal, which keeps the variance through a relu: std = sqrt(2 / inputs).
 
     Raises:
-        expect.InputError: for anything that the layers refuse, and for a shape that changes without a projection.
+        InputError: for anything that the layers refuse, and for a shape that changes without a projection.
     """
     features = expect.count(features, "features")
     if project is not None:

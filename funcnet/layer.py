@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, by, describe
 from funcnet._internal.numerics import sum_dtype
 from funcnet.gradients.contraction import Contraction, a_contraction, total
 from funcnet.structure import Call, Structure, tree
@@ -147,11 +147,11 @@ def stateless(
     expect.flags(positionwise=positionwise)
 
     def init_with_state(key, x):
-        with expect.by(name):
+        with by(name):
             return init(key, x), ()
 
     def with_state(params, state, x, key):
-        with expect.by(name):
+        with by(name):
             out = fwd(params, jax.tree.map(_as_jax, x))
             if not isinstance(out, tuple) or len(out) != 2:
                 raise InputError("fwd(params, x) -> (y, residuals)", describe(out), "return what bwd needs beside y")
@@ -161,7 +161,7 @@ def stateless(
         return with_state(params, state, x, None)[0]
 
     def pullback(params, residuals, dy, contract=total):
-        with expect.by(name):
+        with by(name):
             return bwd(params, residuals, dy, a_contraction(contract))
 
     functions = init_with_state, apply, with_state, pullback

@@ -21,7 +21,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from funcnet._internal.expect import InputError, describe, is_array, is_concrete
+from funcnet._internal.errors import InputError, describe
+from funcnet._internal.expect import is_array, is_concrete
 
 P = ParamSpec("P")
 L = TypeVar("L")

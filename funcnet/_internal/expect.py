@@ -1,12 +1,10 @@
-"""What a function expects of its input, and the one error that says so.
+"""What a function expects of its input.
 
-Every error has the same four parts: where (the layer's path), what was expected, what was received, and the remedy.
 Shapes and dtypes are known while JAX traces, so these checks cost nothing in a compiled step.
 """
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
@@ -15,56 +13,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from funcnet._internal.errors import InputError, describe, has_shape_and_dtype
 from funcnet._internal.numerics import wider
 
 Tree = Any
 SMALLEST, LARGEST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
-
-
-class InputError(ValueError):
-    """Bad input: where it happened, what was expected, what was received, and what to do about it.
-
-    Attributes:
-        path: names of the layers from the outermost to the one that complained.
-        kind: that layer's kind, where it is known.
-        expected, received, remedy: one sentence each.
-    """
-
-    def __init__(self, expected: str, received: str, remedy: str):
-        super().__init__(expected, received, remedy)
-        self.expected, self.received, self.remedy = expected, received, remedy
-        self.path: tuple[str, ...] = ()
-        self.kind = ""
-
-    def __str__(self) -> str:
-        where = "/".join(self.path) or self.kind or "argument"
-        if self.path and not self.path[-1].startswith(self.kind):
-            where += f" ({self.kind})"
-        return f"{where}\n  expected  {self.expected}\n  received  {self.received}\n  remedy    {self.remedy}"
-
-
-@contextmanager
-def at(name: str) -> Iterator[None]:
-    """Put `name` in front of the path of an error raised inside, and on the operations of a profile."""
-    try:
-        with jax.named_scope(name):
-            yield
-    except InputError as error:
-        error.path = (name, *error.path)
-        raise
-    except Exception as error:
-        error.add_note(f"in layer {name!r}")
-        raise
-
-
-@contextmanager
-def by(kind: str) -> Iterator[None]:
-    """Record the kind of layer in an `InputError` raised inside: where the layer has no path, the error shows that."""
-    try:
-        yield
-    except InputError as error:
-        error.kind = error.kind or kind
-        raise
 
 
 def is_array(x: Any) -> bool:
@@ -73,7 +26,7 @@ def is_array(x: Any) -> bool:
     Raises:
         InputError: for another library's, such as a PyTorch tensor, whose dtype is not NumPy's.
     """
-    if not _is_array_of_any(x):
+    if not has_shape_and_dtype(x):
         return False
     if not isinstance(x.dtype, np.dtype) and not isinstance(x, (jax.Array, jax.ShapeDtypeStruct)):
         remedy = "convert it with x.numpy(); a tensor on a GPU, or with a gradient, with x.detach().cpu().numpy()"
@@ -86,10 +39,6 @@ def native_order(x: Any) -> None:
     if isinstance(x.dtype, np.dtype) and not x.dtype.isnative:
         remedy = 'convert it with x.astype(x.dtype.newbyteorder("="))'
         raise InputError("an array in this machine's order of bytes", describe(x), remedy)
-
-
-def _is_array_of_any(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
 
 
 def is_floating(x: Any) -> bool:
@@ -106,17 +55,6 @@ def not_donated(tree: Tree) -> None:
     if any(isinstance(leaf, jax.Array) and is_concrete(leaf) and leaf.is_deleted() for leaf in jax.tree.leaves(tree)):
         remedy = "go on with the train state that the last step returned; a step donates the one it is given"
         raise InputError("a train state that was not used yet", "one whose arrays are deleted", remedy)
-
-
-def describe(x: Tree) -> str:
-    """`x` as `float32[32, 64]`, a tuple or dict of such, or the name of its type."""
-    if _is_array_of_any(x):
-        return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
-    if isinstance(x, Mapping):
-        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in x.items()) + "}"
-    if isinstance(x, (tuple, list)):
-        return "(" + ", ".join(map(describe, x)) + ")"
-    return "None" if x is None else type(x).__name__
 
 
 def float_array(x: Any, *, rank: int = 1, features: int | None = None) -> None:

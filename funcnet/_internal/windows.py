@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 
 Sizes = int | Sequence[int]
 Padding = str | int | Sequence[tuple[int, int]]

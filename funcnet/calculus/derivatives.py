@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe, is_floating
+from funcnet._internal.errors import InputError, by, describe
+from funcnet._internal.expect import is_floating
 from funcnet._internal.tables import tabulated
 from funcnet.calculus.nonsmooth import refuse_kinks
 
@@ -104,7 +104,7 @@ def matrix_derivative(F: Function, layout: str = "input_first") -> Callable[[Any
 def _object(name: str, f: Function, ranks: tuple[int, int], rule: Callable[[Array, Any], Array]) -> Callable:
     """x -> rule(x, y), y the shape and dtype of f(x), for a point and a value of these ranks."""
 
-    @expect.by(name)
+    @by(name)
     def at(x: Any) -> Array:
         x = _point(x)
         return rule(x, _value(f, x, ranks, name))
@@ -181,7 +181,7 @@ def chain(*functions: Function) -> Callable[[Any], ChainRule]:
         raise InputError("at least one function", "none", "give them in the order of application: chain(f1, f2)")
     names = tuple(_name(f, f"f{i}") for i, f in enumerate(functions, 1))
 
-    @expect.by("chain")
+    @by("chain")
     def rule_at(x: Any) -> ChainRule:
         values, jacobians = [_link(_point(x), "the point")], []
         for i, (f, name) in enumerate(zip(functions, names, strict=True), 1):

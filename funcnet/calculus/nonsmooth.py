@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from funcnet._internal.expect import InputError, is_concrete
+from funcnet._internal.errors import InputError
+from funcnet._internal.expect import is_concrete
 
 Function = Callable[[Any], Any]
 LARGEST = 1000  # entries of a point: the check takes memory proportional to their square

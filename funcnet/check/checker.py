@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet._internal.expect import InputError, count, floating_dtype
+from funcnet._internal.errors import InputError
+from funcnet._internal.expect import count, floating_dtype
 from funcnet.check import algebra, laws
 from funcnet.check.autodiff import autodiff
 from funcnet.check.diagnosis.diagnose import diagnose

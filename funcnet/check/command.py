@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.check import table
 from funcnet.check.cases import CASES, DTYPES
 from funcnet.check.checker import ORACLES, check_layer, check_vjp

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet.check.judge import as_float64
 from funcnet.check.plain import Plain, is_inexact, trace
 from funcnet.check.report import said

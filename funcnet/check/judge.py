@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet._internal.expect import describe, is_array
+from funcnet._internal.errors import describe
+from funcnet._internal.expect import is_array
 
 Tree = Any
 ROUNDING = {16: 4, 32: 64, 64: 1024}  # A, by the bits of the dtype

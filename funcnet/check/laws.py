@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet.check.judge import as_float64, leaves_of, measure, tolerance
 from funcnet.check.plain import jaxpr_of
 from funcnet.check.report import Failure, said, values_failure

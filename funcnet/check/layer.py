@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet._internal.casting import cast
-from funcnet._internal.expect import describe, is_floating
+from funcnet._internal.errors import describe
+from funcnet._internal.expect import is_floating
 from funcnet.check.plain import trace
 from funcnet.check.spec import drawn
 from funcnet.check.subject import Subject, quickly

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import Any
 
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet.check.report import said
 from funcnet.layer import Layer
 

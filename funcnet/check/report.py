@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet._internal.tables import tabulated
 from funcnet.check.judge import Leaf
 

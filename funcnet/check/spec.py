@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet._internal.expect import InputError, describe, is_array, is_floating
+from funcnet._internal.errors import InputError, describe
+from funcnet._internal.expect import is_array, is_floating
 
 Tree = Any
 DTYPES = {

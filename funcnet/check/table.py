@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet._internal.tables import aligned
 from funcnet.check.cases import CASES, Case
 from funcnet.check.judge import Leaf

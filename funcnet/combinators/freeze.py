@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from funcnet._internal import expect
 from funcnet._internal.casting import cast, names_in
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, by, describe
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, a_layer
 from funcnet.structure import Transparent, constructor
@@ -50,7 +49,7 @@ def freeze(layer: Layer) -> Layer:
     """
     a_layer(layer)
 
-    @expect.by("freeze")
+    @by("freeze")
     def check(params, state):
         if jax.tree.leaves(params):
             raise InputError("no params, {}", describe(params), "pass the params that this model's init returned")

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from funcnet._internal.expect import InputError, describe, is_floating
+from funcnet._internal.errors import InputError, describe
+from funcnet._internal.expect import is_floating
 from funcnet._internal.numerics import flat, sum_dtype
 from funcnet.gradients.contraction import Contraction, keep
 from funcnet.gradients.factor import Stacked

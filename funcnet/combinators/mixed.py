@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from funcnet._internal import expect
 from funcnet._internal.casting import cast
-from funcnet._internal.expect import InputError, describe, is_floating
+from funcnet._internal.errors import InputError, by, describe
+from funcnet._internal.expect import is_floating
 from funcnet.combinators.freeze import frozen_as, refrozen
 from funcnet.combinators.sides import has_sides
 from funcnet.gradients.contraction import total
@@ -67,7 +68,7 @@ def mixed(
     """
     a_layer(layer)
     param, compute, output = map(expect.floating_dtype, (param, compute, output))
-    with expect.by("mixed"):
+    with by("mixed"):
         if isinstance(keep, str):
             raise InputError("keep as a tuple of paths", repr(keep), f'write keep=("{keep}",)')
         keep = tuple(keep) if isinstance(keep, Iterable) else (keep,)
@@ -111,7 +112,7 @@ def _mixed(layer: Layer, first: Layer, param: Any, compute: Any, output: Any, ke
             return cast(x, dtype)
         return {name: cast(side, dtype) if name in rounded else side for name, side in x.items()}
 
-    @expect.by("mixed")
+    @by("mixed")
     def check(x, what="an input"):
         own = {name: side for name, side in x.items() if name in rounded} if has_sides(x) else x
         if any(is_floating(leaf) and expect.dtype(leaf) != output for leaf in jax.tree.leaves(own)):

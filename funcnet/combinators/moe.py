@@ -43,7 +43,7 @@ from jax import Array
 
 from funcnet._internal import expect
 from funcnet._internal.defaults import LECUN_NORMAL, Initializer
-from funcnet._internal.expect import InputError, at, describe
+from funcnet._internal.errors import InputError, at, by, describe
 from funcnet._internal.numerics import pick, sum_dtype
 from funcnet.combinators.routing import RouterTotals, balance_and_z, dlogits, gates, route, scattered
 from funcnet.combinators.sides import alone, passing
@@ -141,7 +141,7 @@ def moe(
         key = child(key, 1)
         return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(experts))
 
-    @expect.by("moe")
+    @by("moe")
     def init(key, inputs):
         x = _parts(inputs)["x"]
         slots = in_slots(x)
@@ -182,14 +182,14 @@ def moe(
         own = RouterTotals(*balance_and_z(logits, routes.chosen, lengths), routes.dropped)
         return {"x": y, "router": jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, own)}, state, residuals
 
-    @expect.by("moe")
+    @by("moe")
     def apply(params, state, inputs):
         def experts_of(given):
             return jax.vmap(inside.apply)(params["experts"], state["experts"], given), None, None
 
         return run(params, state, inputs, experts_of)[0]
 
-    @expect.by("moe")
+    @by("moe")
     def fwd(params, state, inputs, key):
         def experts_of(given):
             own = keys(key)
@@ -199,7 +199,7 @@ def moe(
         y, new_state, residuals = run(params, state, inputs, experts_of)
         return y, {"experts": new_state}, residuals
 
-    @expect.by("moe")
+    @by("moe")
     def bwd(params, residuals, dy, contract=total):
         inputs, logits, chosen, slots, holds, outputs, saved = residuals
         parts = inputs if isinstance(inputs, dict) else {"x": inputs}

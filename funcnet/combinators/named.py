@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.layer import Layer, a_layer
 from funcnet.structure import Transparent, constructor
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, by, describe
 from funcnet._internal.numerics import pick
 from funcnet._internal.sharding import regrouped
 from funcnet.combinators.sides import alone, has_sides, passing
@@ -81,7 +81,7 @@ def packed(layer: Layer, segments: int, *, longest: int | None = None) -> Layer:
     longest = None if longest is None else expect.count(longest, "longest")
     inside = passing(layer)
 
-    @expect.by("packed")
+    @by("packed")
     def numbers(inputs: Any) -> Any:
         if not has_sides(inputs) or "segments" not in inputs:
             remedy = 'write {"x": x, "segments": segments}'

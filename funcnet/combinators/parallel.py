@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, at, describe
+from funcnet._internal.errors import InputError, at, by, describe
 from funcnet._internal.numerics import added
 from funcnet.combinators.serial import by_name
 from funcnet.combinators.sides import has_sides, known, passing, reading, writing
@@ -32,7 +32,7 @@ def parallel(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     """
     parts = by_name(layers, named)
 
-    @expect.by("parallel")
+    @by("parallel")
     def check(xs, what="inputs", **trees):
         if not isinstance(xs, tuple) or len(xs) != len(parts):
             wanted = f"a tuple of {len(parts)} {what}, one for each of {list(parts)}"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, at, describe
+from funcnet._internal.errors import InputError, at, by, describe
 from funcnet._internal.numerics import added
 from funcnet.combinators.parallel import parallel
 from funcnet.combinators.serial import serial
@@ -41,11 +41,11 @@ def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
         dx = dx_forward + dx_backward
 
     Raises:
-        expect.InputError: if the state is no pair, or the outputs do not have the same shape.
+        InputError: if the state is no pair, or the outputs do not have the same shape.
     """
     pair = parallel(forward=selecting(forward), backward=selecting(backward))
 
-    @expect.by("bidirectional")
+    @by("bidirectional")
     def both(inputs):
         if not isinstance(inputs, Mapping) or "state" not in inputs:
             return inputs, inputs
@@ -54,7 +54,7 @@ def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
             raise InputError("a pair of initial states", describe(states), "give one to each layer: (state, state)")
         return tuple({**inputs, "state": state} for state in states)
 
-    @expect.by("bidirectional")
+    @by("bidirectional")
     def join(ys):
         if not expect.same(*ys):
             remedy = "make both layers of one size, and let both return their state or neither"
@@ -64,7 +64,7 @@ def bidirectional(forward: Layer, backward: Layer) -> Layer[dict, dict, dict]:
         (y_forward, state_forward), (y_backward, state_backward) = ys
         return jnp.concatenate([y_forward, y_backward], axis=-1), (state_forward, state_backward)
 
-    @expect.by("bidirectional")
+    @by("bidirectional")
     def split(dy):
         dy, dstates = _cotangents(dy, 2)
         if not expect.is_array(dy) or not dy.ndim:
@@ -117,12 +117,12 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     is a tuple of the layers' states, and so is the final one where all layers return theirs.
 
     Raises:
-        expect.InputError: if there are not as many initial states as layers, or some layers return their final state
+        InputError: if there are not as many initial states as layers, or some layers return their final state
             and others do not.
     """
     parts = serial(*layers, **named).parts
 
-    @expect.by("stacked")
+    @by("stacked")
     def check(inputs: Tree) -> None:
         given = inputs if isinstance(inputs, Mapping) else {"x": inputs}
         if "x" not in given:
@@ -133,7 +133,7 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
             wanted = f"a tuple of {len(parts)} initial states, one for each of {list(parts)}"
             raise InputError(wanted, describe(states), "give one to each layer")
 
-    @expect.by("stacked")
+    @by("stacked")
     def check_trees(**trees: Tree) -> None:
         for what, tree in trees.items():
             expect.keys(tree, parts, what)
@@ -151,7 +151,7 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
                 finals.append(final)
         if len(finals) not in (0, len(parts)):
             received = f"{len(finals)} of {len(parts)}"
-            with expect.by("stacked"):
+            with by("stacked"):
                 raise InputError("final states of all layers, or of none", received, "set return_state alike in all")
         return (ys, tuple(finals)) if finals else ys
 
@@ -184,7 +184,7 @@ def stacked(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
 
     def bwd(params, residuals, dy, contract=total):
         check_trees(params=params, residuals=residuals)
-        with expect.by("stacked"):
+        with by("stacked"):
             dx, dfinals = _cotangents(dy, len(parts))
         dparams, dstates, dinputs = {}, [], None
         for i, (name, layer) in reversed(list(enumerate(parts.items()))):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, by, describe
 from funcnet._internal.sharding import scan
 from funcnet.combinators.reversible import in_turns, undoing
 from funcnet.combinators.sides import apart, passing
@@ -58,13 +58,13 @@ def repeat(layer: Layer, times: int) -> Layer:
         check_output(x, y)
         return params, state
 
-    @expect.by("repeat")
+    @by("repeat")
     def check_output(x, y):
         if not expect.same(x, y):
             wanted = f"an output like the input, {describe(x)}"
             raise InputError(wanted, describe(y), "repeat a layer that keeps its shape and dtype")
 
-    @expect.by("repeat")
+    @by("repeat")
     def check(params, state=(), x=()):
         expect.shapes(x)  # refuses leaves that are not arrays
         expect.stacked(params, times, "params")

@@ -30,7 +30,7 @@ from jax import Array
 
 from funcnet._internal import expect
 from funcnet._internal.barrier import after
-from funcnet._internal.expect import InputError, at, describe
+from funcnet._internal.errors import InputError, at, by, describe
 from funcnet._internal.numerics import sum_dtype
 from funcnet._internal.sharding import scan
 from funcnet.combinators.named import Named
@@ -83,12 +83,12 @@ def reversible(f: Layer, g: Layer) -> Layer[dict, dict, ReversibleResiduals]:
     parts = {"f": a_layer(f), "g": a_layer(g)}
     f, g = passing(f), passing(g)
 
-    @expect.by("reversible")
+    @by("reversible")
     def check(**trees):
         for what, tree in trees.items():
             expect.keys(tree, parts, what)
 
-    @expect.by("reversible")
+    @by("reversible")
     def check_output(name: str, y: Any, half: Any) -> None:
         if not expect.same(half, y):
             wanted = f"an output of {name} like the half it is added to, {describe(half)}"
@@ -173,7 +173,7 @@ def in_series(whole: Layer, made: Composed) -> Layer:
         return y, state, ReversibleResiduals({name: each.kept for name, each in residuals.items()}, y)
 
     def undo(params, residuals, dy, contract):
-        with expect.by("serial"):
+        with by("serial"):
             expect.keys(params, parts, "params")
             expect.keys(residuals.kept, parts, "residuals")
         dparams, x = {}, residuals.y
@@ -218,7 +218,7 @@ def in_turns(whole: Layer, made: Wrapped, times: int, check: Callable, keys: Cal
     return replace(whole, fwd=fwd, bwd=_without_x(undo), made=replace(made, undo=undo))
 
 
-@expect.by("reversible")
+@by("reversible")
 def _halves(x: Any) -> Pair:
     """x as a pair of floating arrays."""
     if isinstance(x, tuple) and len(x) == 2:
@@ -234,7 +234,7 @@ def _halves(x: Any) -> Pair:
     return first, second
 
 
-@expect.by("reversible")
+@by("reversible")
 def _stream(x: Any) -> Pair:
     """The halves of an x that `bwd` will have to recover from y, and so not in half precision."""
     halves = _halves(x)
@@ -244,7 +244,7 @@ def _stream(x: Any) -> Pair:
     return halves
 
 
-@expect.by("reversible")
+@by("reversible")
 def _cotangents(dy: Any, y: Any) -> Pair:
     if not isinstance(y, tuple):
         return _halves(expect.cotangent(dy, y.shape, y.dtype))

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet.layer import Layer, no_params, stateless
 from funcnet.structure import constructor
 

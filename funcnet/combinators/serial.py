@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, at
+from funcnet._internal.errors import InputError, at, by
 from funcnet.combinators.reversible import in_series, undoing
 from funcnet.combinators.sides import known, passing, reading, writing
 from funcnet.gradients.contraction import total
@@ -41,7 +41,7 @@ def serial(*layers: Layer, **named: Layer) -> Layer[dict, dict, dict]:
     inside = {name: passing(layer) for name, layer in parts.items()}
     reads, writes = reading(*parts.values()), writing(*parts.values())
 
-    @expect.by("serial")
+    @by("serial")
     def check(**trees):
         for what, tree in trees.items():
             expect.keys(tree, parts, what)

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from funcnet._internal.expect import InputError, describe, is_floating, same
+from funcnet._internal.errors import InputError, describe
+from funcnet._internal.expect import is_floating, same
 from funcnet._internal.numerics import added
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer, no_params, stateless

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, by, describe
 from funcnet.combinators.parallel import branch
 from funcnet.combinators.sides import has_sides, passing
 from funcnet.gradients.contraction import total
@@ -100,7 +100,7 @@ def _around_shortcut(layer: Layer, shortcut: Layer) -> Layer[dict, dict, dict]:
     )
 
 
-@expect.by("skip")
+@by("skip")
 def _add(x: Any, y: Any, other: str = "the input") -> Any:
     """x + y; `other` says what x is. Of dicts with sides, whose x is added."""
     if has_sides(x) and has_sides(y):

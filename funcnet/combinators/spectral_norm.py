@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet._internal import expect
+from funcnet._internal.errors import by
 from funcnet.combinators.kernels import (
     at_kernels,
     checked,
@@ -68,7 +69,7 @@ def spectral_norm(
         iterations: of the power method in each training pass.
 
     Raises:
-        expect.InputError: if the layer has no such params.
+        InputError: if the layer has no such params.
     """
     names, iterations = checked(layer, names), expect.count(iterations, "iterations")
 
@@ -105,7 +106,7 @@ def spectral_norm(
         return ((d - along * vectors["right"].astype(d.dtype)[None]) / sigma).T.reshape(dkernel.shape)
 
     def made(params: Tree, vectors: Tree) -> Tree:
-        with expect.by("spectral_norm"):
+        with by("spectral_norm"):
             return at_kernels(names, whole, params, vectors)
 
     def init(key, x):
@@ -117,11 +118,11 @@ def spectral_norm(
             left, right = (unit(jax.random.normal(next(keys), (*front, n), matrix.dtype))[0] for n in matrix.shape)
             return each_layer(depth, partial(iterated, times=15))(kernel, {"left": left, "right": right})
 
-        with expect.by("spectral_norm"):
+        with by("spectral_norm"):
             depths = depths_of(layer, names, params, state, x)
             return params, {"layer": state, "vectors": only_kernels(names, first, params, depths)}
 
-    @expect.by("spectral_norm")
+    @by("spectral_norm")
     def vectors_of(state: Tree) -> Tree:
         expect.keys(state, ("layer", "vectors"), "state")
         return state["vectors"]

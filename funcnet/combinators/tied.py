@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, by, describe
 from funcnet.gradients.common_factors import Outer, Sum
 from funcnet.gradients.contraction import total
 from funcnet.gradients.factor import Factor, Stacked, is_factor
@@ -77,7 +77,7 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
     sources = tuple(dict.fromkeys(link.source for link in links))
     keeping = _keeping(model, (*sources, *(link.copy for link in links)))
 
-    @expect.by("tied")
+    @by("tied")
     def whole(params: Tree) -> Tree:
         for link in links:
             if _holds(params, link.copy):
@@ -93,7 +93,7 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
             params = _without(params, link.copy)
         return params
 
-    @expect.by("tied")
+    @by("tied")
     def check(params: Tree) -> None:
         for link in links:
             copy, source = _get(params, link.copy), _get(params, link.source)
@@ -122,7 +122,7 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
     def bwd(params, residuals, dy, contract=total):
         inside = replace(contract, changes=())  # what is around this layer changes the sum, not each use
         dparams, dx = keeping.bwd(whole(params), residuals, dy, inside)
-        with expect.by("tied"):
+        with by("tied"):
             for source in sources:
                 uses = [_factor(_get(dparams, source), source)]
                 uses += [_use(link, _get(dparams, link.copy)) for link in links if link.source == source]
@@ -136,7 +136,7 @@ def tied(model: Layer, ties: Mapping[str, str]) -> Layer:
     return replace(model, init=init, apply=apply, fwd=fwd, bwd=bwd, made=made)
 
 
-@expect.by("tied")
+@by("tied")
 def _links(model: Layer, ties: Mapping[str, str]) -> list[Tie]:
     are_paths = isinstance(ties, Mapping) and all(isinstance(path, str) for pair in ties.items() for path in pair)
     if not are_paths or not ties:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet._internal import expect
+from funcnet._internal.errors import by
 from funcnet.combinators.kernels import at_kernels, checked, columns, depths_of, each_layer, reparametrized, through
 from funcnet.gradients.contraction import total
 from funcnet.gradients.factor import mapped
@@ -39,7 +40,7 @@ def weight_norm(layer: Layer, names: tuple[str, ...] = ("kernel",)) -> Layer[dic
         names: of the leaves that are reparametrised.
 
     Raises:
-        expect.InputError: if the layer has no such params.
+        InputError: if the layer has no such params.
     """
     names = checked(layer, names)
 
@@ -62,7 +63,7 @@ def weight_norm(layer: Layer, names: tuple[str, ...] = ("kernel",)) -> Layer[dic
         return jnp.sum(direction * columns(dkernel), axis=1)
 
     def made(params: Tree) -> Tree:
-        with expect.by("weight_norm"):
+        with by("weight_norm"):
             return at_kernels(names, whole, params)
 
     def init(key, x):
@@ -72,7 +73,7 @@ def weight_norm(layer: Layer, names: tuple[str, ...] = ("kernel",)) -> Layer[dic
             _, length = each_layer(depth, lambda kernel: unit(columns(kernel)))(kernel)
             return {"direction": kernel, "scale": length[..., 0].astype(kernel.dtype)}
 
-        with expect.by("weight_norm"):
+        with by("weight_norm"):
             return at_kernels(names, split, params, depths_of(layer, names, params, state, x)), state
 
     def apply(params, state, x):

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import flat, sum_dtype
 from funcnet.gradients.blocked import block, blocks, joined
 from funcnet.gradients.common_factors import Gather, Sum, touched
@@ -150,7 +150,7 @@ def contraction(
             those for the layers of a `repeat`, or for the blocks of a long axis.
 
     Raises:
-        expect.InputError: for an `of` that is no function, an unknown `reads`, and options that do not apply to it.
+        InputError: for an `of` that is no function, an unknown `reads`, and options that do not apply to it.
     """
     if of is None:
         return lambda of: contraction(of, reads=reads, by_example=by_example, stacked=stacked, joined=joined)

@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from funcnet._internal.expect import InputError, describe, is_floating
+from funcnet._internal.errors import InputError, describe
+from funcnet._internal.expect import is_floating
 from funcnet._internal.numerics import sum_dtype
 from funcnet._internal.sharding import placed, varies, varying
 from funcnet.gradients.blocked import block, blocks, joined

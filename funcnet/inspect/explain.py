@@ -6,76 +6,33 @@
          3.1  d(activation)/d(parameters) and d(activation)/d(input): the two Jacobians
          3.2  multiply them by dLoss/d(activation); the VJP gives the products without forming the Jacobians
 
-`layer_jacobians` forms the Jacobians of step 3.1 for a small layer; `explain` runs all of it and says what happened.
+`explain` runs all of it and says what happened; `layer_jacobians` (`funcnet.inspect.jacobians`) forms the Jacobians of
+step 3.1 for a small layer.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet._internal.expect import InputError, describe, is_floating
+from funcnet._internal.errors import describe
+from funcnet._internal.expect import is_floating
 from funcnet._internal.tables import bytes_of, readable, tabulated
 from funcnet.combinators.repeat import Repeat
 from funcnet.combinators.sides import passing
 from funcnet.gradients.contraction import total
 from funcnet.gradients.factor import is_factor
-from funcnet.layer import Layer, a_layer
+from funcnet.inspect.jacobians import jacobian_bytes
+from funcnet.layer import Layer
 from funcnet.structure import Composed, Wrapped
 from funcnet.train.batch import Batch
 from funcnet.train.objective import Objective, an_objective, both, entered, start
 
 Tree = Any
-LARGEST = 2**28  # bytes of the Jacobians that `layer_jacobians` forms, at most
 FAINT, FIERCE = 1e-3, 1e3  # times the RMS of the model's input, for activations, or of dLoss/d(output), for cotangents
-
-
-class LayerJacobians(NamedTuple):
-    """d(output)/d(params): a tree like params, each leaf [*y.shape, *leaf.shape]; d(output)/d(x): [*y.shape, *x.shape].
-
-    Where the input is a pytree, so is `x`, with None for leaves that are not floating. Where the output is a pytree, it
-    is the outer tree of both.
-    """
-
-    params: Tree
-    x: Tree
-
-
-def layer_jacobians(layer: Layer, params: Tree, state: Tree, x: Any, key: jax.Array | None = None) -> LayerJacobians:
-    """The two full Jacobians of a layer's `fwd` at a point, by automatic differentiation: step 3.1 as it is written.
-
-    A cotangent dy contracted with them over the axes of y gives what `bwd` gives. An integer input or output has None.
-
-    Raises:
-        InputError: if they would take more than 256 MiB: a Jacobian's size is that of the output times the input's.
-    """
-    a_layer(layer)
-    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, x))
-    floating = {i: leaf for i, leaf in enumerate(leaves) if is_floating(leaf)}
-
-    def output(params, floating):
-        whole = jax.tree.unflatten(structure, [floating.get(i, leaf) for i, leaf in enumerate(leaves)])
-        y = layer.fwd(params, state, whole, key)[0]
-        return jax.tree.map(lambda leaf: leaf if is_floating(leaf) else None, y)
-
-    y = jax.eval_shape(output, params, floating)
-    if not jax.tree.leaves((params, floating)):
-        return LayerJacobians(params, None)
-    size = sum(jacobian_bytes(y, leaf) for leaf in jax.tree.leaves((params, floating)))
-    if size > LARGEST:
-        wanted = f"a layer whose Jacobians take at most {readable(LARGEST)}"
-        raise InputError(wanted, f"{readable(size)} for an output {describe(y)}", "give a smaller batch or layer")
-    found = jax.jacrev(lambda both: output(*both))((params, floating))
-
-    def like_x(of_floating):
-        return jax.tree.unflatten(structure, [of_floating.get(i) for i in range(len(leaves))])
-
-    of_params = jax.tree.map(lambda _, both: both[0], y, found)
-    of_x = jax.tree.map(lambda _, both: like_x(both[1]), y, found)
-    return LayerJacobians(of_params, of_x)
 
 
 @dataclass(frozen=True)
@@ -307,11 +264,6 @@ def _rms(tree: Tree) -> float:
     leaves = [_wide(leaf) for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
     count = sum(leaf.size for leaf in leaves)
     return float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves) / count)) if count else 0.0
-
-
-def jacobian_bytes(y: Any, leaf: Any) -> int:
-    """Bytes of d y / d leaf: one number of y's dtype for each pair of an entry of y and an entry of the leaf."""
-    return sum(out.size * leaf.size * out.dtype.itemsize for out in jax.tree.leaves(y))
 
 
 def _shape(y: Any, leaf: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import describe
+from funcnet._internal.errors import describe
 from funcnet._internal.tables import bytes_of, readable, tabulated
 from funcnet.combinators.freeze import Freeze
 from funcnet.combinators.hooks import observe, paths

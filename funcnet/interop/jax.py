@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe, is_array, is_floating
+from funcnet._internal.errors import InputError, by, describe
+from funcnet._internal.expect import is_array, is_floating
 from funcnet._internal.sharding import varies, varying
 from funcnet.combinators.sides import given_all
 from funcnet.gradients.factor import Pulled
@@ -74,7 +75,7 @@ def differentiable(layer: Layer) -> Callable[..., Any]:
     return function
 
 
-@expect.by("differentiable")
+@by("differentiable")
 def _empty_state(layer: Layer, x: Any) -> Tree:
     """The empty state of a layer that has none; it is nested as the layers are."""
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe, is_array, is_concrete
+from funcnet._internal.errors import InputError, by, describe
+from funcnet._internal.expect import is_array, is_concrete
 
 Tree = Any
 Arrays = dict[str, np.ndarray]
 
 
-@expect.by("save_params")
+@by("save_params")
 def save_params(params: Tree, path: str | os.PathLike) -> None:
     """Write params, or any pytree of arrays, to a safetensors file; it appears whole, or the old one stays.
 
@@ -46,7 +47,7 @@ def save_params(params: Tree, path: str | os.PathLike) -> None:
         raise
 
 
-@expect.by("load_params")
+@by("load_params")
 def load_params(path: str | os.PathLike, like: Tree) -> Tree:
     """Read what `save_params` has written, as a tree like `like`: params, or `jax.eval_shape(model.init, key, x)[0]`.
 

@@ -46,7 +46,7 @@ from jax import Array
 
 from funcnet._internal import expect
 from funcnet._internal.defaults import LECUN_NORMAL, ZEROS, Initializer
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, at, by, describe
 from funcnet._internal.numerics import added
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer
@@ -129,7 +129,7 @@ def attention(
         kernel_init, bias_init: as in `jax.nn.initializers`. LeCun's normal gives q, k and v their input's variance.
 
     Raises:
-        expect.InputError: for options out of range; for an input other than these, or one whose D is no multiple of H
+        InputError: for options out of range; for an input other than these, or one whose D is no multiple of H
             where head_dim is not given; if weights are to be dropped and `fwd` gets no key.
     """
     heads = expect.count(heads, "heads")
@@ -173,7 +173,7 @@ def attention(
         sizes = parts["x"].shape[1], parts["context"].shape[1]
         return Scores(causal, window, rate, block, *sizes, mask, bias, parts.get("lengths"), parts.get("segments"), key)
 
-    @expect.by("attention")
+    @by("attention")
     def init(key, inputs):
         parts = _parts(inputs, heads)
         x, context, params = parts["x"], parts["context"], {}
@@ -190,7 +190,7 @@ def attention(
         inputs, parts = jax.tree.map(jnp.asarray, (inputs, parts))
 
         def project(name: str, a: Array) -> Array:
-            with expect.at(name):
+            with at(name):
                 return layers[name].apply(params[name], (), a)
 
         q = turned(_by_head(project("query", parts["x"]), heads), parts)
@@ -201,16 +201,16 @@ def attention(
         out = _side_by_side(o.reshape(q.shape[0], heads, *q.shape[3:]))
         return project("out", out.astype(q.dtype)), AttentionResiduals(inputs, q, k, v, out, top, log_mass, key)
 
-    @expect.by("attention")
+    @by("attention")
     def apply(params, state, inputs):
         return run(params, inputs, None)[0]
 
-    @expect.by("attention")
+    @by("attention")
     def fwd(params, state, inputs, key):
         y, residuals = run(params, inputs, expect.key(key) if rate else None)
         return y, state, residuals
 
-    @expect.by("attention")
+    @by("attention")
     def bwd(params, residuals, dy, contract=total):
         inputs, q, k, v, out, top, log_mass, key = residuals
         parts = _parts(inputs, heads)
@@ -219,7 +219,7 @@ def attention(
         dparams = {}
 
         def pull(name: str, a: Array, dy: Array) -> Array:
-            with expect.at(name):
+            with at(name):
                 dparams[name], da = layers[name].bwd(params[name], a, dy, contract)
             return da
 

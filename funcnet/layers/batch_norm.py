@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, by, describe
 from funcnet._internal.numerics import flat, in_front, sum_dtype
 from funcnet._internal.sharding import placed
 from funcnet.gradients.common_factors import Scale, Shift
@@ -70,7 +70,7 @@ def batch_norm(
     The running variance is the biased one, the mean square, as in Flax; PyTorch's is N / (N - 1) of it.
 
     Raises:
-        expect.InputError: if x is not floating of at least two axes, its features are not those of the state and the
+        InputError: if x is not floating of at least two axes, its features are not those of the state and the
             parameters, its dtype is not the parameters', or the contraction reads per-example gradients.
     """
     momentum = expect.number(momentum, "momentum")
@@ -97,7 +97,7 @@ def batch_norm(
         y = centred * slope(params, rstd)
         return y + in_front(params["bias"].astype(y.dtype), y.ndim) if use_bias else y
 
-    @expect.by("batch_norm")
+    @by("batch_norm")
     def init(key: Array, x: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         expect.float_array(x, rank=2)
         features, dtype = x.shape[-1], expect.dtype(x)
@@ -105,14 +105,14 @@ def batch_norm(
         state = {"mean": jnp.zeros(features, sum_dtype(dtype)), "var": jnp.ones(features, sum_dtype(dtype))}
         return {name: params[name] for name in names}, state
 
-    @expect.by("batch_norm")
+    @by("batch_norm")
     def apply(params: dict[str, Array], state: dict[str, Array], x: Any) -> Array:
         x = jnp.asarray(x)
         check(params, state, x)
         mean, var = (in_front(state[name].astype(sum_dtype(x.dtype)), x.ndim) for name in ("mean", "var"))
         return line(params, x.astype(mean.dtype) - mean, lax.rsqrt(var + eps)).astype(x.dtype)
 
-    @expect.by("batch_norm")
+    @by("batch_norm")
     def fwd(params: dict[str, Array], state: dict[str, Array], x: Any, key: Array | None):
         x = jnp.asarray(x)
         check(params, state, x)
@@ -126,7 +126,7 @@ def batch_norm(
         moved = {"mean": move(state["mean"], mean), "var": move(state["var"], var)}
         return line(params, high, saved.rstd).astype(x.dtype), moved, saved
 
-    @expect.by("batch_norm")
+    @by("batch_norm")
     def bwd(params: dict[str, Array], residuals: NormResiduals, dy: Any, contract=total):
         x, rstd = residuals.x, residuals.rstd
         refuse_single_examples(contract)

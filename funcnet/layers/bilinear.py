@@ -26,7 +26,7 @@ from jax.nn import initializers
 
 from funcnet._internal import expect
 from funcnet._internal.defaults import ZEROS, Default, Initializer
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import flat, product, sum_dtype
 from funcnet._internal.sharding import placed
 from funcnet.gradients.common_factors import Outer, Shift
@@ -81,7 +81,7 @@ def bilinear(
             variance of products of independent entries of variance 1: std = sqrt(1 / (I J)).
 
     Raises:
-        expect.InputError: if the input is no pair of floating arrays of one dtype that differ in their last axis alone,
+        InputError: if the input is no pair of floating arrays of one dtype that differ in their last axis alone,
             or does not fit the parameters.
     """
     features = expect.count(features, "features")

@@ -33,7 +33,7 @@ from jax import Array, lax
 
 from funcnet._internal import expect
 from funcnet._internal.defaults import LECUN_NORMAL, ZEROS, Initializer
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import entries_of, flat, in_front, product, sum_dtype
 from funcnet._internal.windows import Padding, Sizes, Windows, entries, sliding
 from funcnet.gradients.common_factors import Shift, Window
@@ -69,7 +69,7 @@ def conv(
             variance of its input.
 
     Raises:
-        expect.InputError: if x is not floating, has another number of axes or channels, its dtype is not the
+        InputError: if x is not floating, has another number of axes or channels, its dtype is not the
             parameters', no window fits in, or the groups do not divide channels and features.
     """
     features, groups = expect.count(features, "features"), expect.count(groups, "groups")
@@ -83,7 +83,7 @@ def conv(
         windows = over(x)
         if x.shape[-1] % groups:
             remedy = "for a depthwise convolution give as many groups as channels"
-            raise InputError(f"channels that {groups} groups divide", expect.describe(x), remedy)
+            raise InputError(f"channels that {groups} groups divide", describe(x), remedy)
         shapes = {"kernel": (*windows.window, x.shape[-1] // groups, features), "bias": (features,)}
         return windows, shapes if use_bias else {"kernel": shapes["kernel"]}
 
@@ -132,7 +132,7 @@ def depthwise_conv(
         kernel_size, strides, padding, dilation, use_bias, kernel_init, bias_init: as for `conv`.
 
     Raises:
-        expect.InputError: as `conv`.
+        InputError: as `conv`.
     """
     multiplier = expect.count(multiplier, "multiplier")
     expect.flags(use_bias=use_bias)

@@ -67,7 +67,7 @@ def conv_transpose(
             whole window as inputs, as in Flax: with a stride, each output has fewer inputs than that.
 
     Raises:
-        expect.InputError: if x is not floating, has another number of axes or channels, its dtype is not the
+        InputError: if x is not floating, has another number of axes or channels, its dtype is not the
             parameters', or no output is left.
     """
     features = expect.count(features, "features")

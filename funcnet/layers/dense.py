@@ -43,7 +43,7 @@ def dense(
             variance of its input: std = sqrt(1 / D).
 
     Raises:
-        expect.InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
+        InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
     """
     features = expect.count(features, "features")
     expect.flags(use_bias=use_bias)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet._internal import expect
+from funcnet._internal.errors import by
 from funcnet._internal.sharding import placed
 from funcnet.gradients.contraction import total
 from funcnet.layer import Layer
@@ -35,7 +36,7 @@ def dropout(rate: float) -> Layer[dict, tuple[()], Array]:
         rate: the share that is dropped, 0 <= rate < 1.
 
     Raises:
-        expect.InputError: if rate is out of range, x is not floating, or `fwd` gets no key.
+        InputError: if rate is out of range, x is not floating, or `fwd` gets no key.
     """
     return _dropping("dropout", rate, lambda shape: shape)
 
@@ -50,7 +51,7 @@ def spatial_dropout(rate: float) -> Layer[dict, tuple[()], Array]:
         rate: the share that is dropped, 0 <= rate < 1.
 
     Raises:
-        expect.InputError: if rate is out of range, x is not floating of at least two axes, or `fwd` gets no key.
+        InputError: if rate is out of range, x is not floating of at least two axes, or `fwd` gets no key.
     """
     return _dropping("spatial_dropout", rate, lambda shape: (shape[0], *(1,) * (len(shape) - 2), shape[-1]), rank=2)
 
@@ -65,7 +66,7 @@ def drop_path(rate: float) -> Layer[dict, tuple[()], Array]:
         rate: the share that is dropped, 0 <= rate < 1.
 
     Raises:
-        expect.InputError: if rate is out of range, x is not floating, or `fwd` gets no key.
+        InputError: if rate is out of range, x is not floating, or `fwd` gets no key.
     """
     return _dropping("drop_path", rate, lambda shape: (shape[0], *(1,) * (len(shape) - 1)))
 
@@ -80,22 +81,22 @@ def _dropping(
         kept = placed(jnp.broadcast_to(jax.random.bernoulli(key, 1 - rate, units(x.shape)), x.shape), x)
         return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
-    @expect.by(name)
+    @by(name)
     def init(key, x):
         expect.float_array(x, rank=rank)
         return {}, ()
 
-    @expect.by(name)
+    @by(name)
     def apply(params, state, x):
         expect.float_array(x, rank=rank)
         return jnp.asarray(x)
 
-    @expect.by(name)
+    @by(name)
     def fwd(params, state, x, key):
         expect.float_array(x, rank=rank)
         return drop(expect.key(key), jnp.asarray(x)), state, key
 
-    @expect.by(name)
+    @by(name)
     def bwd(params, key, dy, contract=total):
         expect.float_array(dy)
         return {}, drop(jax.random.clone(key), jnp.asarray(dy))  # the same draw, on purpose

@@ -22,7 +22,7 @@ from jax.nn import initializers
 
 from funcnet._internal import expect
 from funcnet._internal.defaults import Default, Initializer
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import whole
 from funcnet._internal.sharding import sharded_as
 from funcnet.gradients.common_factors import Gather
@@ -57,7 +57,7 @@ def embedding(
             `padding_idx`. Where the table is a head's kernel too (`fn.tied`), its row has the head's gradient.
 
     Raises:
-        expect.InputError: if padding_id is no id, x is not of integers, or one of them is not in [0, V). Under `jit`,
+        InputError: if padding_id is no id, x is not of integers, or one of them is not in [0, V). Under `jit`,
             where they cannot be read, the row of an id out of range is NaN, and its cotangent is dropped.
     """
     shape = expect.count(vocab, "vocab"), expect.count(features, "features")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import sum_dtype
 from funcnet.layer import no_params, stateless
 from funcnet.layers.activation import GELU_IN_HALF, GELU_TANH_IN_HALF, SIGMOID_IN_HALF, Activation, gelu, sigmoid, silu
@@ -30,7 +30,7 @@ def glu() -> Activation:
     """y = a * sigmoid(b) for x = [a, b] [.., 2 F]: to [.., F].
 
     Raises:
-        expect.InputError: if x is not floating, or its last axis is odd.
+        InputError: if x is not floating, or its last axis is odd.
     """
     return _gated("glu", sigmoid(), SIGMOID_IN_HALF)
 

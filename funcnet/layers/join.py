@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import added
 from funcnet.layer import Layer, no_params, stateless
 from funcnet.structure import constructor
@@ -28,7 +28,7 @@ def concat(axis: int = -1) -> Layer[dict, tuple[()], tuple[Array, ...]]:
         axis: counted from the front or, negative, from the back.
 
     Raises:
-        expect.InputError: if x is no tuple of such arrays, or the axis is the batch axis or none of theirs.
+        InputError: if x is no tuple of such arrays, or the axis is the batch axis or none of theirs.
     """
     if not expect.is_whole(axis) or int(axis) == 0:
         raise InputError("an axis as a whole number, not that of the batch", repr(axis), "use -1 for the features")
@@ -67,7 +67,7 @@ def add() -> Layer[dict, tuple[()], tuple[Array, ...]]:
     """(x_1, .., x_n) -> their sum; all of one shape and dtype.
 
     Raises:
-        expect.InputError: if x is no tuple of such arrays.
+        InputError: if x is no tuple of such arrays.
     """
 
     def fwd(params: dict, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:

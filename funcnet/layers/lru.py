@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet._internal.numerics import contract_last, in_front, sum_dtype
 from funcnet.gradients.common_factors import Outer, Shift
 from funcnet.layer import Layer, stateless
@@ -83,7 +83,7 @@ def lru(
         max_phase: the greatest initial angle per step, in radians.
 
     Raises:
-        expect.InputError: for options out of range, and for x that is not [B, T, D] or has not the parameters' D.
+        InputError: for options out of range, and for x that is not [B, T, D] or has not the parameters' D.
     """
     features, states = expect.count(features, "features"), expect.count(states, "states")
     r_min, r_max = expect.number(r_min, "r_min"), expect.number(r_max, "r_max")

@@ -70,7 +70,7 @@ def layer_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], NormR
         eps: added to the variance, inside the root.
 
     Raises:
-        expect.InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
+        InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
     """
     return _norm("layer_norm", eps, centred=True)
 
@@ -83,7 +83,7 @@ def rms_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], NormRes
         eps: added to the mean square, inside the root.
 
     Raises:
-        expect.InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
+        InputError: if x is not floating, its last axis is not D, or its dtype is not the parameters'.
     """
     return _norm("rms_norm", eps, centred=False)
 

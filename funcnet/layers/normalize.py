@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import in_front, sum_dtype
 from funcnet._internal.sharding import placed, regrouped
 from funcnet.gradients.common_factors import Scale, Shift
@@ -53,7 +53,7 @@ def group_norm(groups: int, *, eps: float = 1e-6) -> Layer[dict[str, Array], tup
         eps: added to the variance, inside the root.
 
     Raises:
-        expect.InputError: if x is not floating of at least two axes, C is not the parameters' or no multiple of G, or
+        InputError: if x is not floating of at least two axes, C is not the parameters' or no multiple of G, or
             the dtype is not theirs.
     """
     return _group_norm("group_norm", expect.count(groups, "groups"), eps)
@@ -69,7 +69,7 @@ def instance_norm(*, eps: float = 1e-6) -> Layer[dict[str, Array], tuple[()], No
         eps: added to the variance, inside the root.
 
     Raises:
-        expect.InputError: as `group_norm`.
+        InputError: as `group_norm`.
     """
     return _group_norm("instance_norm", None, eps)
 
@@ -125,7 +125,7 @@ def l2_normalize() -> Layer[dict, tuple[()], L2NormalizeResiduals]:
     """y = x / |x| over the last axis of x [.., D], |x| the Euclidean length; 0 with gradient 0 where x is 0.
 
     Raises:
-        expect.InputError: if x is not floating.
+        InputError: if x is not floating.
     """
 
     def fwd(params: dict, x: Array) -> tuple[Array, L2NormalizeResiduals]:

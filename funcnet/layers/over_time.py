@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import contract_last, product, sum_dtype
 from funcnet._internal.sharding import scan, sharded_as
 from funcnet.gradients.common_factors import Outer, Shift

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import in_front
 from funcnet.gradients.common_factors import Scale
 from funcnet.layer import Layer, no_params, stateless
@@ -32,7 +32,7 @@ def prelu(slope: float = 0.25) -> Layer[dict[str, Array], tuple[()], Array]:
         slope: its first value.
 
     Raises:
-        expect.InputError: if x is not floating, its last axis is not C, or its dtype is not the parameter's.
+        InputError: if x is not floating, its last axis is not C, or its dtype is not the parameter's.
     """
 
     slope = expect.number(slope, "slope")
@@ -67,7 +67,7 @@ def maxout(pieces: int) -> Layer[dict, tuple[()], Array]:
         pieces: K, which divides the size of the last axis.
 
     Raises:
-        expect.InputError: if x is not floating, or its last axis is no multiple of K.
+        InputError: if x is not floating, or its last axis is no multiple of K.
     """
     pieces = expect.count(pieces, "pieces")
     index = jnp.int8 if pieces <= 128 else jnp.int32

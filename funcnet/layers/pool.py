@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet._internal.numerics import sum_dtype
 from funcnet._internal.sharding import regrouped
 from funcnet._internal.windows import Padding, Sizes, Windows, entries, sliding
@@ -66,7 +66,7 @@ def max_pool(
             window; padding is never the maximum.
 
     Raises:
-        expect.InputError: if x is not floating, has another number of axes, or no window fits in.
+        InputError: if x is not floating, has another number of axes, or no window fits in.
     """
     over = _windows(window, strides, padding)
 
@@ -102,7 +102,7 @@ def avg_pool(
             entries inside the input alone.
 
     Raises:
-        expect.InputError: if x is not floating, has another number of axes, or no window fits in.
+        InputError: if x is not floating, has another number of axes, or no window fits in.
     """
     expect.flags(count_include_pad=count_include_pad)
     over = _windows(window, strides, padding)
@@ -131,7 +131,7 @@ def global_max_pool() -> Layer[dict[str, Array], tuple[()], MaxPoolResiduals]:
     """[B, *spatial, C] -> [B, C]: the maximum over all spatial axes.
 
     Raises:
-        expect.InputError: if x is not floating or has no spatial axis.
+        InputError: if x is not floating or has no spatial axis.
     """
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, MaxPoolResiduals]:
@@ -156,7 +156,7 @@ def global_avg_pool() -> Layer[dict[str, Array], tuple[()], Array]:
     """[B, *spatial, C] -> [B, C]: the mean over all spatial axes.
 
     Raises:
-        expect.InputError: if x is not floating or has no spatial axis.
+        InputError: if x is not floating or has no spatial axis.
     """
 
     def fwd(params: dict[str, Array], x: Array) -> tuple[Array, Array]:

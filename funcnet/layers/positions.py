@@ -30,7 +30,7 @@ from jax.nn import initializers
 
 from funcnet._internal import expect
 from funcnet._internal.defaults import Default, Initializer
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import in_front, sum_dtype
 from funcnet.gradients.common_factors import Gather, Shift
 from funcnet.layer import Layer, no_params, stateless
@@ -53,7 +53,7 @@ def position_embedding(
         embedding_init: as in `jax.nn.initializers`.
 
     Raises:
-        expect.InputError: if x is not floating, T > length, D is not the parameters', or its dtype is not theirs.
+        InputError: if x is not floating, T > length, D is not the parameters', or its dtype is not theirs.
     """
     length = expect.count(length, "length")
 
@@ -107,7 +107,7 @@ def sinusoidal_positions(base: float = 1e4) -> Layer[dict, tuple[()], tuple[()]]
         base: the longest wave spans 2 pi * base^((D - 2) / D) positions.
 
     Raises:
-        expect.InputError: if x is not floating, or D is odd.
+        InputError: if x is not floating, or D is odd.
     """
     base = a_base(base)
 
@@ -138,7 +138,7 @@ def rotary(x: Array, positions: Array, base: float = 1e4) -> Array:
         base: the slowest pair turns by an angle of base^((2 - D) / D) per position.
 
     Raises:
-        expect.InputError: if x or positions are not as described.
+        InputError: if x or positions are not as described.
     """
     expect.float_array(x)
     base = a_base(base)

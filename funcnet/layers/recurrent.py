@@ -150,7 +150,7 @@ def lstm(
         kernel_init, recurrent_init: as in `jax.nn.initializers`; the latter for each gate's block [H, H].
 
     Raises:
-        expect.InputError: for an x that is not floating [B, T, D], or for lengths, state or params that do not fit it.
+        InputError: for an x that is not floating [B, T, D], or for lengths, state or params that do not fit it.
     """
 
     def gates(entering):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet._internal import expect
+from funcnet._internal.errors import InputError, describe
 from funcnet.layer import Layer, no_params, stateless
 from funcnet.structure import constructor
 
@@ -22,13 +23,13 @@ def reshape(*shape: int) -> Layer[dict, tuple[()], Array]:
     """[B, ..] -> [B, *shape]; the batch axis stays. One size may be -1. Integer inputs have the cotangent None.
 
     Raises:
-        expect.InputError: if an example has not as many entries as `shape`.
+        InputError: if an example has not as many entries as `shape`.
     """
     if not all(map(expect.is_whole, shape)):
-        raise expect.InputError("sizes as whole numbers", f"{shape}", "write reshape(2, 3)")
+        raise InputError("sizes as whole numbers", f"{shape}", "write reshape(2, 3)")
     shape = tuple(map(int, shape))
     if shape.count(-1) > 1 or any(size < -1 or size == 0 for size in shape):
-        raise expect.InputError("positive sizes, at most one of them -1", f"{shape}", "leave at most one size open")
+        raise InputError("positive sizes, at most one of them -1", f"{shape}", "leave at most one size open")
     return _rearrange("reshape", shape)
 
 
@@ -43,12 +44,12 @@ def _rearrange(name: str, shape: tuple[int, ...]) -> Layer:
 
     def target(x: Any) -> tuple[int, ...]:
         if not expect.is_array(x):
-            raise expect.InputError("an array", expect.describe(x), "convert it first, for instance with jnp.asarray")
+            raise InputError("an array", describe(x), "convert it first, for instance with jnp.asarray")
         entries = prod(x.shape[1:])
         sizes = tuple(entries // known if size == -1 else size for size in shape)
         if x.ndim == 0 or x.size == 0 or prod(sizes) != entries:
             wanted = f"a batch of examples that fill the shape {list(shape)}"
-            raise expect.InputError(wanted, expect.describe(x), "put the batch axis first and ask for as many entries")
+            raise InputError(wanted, describe(x), "put the batch axis first and ask for as many entries")
         return (x.shape[0], *sizes)
 
     def fwd(params: dict, x: Any):

@@ -39,7 +39,7 @@ def softmax() -> Layer[dict, tuple[()], Array]:
     """y = e^x / sum(e^x) over the last axis of x [.., V].
 
     Raises:
-        expect.InputError: if x is not floating.
+        InputError: if x is not floating.
     """
 
     def fwd(params: dict, x: Array) -> tuple[Array, Array]:
@@ -63,7 +63,7 @@ def log_softmax() -> Layer[dict, tuple[()], LogSoftmaxResiduals]:
     """y = x - log(sum(e^x)) over the last axis of x [.., V].
 
     Raises:
-        expect.InputError: if x is not floating.
+        InputError: if x is not floating.
     """
 
     def fwd(params: dict, x: Array) -> tuple[Array, LogSoftmaxResiduals]:

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array, nn
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import in_front
 from funcnet.losses.entries import of_entries, share_right, times
 from funcnet.losses.loss import Loss, same_dtype

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import in_front, sum_dtype, whole
 from funcnet._internal.sharding import sharded_as
 from funcnet.losses.loss import Loss, silenced, stateless_loss

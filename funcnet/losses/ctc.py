@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import sum_dtype, whole
 from funcnet._internal.sharding import scan, sharded_as
 from funcnet.losses.loss import Loss, silenced, stateless_loss

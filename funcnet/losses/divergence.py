@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet._internal.numerics import sum_dtype
 from funcnet.losses.loss import Loss, one_a_row, same_dtype, same_shape, silenced, stateless_loss
 from funcnet.structure import constructor

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import sum_dtype
 from funcnet.losses.loss import Loss, one_an_example, same_shape, silenced, stateless_loss
 

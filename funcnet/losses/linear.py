@@ -41,7 +41,7 @@ from jax import Array, lax
 
 from funcnet._internal import expect
 from funcnet._internal.defaults import LECUN_NORMAL, ZEROS, Initializer
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import entries_of, flat, product, sum_dtype, whole
 from funcnet._internal.sharding import lasting, placed, scan, shards
 from funcnet.gradients.blocked import add_block, block, blocks, fresh

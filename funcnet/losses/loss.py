@@ -14,7 +14,7 @@ from jax import Array
 
 from funcnet._internal import expect
 from funcnet._internal.defaults import Default
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet.layer import Layer, no_params, stateless
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet._internal.numerics import sum_dtype
 from funcnet.layers.normalize import unit
 from funcnet.losses.entries import of_entries, share_right, times

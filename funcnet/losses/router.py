@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, by, describe
 from funcnet.combinators.routing import RouterTotals
 from funcnet.combinators.sides import has_sides, unheard
 from funcnet.gradients.contraction import total
@@ -56,24 +56,24 @@ def router_losses(loss: Any, *, balance: float = 0.01, z: float = 0.001) -> Loss
         totals = prediction["router"]
         return values + _like(values, balance * totals.balance + z * totals.z)
 
-    @expect.by("router_losses")
+    @by("router_losses")
     def init(key, pair):
         a_pair(pair)
         return loss.init(key, (of_x(pair[0]), pair[1]))
 
-    @expect.by("router_losses")
+    @by("router_losses")
     def apply(params, state, pair):
         a_pair(pair)
         return added(loss.apply(params, state, (of_x(pair[0]), pair[1])), pair[0])
 
-    @expect.by("router_losses")
+    @by("router_losses")
     def fwd(params, state, pair, key):
         a_pair(pair)
         values, state, residuals = loss.fwd(params, state, (of_x(pair[0]), pair[1]), key)
         sides = {name: side for name, side in pair[0].items() if name != "x"}
         return added(values, pair[0]), state, (residuals, unheard(sides))
 
-    @expect.by("router_losses")
+    @by("router_losses")
     def bwd(params, residuals, dy, contract=total):
         residuals, sides = residuals
         dparams, (dx, dtarget) = loss.bwd(params, residuals, dy, contract)
@@ -82,7 +82,7 @@ def router_losses(loss: Any, *, balance: float = 0.01, z: float = 0.001) -> Loss
         own = RouterTotals((balance * each).astype(zeros.balance.dtype), (z * each).astype(zeros.z.dtype), None)
         return dparams, ({**sides, "x": dx, "router": own}, dtarget)
 
-    @expect.by("router_losses")
+    @by("router_losses")
     def check(prediction, target):
         loss.check(of_x(prediction), target)
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax, nn
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 from funcnet.gradients.contraction import refuse_single_examples
 from funcnet.layers.normalize import unit, unit_pullback
 from funcnet.losses.loss import Loss, one_a_row, one_an_example, same_dtype, same_shape, silenced, stateless_loss

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from funcnet._internal.expect import InputError, at, describe, is_array, native_order
+from funcnet._internal.errors import InputError, at, describe
+from funcnet._internal.expect import is_array, native_order
 
 Pair = tuple[Any, Any]  # (inputs, targets)
 Batch = Pair | tuple[Any, Any, Any]  # (inputs, targets, weights)

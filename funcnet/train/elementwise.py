@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Literal
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 
 Tree = Any
 ELEMENTWISE = """

@@ -7,7 +7,7 @@ import jax
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.train.batch import Batch, check_batch, nothing_counts, walkable
 from funcnet.train.finite import Record
 from funcnet.train.means import floats, pooled

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from funcnet._internal import expect
 from funcnet._internal.barrier import after
-from funcnet._internal.expect import at
+from funcnet._internal.errors import at, by
 from funcnet._internal.sharding import lasting
 from funcnet.combinators.named import Named
 from funcnet.combinators.remat import Remat, rerun
@@ -65,7 +64,7 @@ def layerwise_step(objective: Objective, optimizer: optax.GradientTransformation
         its_optimizer(optimizer, train_state)
         pair, weights = entered(objective, batch, weights)
         params, key = train_state.params, jax.random.fold_in(train_state.key, train_state.step)
-        with expect.by("layerwise_step"):
+        with by("layerwise_step"):
             require_elementwise(optimizer, params, train_state.opt_state, _steps(objective, params))
         begun = start(objective, params, train_state.state, pair, key, weights)
         shared, like_params = elementwise.split(optimizer, train_state.opt_state)

@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, at, describe
+from funcnet._internal.errors import InputError, at, describe
 from funcnet.train.batch import Batch, nothing_counts, walkable
 from funcnet.train.evaluate import evaluate
 from funcnet.train.finite import WATCHED, Record, changed, not_finite

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, at, describe, is_array, is_floating
+from funcnet._internal.errors import InputError, at, describe
+from funcnet._internal.expect import is_array, is_floating
 from funcnet.gradients.contraction import Contraction, a_contraction, total
 from funcnet.layer import Layer, a_layer
 from funcnet.losses.loss import Loss, as_loss

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, describe
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 

@@ -18,7 +18,8 @@ import optax
 from jax import Array
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe, is_array
+from funcnet._internal.errors import InputError, at, describe
+from funcnet._internal.expect import is_array
 from funcnet._internal.numerics import sum_dtype
 from funcnet._internal.sharding import scan
 from funcnet.gradients.contraction import total
@@ -75,7 +76,7 @@ class TrainStep:
         except TypeError:
             no_shapes(batch, weights)
             check_batch(batch)  # refuses arrays that JAX cannot read
-            with expect.at("weights"):
+            with at("weights"):
                 expect.shapes(weights)
             raise
         params, state, opt_state, step = moved

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, at, describe, is_array, is_floating
+from funcnet._internal.errors import InputError, at, describe
+from funcnet._internal.expect import is_array, is_floating
 from funcnet._internal.numerics import sum_dtype
 from funcnet.train.batch import Batch, check_batch, no_shapes
 from funcnet.train.objective import Objective, both

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from funcnet._internal.expect import InputError, describe, is_array, is_floating
+from funcnet._internal.errors import InputError, describe
+from funcnet._internal.expect import is_array, is_floating
 from funcnet.losses.loss import Loss
 from funcnet.train.batch import Batch, check_batch
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet._internal.windows import Windows, entries, sliding, spreading
 
 S = jax.ShapeDtypeStruct

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.calculus.derivatives import chain, derivative, gradient, jacobian, matrix_derivative
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.calculus.derivatives import chain, derivative
 from funcnet.calculus.nonsmooth import LARGEST, _limit, _one_sided_slopes, _wide_values, refuse_kinks
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import funcnet as fn
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.check.named import again, arguments, function_or_layer, named, nearest
 
 LAYER = fn.dense(2)

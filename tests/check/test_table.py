@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.check import table
 from funcnet.check.judge import Leaf
 from funcnet.check.report import Failure, Report

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.train.elementwise import HOLE, Formulas, join, require_elementwise, split
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError
 from funcnet.train.run import append_metrics, read_metrics, start_run
 
 

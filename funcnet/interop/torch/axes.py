@@ -35,7 +35,7 @@ import jax
 import numpy as np
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError
+from funcnet._internal.errors import InputError, at, by
 from funcnet.combinators.hooks import observe
 from funcnet.combinators.parallel import Branch, Parallel
 from funcnet.combinators.repeat import Repeat
@@ -142,7 +142,7 @@ def found_of(layer: Layer, params: Tree, state: Tree, x: Tree, channels: str | N
         if layer.parts and reordering(layer):
             remedy = "convert the layers one by one, or take serial, skip and branch"
             raise InputError("a flatten or reshape inside of layers in a row", f"one inside of {layer.name}", remedy)
-        with expect.by(layer.name):
+        with by(layer.name):
             return leaf(kind_of(layer), given, *shapes[at], path)
 
     def leaf(kind: str, given: Tree, x: Tree, y: Tree, path: Path) -> Tree:
@@ -282,7 +282,7 @@ def _reversible(given: Tree, part: Callable[[str, Tree], Tree]) -> Tree:
 
 
 def _at(name: str, walk: Callable, *args: Any) -> Tree:
-    with expect.at(name):
+    with at(name):
         return walk(*args)
 
 

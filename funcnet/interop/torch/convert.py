@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, at, by, describe
 from funcnet.combinators.freeze import Freeze, Frozen
 from funcnet.combinators.recurrent import Bidirectional
 from funcnet.combinators.repeat import Repeat
@@ -62,7 +62,7 @@ Tree = Any
 _REVERSE = "_reverse"
 
 
-@expect.by("to_torch")
+@by("to_torch")
 def to_torch(
     layer: Layer,
     params: Tree,
@@ -112,7 +112,7 @@ def to_torch(
     return {renamed[name]: native(array) for name, array in arrays.items()} | counters
 
 
-@expect.by("from_torch")
+@by("from_torch")
 def from_torch(
     layer: Layer,
     tensors: Any,
@@ -204,7 +204,7 @@ def _there(layer: Layer, params: Tree, state: Tree, path: tuple[str, ...]) -> di
     if layer.parts:
         parts = {}
         for name, each in _inside(layer, params, state, path).items():
-            with expect.at(name):
+            with at(name):
                 parts[name] = _there(*each)
         if isinstance(layer.structure, Bidirectional):
             parts["backward"] = {name + _REVERSE: array for name, array in parts["backward"].items()}

@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, at, describe
 from funcnet.combinators.recurrent import Bidirectional, StackedLayers
 from funcnet.combinators.repeat import Repeat
 from funcnet.interop.torch.modules import FIELDS, RECURRENT, STATE, WHOLE, Field
@@ -41,7 +40,7 @@ def require_convertible(layer: Layer) -> None:
         raise InputError("a stack of one kind of recurrent layers", received, "convert its layers one by one")
     else:
         for name, part in layer.parts.items():
-            with expect.at(name):
+            with at(name):
                 require_convertible(part)
 
 

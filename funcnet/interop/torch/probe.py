@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet._internal.expect import InputError, describe, is_concrete, is_floating
+from funcnet._internal.errors import InputError, describe
+from funcnet._internal.expect import is_concrete, is_floating
 from funcnet.combinators.mixed import Mixed
 from funcnet.interop.safetensors import require_arrays
 from funcnet.interop.torch.axes import Found

@@ -8,8 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from funcnet._internal import expect
-from funcnet._internal.expect import InputError, describe
+from funcnet._internal.errors import InputError, at, describe
 from funcnet.interop.safetensors import Arrays
 
 COUNTER = "num_batches_tracked"  # of a batch norm
@@ -21,7 +20,7 @@ def arrays_of(tensors: Mapping[str, Any]) -> Arrays:
         raise InputError("tensors by name, in a dict", describe(tensors), "pass module.state_dict()")
     arrays = {}
     for name, tensor in tensors.items():
-        with expect.at(name):
+        with at(name):
             if isinstance(tensor, Mapping):
                 remedy = f"pass tensors[{name!r}] where that is the module's state dict"
                 raise InputError("tensors by name", "a dict by this name", remedy)
