@@ -19,6 +19,7 @@ Under `repeat`, `weight_norm`, `tied` and the other combinators it is given what
 parameter that `repeat` stacks, gradients are [B, L, *param].
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -154,9 +155,10 @@ def contraction(
     """
     if of is None:
         return lambda of: contraction(of, reads=reads, by_example=by_example, stacked=stacked, joined=joined)
-    if not callable(of):
+    if not callable(of) or not _takes_two(of):
+        received = f"{getattr(of, '__name__', 'f')}{inspect.signature(of)}" if callable(of) else describe(of)
         remedy = "write @fn.contraction above def f(gradients, param), and options by name"
-        raise InputError("a function of gradients and a parameter", describe(of), remedy)
+        raise InputError("a function of gradients and a parameter", received, remedy)
     if reads not in ("examples", "sum", "factors"):
         raise InputError('reads="examples", "sum" or "factors"', repr(reads), "say what the function is given")
     if by_example is not None and reads != "factors":
@@ -166,6 +168,17 @@ def contraction(
         raise InputError("stacked and joined as functions", received, "leave them out, or see fn.Contraction")
     by_example = reads != "sum" if by_example is None else by_example
     return Contraction(getattr(of, "__name__", "contraction"), of, reads, by_example, stacked, joined)
+
+
+def _takes_two(of: Callable) -> bool:
+    """Whether a function can be called with two arguments; True where that cannot be told."""
+    try:
+        inspect.signature(of).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # it is written in C
+        return True
+    return True
 
 
 def a_contraction(given: Any) -> Contraction:

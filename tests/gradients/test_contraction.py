@@ -271,6 +271,12 @@ def test_what_is_no_contraction_is_refused(contract):
 def test_options_of_a_contraction_are_checked():
     with pytest.raises(fn.InputError, match='reads="examples"'):
         fn.contraction(lambda g, p: g, reads="example")
+    for given, received in (
+        (lambda gradients: gradients, r"<lambda>\(gradients\)"),
+        (lambda a, b, c: a, r"\(a, b, c\)"),
+    ):
+        with pytest.raises(fn.InputError, match=received):
+            fn.contraction(given)
     with pytest.raises(fn.InputError, match="a function of gradients"):
         fn.contraction("examples")
     with pytest.raises(fn.InputError, match="by_example for"):

@@ -1,4 +1,4 @@
-"""Layers' Jacobians, formed in full, against `bwd`; and what `explain` says about a pass."""
+"""What `explain` says about a pass, against the pass itself."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,6 @@ import pytest
 import funcnet as fn
 
 RNG = np.random.default_rng(0)
-X = RNG.standard_normal((3, 4))
-BLOCK = fn.serial(fn.layer_norm(), fn.dense(4), fn.tanh())
-
 MODEL = fn.serial(
     fn.dense(6),
     deep=fn.repeat(fn.skip(fn.serial(fn.layer_norm(), fn.dense(6), fn.relu())), 3),
