@@ -115,7 +115,8 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_stands_in_every_combinator(name):
-    fn.check_layer(fn.serial(fn.router_totals(), MODELS[name]), "f32[2,5,4]").raise_for_failure()
+    oracles = ("autodiff", "residuals", "laws")  # of the rule itself all of them have cases
+    fn.check_layer(fn.serial(fn.router_totals(), MODELS[name]), "f32[2,5,4]", oracles=oracles).raise_for_failure()
 
 
 def model_of(block):

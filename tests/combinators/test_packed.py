@@ -10,7 +10,8 @@ import funcnet as fn
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
-SEGMENTS = np.int32([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2], [0, 0, 1, 2, 0, 0], [0, 0, 0, 2, 2, 0]])
+# Of two lengths, 1 and 3, so that what they are alone compiles twice; one is missing, and what pads is at both ends.
+SEGMENTS = np.int32([[1, 1, 1, 2, 0, 0], [1, 2, 2, 2, 0, 0], [0, 0, 1, 2, 0, 0], [0, 0, 0, 2, 2, 2]])
 IDS = RNG.integers(0, 11, SEGMENTS.shape).astype(np.int32)
 X = {"x": IDS, "segments": SEGMENTS}
 SEQUENCES = [(b, s, np.flatnonzero(SEGMENTS[b] == s)) for b in range(4) for s in (1, 2)]  # row, number, positions

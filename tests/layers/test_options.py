@@ -200,6 +200,7 @@ NEEDED = {  # what a constructor with flags wants beside them
     **dict.fromkeys(["conv", "conv_transpose", "separable_conv", "mlp"], (3, 3)),
     **dict.fromkeys(["batch_norm", "gelu", "geglu", "ctc"], ()),
     "avg_pool": (2,),
+    "from_function": (lambda params, x: x,),
     "attention": (2,),
     "transformer_block": (4, 2),
     "stateless": ("mine", None, None, None),

@@ -469,7 +469,7 @@ def test_views_of_features_are_the_same_there(torch):
 def test_every_layer_there_is_is_known():
     """One that is not would be taken for a function that nothing is known of."""
     layers = Path(fn.__file__).parent / "layers"
-    made = re.compile(r"(?:stateless|elementwise|Layer|_group_norm|_gated|_dropping|_recurrent|_norm)\(\s*\"(\w+)\"")
+    made = re.compile(r"(?:stateless|elementwise|Layer|_group_norm|_gated|_dropping|over_time|_norm)\(\s*\"(\w+)\"")
     kinds = {kind for file in layers.glob("*.py") for kind in made.findall(file.read_text())}
     assert {"dense", "relu", "attention", "batch_norm", "dropout", "glu", "lstm", "group_norm", "rms_norm"} <= kinds
     assert kinds <= {*axes._KNOWN, *axes._RESHAPES}
