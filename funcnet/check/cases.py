@@ -573,8 +573,13 @@ CASES: tuple[Case, ...] = (
     Case("sinusoidal_positions/segments", sinusoidal_positions(), _SEGMENTS),
     Case(
         "packed",
-        packed(serial(position_embedding(5), repeat(_ATTENDING, 2), weight_norm(dense(3)), select()), 2, longest=5),
-        {"x": "f32[3,5,4]", "segments": "i32[3,5]<3 sorted"},
+        packed(serial(position_embedding(5), repeat(_ATTENDING, 2), weight_norm(dense(3)), select()), 3, longest=5),
+        {"x": "f32[2,5,4]", "segments": "i32[2,5]<4 sorted"},
+    ),
+    Case(
+        "packed/tied, as long as a row",
+        packed(tied(serial(dense(4), tanh(), dense(4)), {"dense_1/kernel": "dense/kernel.T"}), 2),
+        {"x": "f32[1,5,4]", "segments": "i32[1,5]<3 sorted"},
     ),
     Case("packed/all of it pads", packed(serial(_ATTENDING, dense(3)), 2), {**_SEGMENTS, "segments": "i32[2,5]<1"}),
     Case("moe", moe(dense(3), 3), "f32[2,5,4]"),

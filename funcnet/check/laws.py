@@ -25,6 +25,7 @@ from funcnet.gradients.contraction import (
 from funcnet.gradients.factor import is_factor
 
 Tree = Any
+BLIND = ("a Pulled", "a Blocks", "a Mixing", "a Use")  # factors of which `packed` may not know what is whose
 
 
 def residuals(point: Point) -> list[Failure]:
@@ -274,10 +275,15 @@ def _squares(
 
 
 def _refusals(point: Point, refused: dict[str, InputError], of_last: Values, count: int) -> list[Failure]:
-    """Note and judge refused contractions: only layers that mix examples, or have no batch axis, may refuse any."""
+    """Note and judge refused contractions: only layers that mix examples, or have no batch axis, may refuse any.
+
+    A packed layer refuses those of factors whose rows it cannot tell apart.
+    """
     for name, error in refused.items():
         point.notes.append(f"{name} is refused: {error.expected}")
-        if error.expected.startswith("an example axis") or _mixes(of_last, count):
+        packed = isinstance(point.subject.layer.structure, Packed)
+        right = error.received in BLIND if packed else _mixes(of_last, count)
+        if right or error.expected.startswith("an example axis"):
             continue
         message = f"bwd refuses {name} for examples that have no part in each other: {error.expected}"
         return [Failure("", "laws", "contractions", message)]

@@ -511,8 +511,32 @@ _BY_REASON = {
         "cosine: across = jnp.where((p[1] == 0) | (t[1] == 1), 0.0, p[0] - t[0])",
         "cosine: across = jnp.where((p[1] == 0) | (t[1] == -1), 0.0, p[0] - t[0])",
     ],
-    "no case calls a model again; test_sides.py does": [
-        "unchecked: (token)",
+    "segments of the checker fit, and it sees them; test_packed.py has others, under jit": [
+        "packed: fits = (True)",
+        "packed: fits = (jnp.all(_fit(ids, segments, longest), axis=1))",
+        "packed: fits = True if expect.is_concrete(ids) else (jnp.all(_fit(ids, segments, longest)))",
+        "packed: fits = True if expect.is_concrete(ids) else (_fit(ids, segments, longest))",
+    ],
+    "segments are int32 there": [
+        "_holds: place = ((ids) - 1) * longest + positions_in(ids, steps)",
+    ],
+    "the checker pads in front, and what stands there is written over; test_packed.py pads behind": [
+        "_holds: place = jnp.where((ids >= 0), place, segments * longest)",
+        "_holds: place = jnp.where(ids > -1, place, segments * longest)",
+        "_holds: place = jnp.where(ids > 0, place, (-(segments * longest)))",
+        "_holds: place = jnp.where(ids > 0, place, (segments))",
+        "_holds: place = jnp.where(ids > 0, place, (longest))",
+    ],
+    "JAX drops what is out of bounds by default too": [
+        "_holds: lambda place: (none.at[place].set(each))",
+    ],
+    "the checker holds touched rows to the table that they stand for, in which zeros are nothing; test_packed.py counts": [
+        "_by_sequence: own = jnp.where((sequences(jnp.ones_like(ids)) >= 0), sequences(factor.ids), factor.size)",
+        "_by_sequence: own = jnp.where(sequences((ids)) > 0, sequences(factor.ids), factor.size)",
+        "_by_sequence: own = jnp.where(sequences(jnp.ones_like(ids)) > -1, sequences(factor.ids), factor.size)",
+    ],
+    "no case has a factor that is refused; test_packed.py has": [
+        "_by_sequence: fits = True",
     ],
 }
 EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys}
