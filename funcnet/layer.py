@@ -57,7 +57,7 @@ class Layer(Generic[Params, State, Residuals]):
         writes: those of them that it returns anew beside its output, in such a dict, for the layers behind it.
         passes: whether it takes whatever dict it is given, and returns one with all sides, as combinators do.
         positionwise: whether y at a position of x [B, T, ..] depends on x there alone. Only such layers, and those that
-            read `segments`, take an input with that side, several sequences in one row.
+            read `segments`, take an input with that side, several sequences in one row; experts of `moe` have to.
     """
 
     name: str

@@ -12,7 +12,7 @@ from funcnet.check.judge import as_float64, leaves_of, measure, tolerance
 from funcnet.check.plain import jaxpr_of
 from funcnet.check.report import Failure, said, values_failure
 from funcnet.check.subject import Point, Values, host, quickly, sharded_like
-from funcnet.combinators.packed import Packed
+from funcnet.combinators.packed import UNTOLD, Packed
 from funcnet.gradients.contraction import (
     Rows,
     contraction,
@@ -22,10 +22,10 @@ from funcnet.gradients.contraction import (
     squared_norm,
     total,
 )
-from funcnet.gradients.factor import is_factor
+from funcnet.gradients.factor import Use, is_factor
 
 Tree = Any
-BLIND = ("a Pulled", "a Blocks", "a Mixing", "a Use")  # factors of which `packed` may not know what is whose
+BLIND = [f"a {kind.__name__}" for kind in (*UNTOLD, Use)]  # of which `packed` may not know what is whose
 
 
 def residuals(point: Point) -> list[Failure]:
@@ -141,19 +141,24 @@ def _apply(point: Point) -> list[Failure]:
 
 
 def _positionwise(point: Point, run: Values, both: Any) -> list[Failure]:
-    """Of a layer that looks at each position alone: whether the output at the last one is the same beside others."""
+    """Of a layer that looks at each position alone: whether the first and last outputs are the same beside others."""
     (params, x), layer = point.subject.args, point.subject.layer
     of_features = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
     if not layer.positionwise or any(leaf.ndim < 2 + of_features(leaf) for leaf in jax.tree.leaves(x)):
         return []
-    moved = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=1).at[:, -1].set(leaf[:, -1]), x)
-    beside = host(leaves_of(both(params, point.subject.state, moved)[1], "y"))
-    for path in point.outputs:
-        got, wanted = beside[path], run[path]
-        if got.ndim < 2 or measure(path, got[:, -1], wanted[:, -1], 4 * tolerance(wanted.dtype, point.terms)).within:
-            continue
-        message = "Layer.positionwise is True, but the output at a position depends on x at others"
-        return [Failure(path, "laws", "positionwise", message)]
+    rows = jax.tree.leaves(x)[0].shape[:2]
+    for path, y in run.items():
+        if y.shape[:2] != rows:
+            message = f"Layer.positionwise is True, but the output {describe(y)} has not the positions {list(rows)}"
+            return [Failure(path, "laws", "positionwise", message)]
+    for at in (0, -1):
+        moved = jax.tree.map(lambda leaf, at=at: jnp.roll(leaf, 1, axis=1).at[:, at].set(leaf[:, at]), x)
+        beside = host(leaves_of(both(params, point.subject.state, moved)[1], "y"))
+        for path in point.outputs:
+            got, wanted = beside[path][:, at], run[path][:, at]
+            if not measure(path, got, wanted, 4 * tolerance(wanted.dtype, point.terms)).within:
+                message = "Layer.positionwise is True, but the output at a position depends on x at others"
+                return [Failure(path, "laws", "positionwise", message)]
     return []
 
 

@@ -35,6 +35,7 @@ from funcnet.layers.positions import positions_in
 from funcnet.structure import Transparent, constructor
 
 Tree = Any
+UNTOLD = (Mixing, Blocks, Pulled)  # factors whose rows cannot be told apart
 
 
 class PackedResiduals(NamedTuple):
@@ -186,11 +187,8 @@ def _by_sequence(factor: Factor, ids: Array, holds: Array) -> Factor:
             return replace(factor, factor=again(factor.factor))
         case Sum():
             return replace(factor, factors=tuple(map(again, factor.factors)))
-        case Mixing() | Blocks() | Pulled():
-            fits = False
-        case _:
-            fits = all(leaf.shape[:2] == ids.shape for leaf in jax.tree.leaves(factor))
-    if not fits:
+    apart = all(leaf.shape[:2] == ids.shape for leaf in jax.tree.leaves(factor))
+    if isinstance(factor, UNTOLD) or not apart:
         wanted = f"a factor of arrays with the positions {list(ids.shape)} in front, to tell its sequences apart"
         raise InputError(wanted, f"a {type(factor).__name__}", "use total, or a layer that has its own rule")
 

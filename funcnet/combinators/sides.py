@@ -237,10 +237,8 @@ def keep_apart(layer: Layer, inputs: Any) -> None:
         remedy = "move fn.select() behind the last layer that reads the segments"
         raise InputError(f"segments beside x, which {layer.name} keeps apart", describe(inputs), remedy)
     if not told or "segments" not in layer.reads:
-        wanted, remedy = (
-            "layers that look at each position alone",
-            "of a layer of your own, say Layer.positionwise=True",
-        )
+        wanted = "layers that look at each position alone"
+        remedy = "of a layer of your own, say positionwise=True"
         if whose == "moe":
             raise InputError(f"an expert of {wanted}", layer.name, f"put the others around the mixture; {remedy}")
         wanted += ", or keep the segments of a row apart, as attention does"

@@ -21,6 +21,7 @@ parameter that `repeat` stacks, gradients are [B, L, *param].
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -172,12 +173,11 @@ def contraction(
 
 def _takes_two(of: Callable) -> bool:
     """Whether a function can be called with two arguments; True where that cannot be told."""
-    try:
-        inspect.signature(of).bind(None, None)
-    except TypeError:
-        return False
-    except ValueError:  # it is written in C
-        return True
+    with suppress(ValueError):  # it is written in C
+        try:
+            inspect.signature(of).bind(None, None)
+        except TypeError:
+            return False
     return True
 
 

@@ -108,7 +108,7 @@ def attention(
         bias      added to the scores, [B, T, S] or [B, H, T, S]; -inf masks as well; it has a gradient
         lengths   integers [B], 0 to S: how many keys an example has; its padding must be finite, for 0 * NaN is NaN
         segments  integers [B, T], without a context: a query sees the keys of its own number, and positions are counted
-                  from where a number begins (`fn.packed`)
+                  from where a number begins (`fn.packed`); the whole row must be finite
 
     with context and bias in x's dtype. A query sees the keys that all of these allow. Where there is none, o is 0, and
     y is the bias of `out`. The positions of queries and keys are their indices.

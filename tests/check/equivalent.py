@@ -535,9 +535,6 @@ _BY_REASON = {
         "_by_sequence: own = jnp.where(sequences((ids)) > 0, sequences(factor.ids), factor.size)",
         "_by_sequence: own = jnp.where(sequences(jnp.ones_like(ids)) > -1, sequences(factor.ids), factor.size)",
     ],
-    "no case has a factor that is refused; test_packed.py has": [
-        "_by_sequence: fits = True",
-    ],
 }
 EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys}
 

@@ -160,7 +160,7 @@ def test_positions_have_an_axis_of_features():
     with pytest.raises(fn.InputError, match="an axis of features"):
         fn.packed(fn.softmax(), 2).init(KEY, x)
     for given in ({}, np.float32(1), np.ones(3, np.float32), [[1.0]]):
-        with pytest.raises(fn.InputError):
+        with pytest.raises(fn.InputError, match=r"packed\n  expected  (x \[B, T, ..\]|arrays)"):
             fn.packed(fn.softmax(), 2).init(KEY, {**x, "x": given})
 
 
