@@ -197,6 +197,6 @@ def _by_sequence(factor: Factor, ids: Array, holds: Array) -> Factor:
         return regrouped(pick(leaf, holds), (ids.shape[0] * count, longest, *leaf.shape[2:]))
 
     if isinstance(factor, Gather):  # no row of the table is touched where there is no position
-        own = jnp.where(sequences(jnp.ones_like(ids)) > 0, sequences(factor.ids), factor.size)
+        own = jnp.where(sequences(ids) > 0, sequences(factor.ids), factor.size)
         return Gather(own, sequences(factor.dy), factor.size)
     return jax.tree.map(sequences, factor)

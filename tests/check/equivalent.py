@@ -531,9 +531,8 @@ _BY_REASON = {
         "_holds: lambda place: (none.at[place].set(each))",
     ],
     "the checker holds touched rows to the table that they stand for, in which zeros are nothing; test_packed.py counts": [
-        "_by_sequence: own = jnp.where((sequences(jnp.ones_like(ids)) >= 0), sequences(factor.ids), factor.size)",
-        "_by_sequence: own = jnp.where(sequences((ids)) > 0, sequences(factor.ids), factor.size)",
-        "_by_sequence: own = jnp.where(sequences(jnp.ones_like(ids)) > -1, sequences(factor.ids), factor.size)",
+        "_by_sequence: own = jnp.where((sequences(ids) >= 0), sequences(factor.ids), factor.size)",
+        "_by_sequence: own = jnp.where(sequences(ids) > -1, sequences(factor.ids), factor.size)",
     ],
 }
 EQUIVALENT = {key: reason for reason, keys in _BY_REASON.items() for key in keys}

@@ -165,12 +165,13 @@ def test_positions_have_an_axis_of_features():
 
 
 def test_rows_that_are_touched_are_those_of_the_sequences():
-    layer = fn.packed(fn.embedding(11, 3), 2)
-    params, state = layer.init(KEY, X)
+    """Row 0, which no position has, is where an empty place would point."""
+    layer, x = fn.packed(fn.embedding(12, 3), 2), {**X, "x": IDS + 1}
+    params, state = layer.init(KEY, x)
     dy = RNG.standard_normal((*IDS.shape, 3)).astype(np.float32)
-    y, _, residuals = layer.fwd(params, state, X, None)
+    y, _, residuals = layer.fwd(params, state, x, None)
     rows = layer.bwd(params, residuals, {**y, "x": dy, "segments": None}, fn.rows)[0]["embedding"]
-    assert set(np.asarray(rows.ids)) - {11} == set(IDS[SEGMENTS > 0])
+    assert set(np.asarray(rows.ids)) - {12} == set((IDS + 1)[SEGMENTS > 0])
 
 
 def test_tied_around_packed_is_packed_around_tied():
