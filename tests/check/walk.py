@@ -22,12 +22,17 @@ def dtype_of(case: Case) -> str:
     return "float32" if "float32" in case.dtypes else case.dtypes[0]
 
 
-def inputs(case: Case, seed: int = 0, batch: int | None = None) -> Tree:
-    """Its input as NumPy arrays, where wanted with another first axis."""
+def widest(case: Case) -> str:
+    """float64, where a difference is a mistake and no rounding, or else float32."""
+    return "float64" if "float64" in case.dtypes else "float32"
+
+
+def inputs(case: Case, seed: int = 0, batch: int | None = None, dtype: str | None = None) -> Tree:
+    """Its input as NumPy arrays, where wanted with another first axis or in another dtype."""
 
     resized = lambda spec: spec if batch is None else replace(spec, sizes=(batch, *spec.sizes[1:]))
     given = jax.tree.map(resized, specs(case.x), is_leaf=lambda leaf: isinstance(leaf, Spec))
-    return cast(jax.tree.map(np.asarray, drawn(given, seed)), dtype_of(case))
+    return cast(jax.tree.map(np.asarray, drawn(given, seed)), dtype or dtype_of(case))
 
 
 def start(case: Case, x: Tree) -> tuple[Tree, Tree]:
