@@ -57,14 +57,19 @@ def test_each_sequence_is_what_it_is_alone(name):
     params, state = packed.init(KEY, X)
     dy = RNG.standard_normal((*IDS.shape, 5)).astype(np.float32)
 
-    def run(layer, inputs, dy):
-        y, _, residuals = layer.fwd(params, state, inputs, None)
-        answers = [layer.bwd(params, residuals, dy, how)[0] for how in (fn.total, fn.per_example, fn.squared_norm)]
-        kept = layer.bwd(params, residuals, dy, fn.keep)[0]
+    def run(inputs, dy):
+        y, _, residuals = packed.fwd(params, state, inputs, None)
+        answers = [packed.bwd(params, residuals, dy, how)[0] for how in (fn.total, fn.per_example, fn.squared_norm)]
+        kept = packed.bwd(params, residuals, dy, fn.keep)[0]
         later = jax.tree.map(lambda p, factor: fn.squared_norm(factor, p), params, kept)
-        return y, layer.apply(params, state, inputs), answers, later
+        return y, packed.apply(params, state, inputs), answers, later
 
-    y, applied, (total, each, norms), later = jax.jit(run, static_argnums=0)(packed, X, dy)
+    @jax.jit
+    def run_alone(inputs, dy):
+        y, _, residuals = model.fwd(params, state, inputs, None)
+        return y, model.bwd(params, residuals, dy)[0]
+
+    y, applied, (total, each, norms), later = jax.jit(run)(X, dy)
     np.testing.assert_allclose(applied, y, rtol=1e-6, atol=1e-6)
     assert not np.any(np.asarray(y)[SEGMENTS == 0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.sum(a, 0), b, rtol=1e-3, atol=1e-4), each, total)
@@ -74,7 +79,7 @@ def test_each_sequence_is_what_it_is_alone(name):
         if len(at) == 0:
             assert not any(map(np.any, jax.tree.leaves(own)))
             continue
-        alone, _, (gradient, *_), _ = run(model, {"x": IDS[b : b + 1, at]}, dy[b : b + 1, at])
+        alone, gradient = run_alone({"x": IDS[b : b + 1, at]}, dy[b : b + 1, at])
         np.testing.assert_allclose(y[b, at], alone[0], rtol=1e-4, atol=1e-5)
         for got, norm, wanted in zip(*map(jax.tree.leaves, (*own, gradient)), strict=True):
             np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-5)
