@@ -57,6 +57,7 @@ def test_each_sequence_is_what_it_is_alone(name):
     params, state = packed.init(KEY, X)
     dy = RNG.standard_normal((*IDS.shape, 5)).astype(np.float32)
 
+    @jax.jit
     def run(inputs, dy):
         y, _, residuals = packed.fwd(params, state, inputs, None)
         answers = [packed.bwd(params, residuals, dy, how)[0] for how in (fn.total, fn.per_example, fn.squared_norm)]
@@ -69,7 +70,7 @@ def test_each_sequence_is_what_it_is_alone(name):
         y, _, residuals = model.fwd(params, state, inputs, None)
         return y, model.bwd(params, residuals, dy)[0]
 
-    y, applied, (total, each, norms), later = jax.jit(run)(X, dy)
+    y, applied, (total, each, norms), later = run(X, dy)
     np.testing.assert_allclose(applied, y, rtol=1e-6, atol=1e-6)
     assert not np.any(np.asarray(y)[SEGMENTS == 0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.sum(a, 0), b, rtol=1e-3, atol=1e-4), each, total)
